@@ -1,0 +1,63 @@
+"""Self-supervised objectives: one file each, one contract (`objectives.contract.Objective`).
+
+    backbone = backbones.create("vit_s16", pool=objectives.objective("mae").pool)
+    objective = objectives.create("mae", backbone, image_size=224, mask_ratio=0.6)
+
+Importing this package imports no torch: names are known before anything heavy is loaded.
+"""
+
+from difflib import get_close_matches
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from backbones import Backbone
+    from objectives.contract import Objective
+    from objectives.dino import DINO
+    from objectives.mae import MAE
+
+_CLASSES = {"dino": "DINO", "mae": "MAE"}
+
+NAMES: tuple[str, ...] = tuple(_CLASSES)
+"""Every objective there is; `objectives.<name>` is its module."""
+
+__all__ = ["DINO", "MAE", "NAMES", "create", "objective"]
+
+
+def objective(name: str) -> "type[Objective]":
+    """The class of an objective.
+
+    Raises:
+        ValueError: an unknown name, with the nearest known ones.
+    """
+    if name not in _CLASSES:
+        near = get_close_matches(name.lower(), NAMES, n=3) or NAMES
+        raise ValueError(f"there is no objective {name!r}; did you mean {' or '.join(near)}?")
+    return getattr(import_module(f"objectives.{name}"), _CLASSES[name])
+
+
+def create(name: str, backbone: "Backbone", *, image_size: int | tuple[int, int], **options: Any) -> "Objective":
+    """The objective `name` around `backbone` for images of `image_size` pixels (a side, or height and width).
+
+    Args:
+        options: keywords of the objective's class, whose defaults are the published ones.
+
+    Raises:
+        ValueError: an unknown name or option, or a backbone and a size that the objective can make no sense of.
+    """
+    from inspect import signature
+
+    cls = objective(name)
+    known = [option for option in signature(cls).parameters if option not in ("backbone", "image_size")]
+    for option in options:
+        if option not in known:
+            near = get_close_matches(option, known, n=3) or known
+            raise ValueError(f"objective {name} has no option {option!r}; did you mean {' or '.join(near)}?")
+    return cls(backbone, image_size=image_size, **options)  # type: ignore[call-arg]
+
+
+def __getattr__(attribute: str) -> Any:
+    for name, cls in _CLASSES.items():
+        if attribute == cls:
+            return objective(name)
+    raise AttributeError(f"module 'objectives' has no attribute {attribute!r}")

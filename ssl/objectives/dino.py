@@ -1,0 +1,178 @@
+"""DINO: self-distillation with no labels (Caron et al. 2021, arXiv 2104.14294).
+
+Equation numbers are the paper's; what the paper leaves open follows the authors' code (main_dino.py).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from objectives.centring import Centre
+from objectives.contract import Objective, pair
+from objectives.heads import DINOHead
+from objectives.multicrop import crop_size, pooled_features
+from objectives.precision import full_precision
+from objectives.schedules import cosine, warmup
+from objectives.spread import effective_rank, feature_spread
+from objectives.teacher import Teacher
+from objectives.views import Photometric, View, VitalSign
+
+if TYPE_CHECKING:
+    from backbones import Backbone
+
+
+def dino_loss(student: Tensor, teacher: Tensor, student_temp: float) -> Tensor:
+    """Cross-entropy H(P_t(x), P_s(x')) over all pairs of a global view x and another view x' (eq. 3), averaged.
+
+    Args:
+        student: scores g_s(x') of every view [V, B, K], the globals first.
+        teacher: probabilities P_t(x) of the global views [G, B, K].
+        student_temp: the temperature tau_s of eq. 1.
+    """
+    log_p = (full_precision(student) / student_temp).log_softmax(dim=-1)
+    pairs = [(x, y) for x in range(len(teacher)) for y in range(len(student)) if x != y]
+    terms = [-(teacher[x] * log_p[y]).sum(-1).mean() for x, y in pairs]
+    return torch.stack(terms).mean()
+
+
+def dino_views(
+    size: tuple[int, int],
+    local_size: tuple[int, int],
+    local_views: int,
+    global_scale: tuple[float, float],
+    local_scale: tuple[float, float],
+) -> tuple[View, ...]:
+    """Two global views, one always blurred, one seldom blurred and at times solarised, and the local ones."""
+
+    def colours(blur_p: float, solarize_p: float) -> Photometric:
+        return Photometric(0.4, 0.4, 0.2, 0.1, gray_p=0.2, blur_p=blur_p, solarize_p=solarize_p)
+
+    return (
+        View("global 1", size, global_scale, photometric=colours(1.0, 0.0)),
+        View("global 2", size, global_scale, photometric=colours(0.1, 0.2)),
+        *(View(f"local {i + 1}", local_size, local_scale, photometric=colours(0.5, 0.0)) for i in range(local_views)),
+    )
+
+
+VITAL_SIGNS = (
+    VitalSign("teacher_entropy", 0.0, 0.999, "the teacher finds all prototypes alike: collapse to uniform (fig. 7)"),
+    VitalSign("largest_prototype", 0.0, 0.95, "one prototype takes every image: collapse to one dimension (fig. 7)"),
+    VitalSign("feature_spread", 0.05, 1.0, "the backbone gives every image the same features"),
+)
+
+
+def teacher_signs(p: Tensor) -> dict[str, Tensor]:
+    """Mean entropy over ln K, and the largest share of any prototype, of teacher probabilities [G, B, K]."""
+    entropy = -torch.xlogy(p, p).sum(-1).mean() / math.log(p.shape[-1])
+    return {"teacher_entropy": entropy, "largest_prototype": p.flatten(0, -2).mean(0).max()}
+
+
+class Network(nn.Module):
+    """g = h o f (sec. 3.1): a backbone f and a head h, on views of several sizes."""
+
+    def __init__(self, backbone: "Backbone", head: DINOHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Scores [V, B, K] and pooled features [V, B, D] of V views; one head pass over all of them."""
+        pooled = pooled_features(self.backbone, views)
+        return self.head(pooled.flatten(0, 1)).unflatten(0, pooled.shape[:2]), pooled
+
+
+class DINO(Objective):
+    """A student predicts, from every crop, what an EMA teacher says about the two large crops of the same image.
+
+    Two opposite collapses hold each other off: centring forbids one prototype to take all, sharpening (a low
+    teacher temperature) forbids all to be equal (sec. 5.3). Defaults are those of the 100-epoch ViT-S/16 run.
+
+    Args:
+        backbone: the student's; the teacher is a copy of it.
+        image_size: of the global views, in pixels: a side or (height, width).
+        global_scale, local_scale: area ranges of the crops.
+        local_views: number of local crops, possibly 0.
+        local_size: side in pixels; by default 96/224 of the image size, rounded to the backbone's stride.
+        out_dim: the number of prototypes K. hidden_dim, bottleneck_dim, head_norm: of the head.
+        student_temp: tau_s. teacher_temp: tau_t, reached in a line from teacher_temp_start over the first
+            teacher_temp_warmup of the run (a fraction, like freeze_last_layer).
+        centre_momentum: m of eq. 4. ema_start, ema_end: lambda of the teacher, on a cosine.
+        freeze_last_layer: how long the prototypes stay as they are (1 epoch of 100).
+        norm_last_layer: prototypes keep length 1.
+    """
+
+    family = "self-distillation"
+    paper = "Caron et al. 2021, arXiv 2104.14294"
+
+    def __init__(
+        self,
+        backbone: "Backbone",
+        *,
+        image_size: int | tuple[int, int],
+        global_scale: tuple[float, float] = (0.4, 1.0),
+        local_scale: tuple[float, float] = (0.05, 0.4),
+        local_views: int = 8,
+        local_size: int | None = None,
+        out_dim: int = 65536,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        student_temp: float = 0.1,
+        teacher_temp: float = 0.04,
+        teacher_temp_start: float = 0.04,
+        teacher_temp_warmup: float = 0.0,
+        centre_momentum: float = 0.9,
+        ema_start: float = 0.996,
+        ema_end: float = 1.0,
+        freeze_last_layer: float = 0.01,
+        norm_last_layer: bool = True,
+        head_norm: str = "none",
+    ) -> None:
+        super().__init__()
+        size = pair(image_size)
+        backbone.grid(*size)
+        local = crop_size(backbone, *(pair(local_size) if local_size else (side * 96 / 224 for side in size)))
+        self.views = dino_views(size, local, local_views, tuple(global_scale), tuple(local_scale))
+        self.student_temp = student_temp
+        self.teacher_temp = (teacher_temp_start, teacher_temp, teacher_temp_warmup)
+        self.centre_momentum = centre_momentum
+        self.ema = (ema_start, ema_end)
+        self.freeze_last_layer = freeze_last_layer
+        head = DINOHead(
+            backbone.width, hidden_dim, bottleneck_dim, out_dim, norm=head_norm, norm_last_layer=norm_last_layer
+        )
+        self.student = Network(backbone, head)
+        self.teacher = Teacher(self.student)
+        self.centre = Centre(out_dim)
+        self.vital_signs = VITAL_SIGNS
+
+    @property
+    def backbone(self) -> "Backbone":
+        """The teacher's backbone, which is the better one throughout training (sec. 5.2)."""
+        return self.teacher.network.backbone
+
+    def forward(self, views: Sequence[Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and scalars of the views [B, C, h, w], the two globals first."""
+        teacher_scores, _ = self.teacher(views[:2])
+        student_scores, pooled = self.student(views)
+        start, end, length = self.teacher_temp
+        p = (self.centre(teacher_scores) / warmup(start, end, progress, length)).softmax(dim=-1)
+        loss = dino_loss(student_scores, p, self.student_temp)
+        if self.training:
+            self.centre.observe(teacher_scores)
+        features = pooled[:2].flatten(0, 1)
+        spread = {"feature_spread": feature_spread(features), "effective_rank": effective_rank(features)}
+        return loss, {**teacher_signs(p), **spread}
+
+    def after_backward(self, progress: float) -> None:
+        """Leave the prototypes where they are while the features below them are still random (appendix C)."""
+        if progress < self.freeze_last_layer:
+            for parameter in self.student.head.last_layer.parameters():
+                parameter.grad = None
+
+    def after_step(self, progress: float) -> None:
+        """Teacher: theta_t <- lambda theta_t + (1 - lambda) theta_s (sec. 3.1). Centre: eq. 4."""
+        self.teacher.update(self.student, cosine(*self.ema, progress))
+        self.centre.update(self.centre_momentum)
