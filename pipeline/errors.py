@@ -1,4 +1,4 @@
-"""The error a user can mend: entry points print it as one line and exit with status 2, without a traceback."""
+"""The error a user can mend: entry points print it as one line and exit with status 2, no traceback."""
 
 
 class UserError(Exception):

@@ -2,16 +2,16 @@
 
 Format, version 2, all numbers little-endian:
 
-    header       version, number of fields, page size, number of samples, address of the allocations (24 bytes)
+    header       version, number of fields, page size, samples, address of the allocations (24 bytes)
     fields       type, name (16 bytes, zero-filled), arguments (1024 bytes), one descriptor each
     metadata     one record per sample, the fields' records side by side, aligned as C structs are
     pages        payloads, no payload crosses a page boundary
     allocations  (sample, address, size) of every payload, up to the end of the file
 
-Two properties let a file be written as a stream, knowing neither the number of images nor their sizes ahead:
-room between the metadata and the first page is legal, so records are reserved for `n_max` images and the true
-count goes into the header at the end; and a payload within one small page is also within one large page, so the
-page size may grow.
+Two properties let a file be written as a stream, knowing neither the number of images nor their sizes:
+room between the metadata and the first page is legal, so records are reserved for `n_max` images and the
+true count goes into the header at the end; and a payload within one small page is also within one large
+page, so the page size may grow.
 """
 
 import os
@@ -28,7 +28,7 @@ from pipeline.errors import UserError
 
 VERSION = 2
 JPEG, RAW = 0, 1  # values of an image's `mode`
-PAGE = 8 << 20  # smallest page written: FFCV's own default
+PAGE = 2 << 20  # smallest page written, and the smallest FFCV knows
 LARGEST_PAYLOAD = 1 << 31  # a page size must fit 32 bits
 
 HEADER = np.dtype(
@@ -170,7 +170,7 @@ class BetonReader:
     """Any `.beton` with an RGB image field: ours, or one written by FFCV under any field names.
 
     path         the file
-    metadata     one record per image: mode (JPEG or RAW), width, height, data_ptr, size (bytes), label (or -1)
+    metadata     one record per image: mode (JPEG or RAW), width, height, data_ptr, size (bytes), label or -1
     data         the whole file as uint8, mapped into memory: payload i is data[data_ptr : data_ptr + size]
     image_field  name of the first RGB field
     label_field  name of the integer field that holds the label ("label", else the first), or None
@@ -260,7 +260,7 @@ class BetonReader:
         return len(self.metadata)
 
     def read(self, index: int) -> tuple[Image, int, int, int]:
-        """(JPEG bytes or RGB pixels [h, w, 3], height, width, label) of one image; pixels are a read-only view."""
+        """(JPEG bytes or pixels [h, w, 3], height, width, label) of one image; pixels are read-only."""
         record = self.metadata[index]
         start, height, width = int(record["data_ptr"]), int(record["height"]), int(record["width"])
         payload = self.data[start : start + int(record["size"])]
