@@ -1,0 +1,57 @@
+"""What every entry point shares: errors in one line, exit statuses, and an orderly end on Ctrl-C and SIGTERM."""
+
+import contextlib
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+
+from pipeline.errors import UserError
+
+STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+def guarded(command: Callable[[], int], *, debug: bool = False) -> int:
+    """The exit status of a command: its own, 2 for a mistake that the user can mend, 1 for any other failure.
+
+    Errors are told in one line each; with `debug`, after their traceback.
+    """
+    try:
+        return command()
+    except KeyboardInterrupt:
+        status, line = 130, "stopped"
+    except UserError as error:
+        status, line = 2, f"error: {error}"
+    except Exception as error:
+        status, line = 1, f"failed: {error or type(error).__name__}{'' if debug else ' (--debug shows where)'}"
+    if debug:
+        traceback.print_exc()
+    print(line, file=sys.stderr, flush=True)
+    return status
+
+
+class Stop(threading.Event):
+    """Set by the first Ctrl-C or SIGTERM; `cause` says which."""
+
+    cause: signal.Signals | None = None
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Within it, Ctrl-C and SIGTERM ask for an orderly end; a second Ctrl-C interrupts at once."""
+    stop = Stop()
+
+    def ask(number: int, frame: object) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.cause = signal.Signals(number)
+        stop.set()
+        print(f"{stop.cause.name}: stopping after this step, with a checkpoint …", file=sys.stderr, flush=True)
+
+    before = {number: signal.signal(number, ask) for number in STOPPED}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,358 @@
+"""One run's configuration: what the command line says, what the recipe fills in, what `config.yaml` keeps.
+
+Imports no torch, so that `--help` and every message about a mistake come at once.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+
+from backbones import names
+from pipeline import recipes
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Pretrain a backbone on images nobody labelled.
+
+    What is left open is filled by the recipe for the objective, the backbone's family and the size of the data;
+    the filled-in configuration is printed at the start and kept in the run folder as config.yaml.
+    """
+
+    backbone: str = "vit_s16"
+    """lenet5, resnet18, efficientnet_b0, vit_s16 ... or any timm name; `python -m backbones` lists them."""
+    objective: str = "dino"
+    """The self-supervised objective; `python -m objectives` lists them."""
+    data: str = "embedded"
+    """A folder, .tar, .parquet, .csv or .beton, here or at any fsspec address; "embedded" is a generated set."""
+    val_data: str | None = None
+    """Held-out images for the k-NN and linear accuracy. Left open: a train/ + val/ pair, else a split by content."""
+    epochs: int | None = None
+    """Passes over the training images."""
+    batch_size: int | None = None
+    """Global batch: images per optimiser step over all workers and accumulated parts."""
+    image_size: int | None = None
+    """Pixels per side of the (global) views."""
+    lr: float | None = None
+    """Peak learning rate, as it is; left open: the recipe's, scaled linearly with the batch."""
+    optimiser: Literal["adamw", "sgd", "lars"] | None = None
+    weight_decay: float | None = None
+    """At the start; norms, biases and tokens never decay."""
+    weight_decay_end: float | None = None
+    """At the end, reached by a cosine."""
+    warmup: float | None = None
+    """Share of the run over which the learning rate rises."""
+    lr_end: float | None = None
+    """Learning rate at the end, as a share of the peak."""
+    betas: tuple[float, float] | None = None
+    """AdamW's."""
+    clip: float | None = None
+    """Largest gradient norm; 0 clips nothing."""
+    drop_path: float | None = None
+    """Stochastic depth of the student."""
+    seed: int = 0
+    limit: int | None = None
+    """Use at most this many training images."""
+    workers: int = 1
+    """Processes that train together, one to a GPU or to a share of the CPU cores."""
+    engine: Literal["ray", "local"] = "ray"
+    """ray: Ray Train, on the cluster that is there or on this machine; local: this process, without Ray."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the device computes in it, else fp32."""
+    compile: bool = False
+    """Compile the step (torch.compile): slower start, faster steps."""
+    accumulate: int = 1
+    """Parts a worker's batch is computed in, to save memory."""
+    loader: Literal["auto", "ffcv", "opencv"] = "auto"
+    """What decodes and crops; auto: ffcv where it is installed."""
+    knn_every: float | None = None
+    """Epochs between measurements of k-NN accuracy while training; 0 for none, left open: ten over the run."""
+    checkpoint_every: float = 5.0
+    """Minutes between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept."""
+    run: str | None = None
+    """Run folder; left open: a fresh, readable name below the storage."""
+    storage: str | None = None
+    """Where runs and tracking go, any fsspec address; left open: runs/, or in a cluster job ~/ssl-runs."""
+    cache: str | None = None
+    """Where packed data sets are kept; left open: ~/.cache/ssl-pretraining."""
+    resume: str | None = None
+    """Continue this run folder exactly where its last checkpoint stands."""
+    config: str | None = None
+    """A saved config.yaml to start from; other options override it."""
+    debug: bool = False
+    """Show the traceback of an error."""
+    options: dict[str, Any] = field(default_factory=dict)
+    recipe: str | None = None
+
+
+# Options that say how or where to compute, not what: they may change when a run continues.
+FREE_ON_RESUME = {
+    *("workers", "engine", "compile", "loader", "knn_every", "checkpoint_every", "keep"),
+    *("run", "storage", "cache", "resume", "config", "debug"),
+}
+
+
+def parse(argv: Sequence[str] | None = None, prog: str = "python -m pipeline.pretrain") -> Config:
+    """The configuration that a command line asks for, with the recipe's part still open (None).
+
+    Raises:
+        UserError: an unknown option, objective or backbone, an impossible value, an unreadable `--config`.
+    """
+    import tyro
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    saved = Config()
+    if path := _peek(argv, "config"):
+        saved = load(path)
+    elif run := _peek(argv, "resume"):
+        saved = load(Path(run) / "config.yaml") if (Path(run) / "config.yaml").exists() else saved
+    objective = _peek(argv, "objective") or saved.objective
+    if objective not in recipes.OBJECTIVES:
+        raise UserError(f"--objective {objective}: unknown{_nearest(objective, recipes.OBJECTIVES)}")
+    published = recipes.options_of(objective)
+    kept = saved.options if objective == saved.objective else {}
+    Options: Any = dataclasses.make_dataclass(
+        "Options",
+        [(key, _argument(_kind(value), f"Published: {value}."), kept.get(key)) for key, value in published.items()],
+    )
+    Options.__doc__ = f"Options of {objective}; left open, the recipe's."
+    open_fields = [
+        (f.name, tyro.conf.Suppress[f.type] if f.name == "recipe" else _argument(f.type), None)
+        for f in dataclasses.fields(Config)
+        if f.default is None
+    ]
+    Arguments: Any = dataclasses.make_dataclass(
+        "Arguments",
+        [*open_fields, ("options", Options, field(default_factory=Options))],
+        bases=(Config,),
+        frozen=True,
+    )
+    known = [f.name for f in dataclasses.fields(Config)] + [f"options.{key}" for key in published] + ["help"]
+    _refuse_unknown(argv, known)
+    start = {f.name: getattr(saved, f.name) for f in dataclasses.fields(Config) if f.name != "options"}
+    parsed = tyro.cli(
+        Arguments,
+        args=argv,
+        prog=prog,
+        default=Arguments(**start),
+        description=f"{inspect.cleandoc(str(Config.__doc__))}\n\n{EXAMPLES}",
+    )
+    values = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(Config)}
+    values["options"] = {k: v for k, v in dataclasses.asdict(parsed.options).items() if v is not None}
+    config = Config(**values)
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Refuse what can be seen to be wrong before anything is loaded.
+
+    Raises:
+        UserError: one sentence that names the option, its value and the way out.
+    """
+    try:
+        names.resolve(config.backbone)
+    except names.UnknownBackbone as error:
+        raise UserError(f"--backbone {error}") from None
+    for name in ("epochs", "batch_size", "image_size", "limit", "workers", "accumulate", "keep"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    for name in ("lr", "checkpoint_every"):
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
+    if config.warmup is not None and not 0 <= config.warmup < 1:
+        raise UserError(f"--warmup {config.warmup}: is a share of the run, from 0 to below 1")
+    if config.batch_size is not None and config.batch_size % (config.workers * config.accumulate):
+        raise UserError(
+            f"--batch-size {config.batch_size}: is global, so it must divide by --workers {config.workers} "
+            f"times --accumulate {config.accumulate}"
+        )
+    if config.engine == "local" and config.workers > 1:
+        raise UserError(f"--workers {config.workers}: --engine local is one process; use --engine ray")
+    for name in ("data", "val_data"):
+        address = getattr(config, name)
+        if address and "://" not in address and address.split(":")[0] != "embedded" and not Path(address).exists():
+            raise UserError(f"--{name.replace('_', '-')} {address}: no such file or folder")
+
+
+def resolve(config: Config, *, images: int, side: int) -> Config:
+    """Fill what is open from the recipe.
+
+    Args:
+        config: as parsed.
+        images: training images there are.
+        side: their median shorter side, pixels.
+
+    Raises:
+        UserError: where the batch cannot be made to fit the data.
+    """
+    scale = recipes.scale_of(config.data, images, side)
+    recipe = recipes.find(config.objective, names.family(config.backbone), scale)
+    batch = config.batch_size or recipe.batch_size
+    parts = config.workers * config.accumulate
+    if batch > images:
+        batch = images
+    batch -= batch % parts
+    if batch < 1:
+        raise UserError(
+            f"--data {config.data}: {images} images are too few for {config.workers} workers "
+            f"times {config.accumulate} accumulated parts"
+        )
+    filled = {
+        "epochs": recipe.epochs,
+        "image_size": recipe.image_size,
+        "lr": recipe.base_lr * batch / 256,
+        "optimiser": recipe.optimiser,
+        "weight_decay": recipe.weight_decay,
+        "weight_decay_end": recipe.weight_decay if recipe.weight_decay_end is None else recipe.weight_decay_end,
+        "warmup": recipe.warmup,
+        "lr_end": recipe.lr_end,
+        "betas": recipe.betas,
+        "clip": recipe.clip or 0.0,
+        "drop_path": recipe.drop_path,
+    }
+    filled = {key: value for key, value in filled.items() if getattr(config, key) is None}
+    if config.weight_decay is not None and config.weight_decay_end is None:
+        filled["weight_decay_end"] = config.weight_decay
+    return dataclasses.replace(
+        config,
+        batch_size=batch,
+        options=dict(recipe.options) | config.options,
+        recipe=f"{config.objective}/{names.family(config.backbone)}/{scale}: {recipe.source}",
+        **filled,
+    )
+
+
+def save(config: Config, path: Path) -> None:
+    """Write a configuration as YAML, in the order of the command line."""
+    path.write_text(dump(config))
+
+
+def dump(config: Config) -> str:
+    """A configuration as YAML; tuples become lists."""
+    plain = dataclasses.asdict(config)
+    plain["betas"] = list(plain["betas"]) if plain["betas"] else None
+    plain["options"] = {k: list(v) if isinstance(v, tuple) else v for k, v in plain["options"].items()}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def load(path: str | Path) -> Config:
+    """Read a `config.yaml`.
+
+    Raises:
+        UserError: a missing file, no YAML, or a key that no option has.
+    """
+    try:
+        return read(Path(path).read_text(), str(path))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+
+
+def read(text: str, name: str) -> Config:
+    """A configuration from YAML; `name` is what errors call it.
+
+    Raises:
+        UserError: no YAML, or a key that no option has.
+    """
+    try:
+        plain = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{name}: is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(plain, dict):
+        raise UserError(f"{name}: holds no configuration")
+    known = [f.name for f in dataclasses.fields(Config)]
+    for key in plain:
+        if key not in known:
+            raise UserError(f"{name}: unknown key {key!r}{_nearest(str(key), known)}")
+    if plain.get("betas"):
+        plain["betas"] = tuple(plain["betas"])
+    plain["options"] = {k: tuple(v) if isinstance(v, list) else v for k, v in (plain.get("options") or {}).items()}
+    return Config(**plain)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Sentences on what a continued run would change that it must not: "lr 0.001 → 0.002"."""
+    before, after = dataclasses.asdict(old), dataclasses.asdict(new)
+    lines = []
+    for key, value in after.items():
+        if key in FREE_ON_RESUME or key in ("recipe", "options") or value is None:
+            continue
+        if value != before[key]:
+            lines.append(f"--{key.replace('_', '-')} {before[key]} → {value}")
+    for key, value in after["options"].items():
+        if before["options"].get(key) != value:
+            lines.append(f"--options.{key.replace('_', '-')} {before['options'].get(key)} → {value}")
+    return lines
+
+
+EXAMPLES = """Examples:
+  python -m pipeline.pretrain --backbone vit_s16
+  python -m pipeline.pretrain --backbone resnet18 --objective mae --data photos/ --epochs 100
+  ray job submit --working-dir . -- python -m pipeline.pretrain --backbone vit_s16 --data s3://photos --workers 8
+  python -m pipeline.pretrain --resume runs/vit_s16-dino-photos-0712"""
+
+
+def _argument(kind: Any, text: str | None = None) -> Any:
+    """An option that may be left open: its help shows the type alone."""
+    import tyro
+
+    kinds = [k for k in get_args(kind) if k is not type(None)] if type(None) in get_args(kind) else [kind]
+    shown = {int: "INT", float: "FLOAT", str: "STR", bool: "{True,False}"}
+    words = " ".join(
+        "{" + ",".join(get_args(k)) + "}"
+        if get_origin(k) is Literal
+        else " ".join("FLOAT" for _ in get_args(k))
+        if get_origin(k) is tuple
+        else shown[k]
+        for k in kinds
+    )
+    return Annotated[kind | None, tyro.conf.arg(metavar=words, help=text, help_behavior_hint="")]
+
+
+def _kind(value: Any) -> Any:
+    """The type that the command line reads for an option with this published value."""
+    if value is None:
+        return int
+    if isinstance(value, tuple):
+        return tuple[(float,) * len(value)]  # type: ignore[misc]
+    return type(value)
+
+
+def _peek(argv: Sequence[str], name: str) -> str | None:
+    """The value of `--name value` or `--name=value`, before the real parsing."""
+    for i, word in enumerate(argv):
+        if word == f"--{name}" and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(f"--{name}="):
+            return word.split("=", 1)[1]
+    return None
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    """ "; did you mean …?" or "; there are …"."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
+
+
+def _refuse_unknown(argv: Sequence[str], known: Sequence[str]) -> None:
+    """Name the first unknown `--option` and the one that was probably meant."""
+    for word in argv:
+        if not word.startswith("--") or word == "--":
+            continue
+        name = word[2:].split("=", 1)[0].replace("-", "_")
+        if name not in known and name.removeprefix("no_") not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean --{near[0].replace('_', '-')}?" if near else "--help lists all options"
+            raise UserError(f"{word.split('=', 1)[0]}: no such option; {hint}")

@@ -1,0 +1,24 @@
+"""`python -m pipeline.pretrain`: from images to a trained, measured backbone."""
+
+import sys
+from collections.abc import Sequence
+
+from pipeline import config
+from pipeline.command import guarded
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0, or 1 failed, 2 a user's mistake, 130 Ctrl-C, 143 SIGTERM."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+
+    def command() -> int:
+        configuration = config.parse(argv)
+        from pipeline.training.launch import launch  # torch comes with it, after all that can be refused without
+
+        return launch(configuration, argv)
+
+    return guarded(command, debug="--debug" in argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""What a run says at its start and at its end: ten lines, then the table, `summary.json`, and the lines to paste."""
+
+import contextlib
+import platform
+import shlex
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from pipeline import tracking
+from pipeline.training.run_folder import RunFolder
+from pipeline.training.worker import Job
+
+VERSIONS = ("torch", "timm", "ray", "mlflow", "ffcv", "numpy")
+
+
+@contextlib.contextmanager
+def packing() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar for packing; it appears with the first call (images done, images in all)."""
+    bar = Progress(
+        TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn(),
+        console=Console(stderr=True), transient=True,
+    )  # fmt: skip
+    task = bar.add_task("", total=None)
+
+    def progress(done: int, total: int) -> None:
+        if not bar.live.is_started:
+            bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield progress
+    finally:
+        bar.stop()
+
+
+def introduce(job: Job, folder: RunFolder, engine: str, note: str, uri: str) -> None:
+    """Say what is about to run, in ten lines."""
+    config, train, val = job.config, job.train, job.val
+    seen = folder.checkpoints()
+    lines = {
+        "run": f"{folder.address}{f' (continued at {seen[-1]:,} images)' if seen else ''}",
+        "backbone": config.backbone,
+        "objective": config.objective,
+        "recipe": config.recipe,
+        "train": f"{train.images:,} images, {len(train.classes) or 'no'} classes"
+        + (f", {train.rejected_count:,} files left out (rejected.csv)" if train.rejected_count else ""),
+        "val": f"{val.images:,} images" + (f" ({note})" if note else "") if val else "none: accuracy is not measured",
+        "length": f"{config.epochs} epochs at batch {config.batch_size}, {config.image_size} px, "
+        f"{config.optimiser} at learning rate {config.lr:.2g}",
+        "engine": engine,
+        "tracking": tracking.redact(uri),
+    }
+    for name, value in lines.items():
+        print(f"{name:>10}  {value}", flush=True)
+
+
+def conclude(
+    job: Job, folder: RunFolder, result: dict[str, Any], tracker: Any, uri: str, run_id: str, seconds: float
+) -> dict[str, Any]:
+    """Write `summary.json`, tell MLflow, print the table and how to go on; returns the summary."""
+    config = job.config
+    summary = {
+        "backbone": config.backbone,
+        "objective": config.objective,
+        **{key: value for key, value in result.items() if key != "stopped"},
+        "rejected": job.train.rejected_count,
+        "mlflow_run_id": run_id,
+        "config": folder.path("config.yaml"),
+        "versions": {"python": platform.python_version(), **versions()},
+        "device": device_name(job.device),
+        "seconds": seconds,
+    }
+    folder.write_json("summary.json", summary)
+    final = {
+        "knn_top1": summary["knn_top1"],
+        "linear_top1": summary["linear_top1"],
+        **{f"{floor}_{name}": value for floor in ("untrained", "pixels") for name, value in summary[floor].items()},
+    }
+    tracker.log({k: float(v) for k, v in final.items() if isinstance(v, int | float)}, summary["images_seen"])
+    for name in ("config.yaml", "summary.json", "backbone.safetensors"):
+        tracker.log_artifact(folder.path(name), "")
+    table(summary)
+    address = shlex.quote(folder.address)
+    print(f"""
+{summary['images_seen']:,} images in {summary['training_seconds']:.0f} s of training: """
+          f"""{summary['images_per_second']:.0f} images/s, {summary['data_wait']:.1%} of it waiting for data
+run folder   {folder.address}
+checkpoint   {summary['checkpoint']}
+evaluate     python -m pipeline.evaluate {address}
+load         import backbones; backbone = backbones.load({folder.address!r})
+look         mlflow ui --backend-store-uri {shlex.quote(tracking.redact(uri))}""")  # fmt: skip
+    return summary
+
+
+def table(summary: dict[str, Any]) -> None:
+    """Print the accuracies of the trained backbone, the untrained one and raw pixels."""
+    rows = Table("top-1 accuracy", box=None, header_style="bold")
+    rows.add_column("k-NN", justify="right")
+    rows.add_column("linear", justify="right")
+    for name, scores in (
+        (f"{summary['backbone']} + {summary['objective']}", summary),
+        (f"{summary['backbone']} untrained", summary["untrained"]),
+        ("raw pixels", summary["pixels"]),
+    ):
+        rows.add_row(name, *(percent(scores[key]) for key in ("knn_top1", "linear_top1")))
+    Console().print("", rows)
+
+
+def percent(value: float | None) -> str:
+    """An accuracy in [0, 1] for people; a dash where nothing was measured."""
+    return "–" if value is None else f"{value:.1%}"
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what decides a run's numbers."""
+    found = {}
+    for name in VERSIONS:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or the processor's."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "cpu"

@@ -1,0 +1,202 @@
+"""The driver's side of a run: prepare the data, begin or continue the run folder, train on an engine, conclude."""
+
+import os
+import re
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from backbones import names
+from pipeline import cluster, tracking
+from pipeline import config as configuration
+from pipeline.command import STOPPED, Stop, stop_signals
+from pipeline.config import Config
+from pipeline.data import embedded, pack
+from pipeline.data.beton import BetonReader
+from pipeline.data.packed import Packed
+from pipeline.errors import UserError
+from pipeline.training import conclusion
+from pipeline.training.display import Display, Status
+from pipeline.training.links import Links
+from pipeline.training.run_folder import RunFolder
+from pipeline.training.worker import Job, work
+
+EMBEDDED = {"train": 4096, "val": 1024}  # images of the generated set
+EMBEDDED_SIZE = 64  # their side in pixels
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where a run trains.
+
+    Args:
+        name: for people to read.
+        device: "cuda" or "cpu".
+        threads: CPU threads for each worker.
+        run: takes the job, MLflow's (address, run id), the display and the stop event; returns rank 0's result.
+    """
+
+    name: str
+    device: str
+    threads: int
+    run: Callable[[Job, tuple[str, str], Display, Stop], dict[str, Any]]
+
+
+def launch(config: Config, argv: Sequence[str]) -> int:
+    """Run a configuration from its data to its summary; returns the exit status.
+
+    Raises:
+        UserError: data, run folder or cluster do not fit the configuration.
+    """
+    started = time.monotonic()
+    address = config.resume or config.run
+    earlier = load_earlier(address) if address else None
+    if config.resume and earlier is None:
+        raise UserError(f"--resume {address}: no run is there (it has no config.yaml)")
+    train, val, note = prepare_data(config)
+    config = configuration.resolve(config, images=train.images, side=median_side(train))
+    if earlier and (changes := configuration.differences(earlier, config)):
+        raise UserError(
+            f"{address}: is a run with another configuration ({'; '.join(changes)}); "
+            "repeat its options, or give another --run"
+        )
+    engine = choose_engine(config)
+    storage = storage_of(config)
+    folder = RunFolder(address or f"{storage}/{fresh_name(config)}")
+    config = replace(config, run=folder.address, resume=None, config=None)
+    job = Job(config, folder.address, train, val, engine.device, engine.threads)
+    uri = tracking.default_uri(storage)
+    run_id = begin(job, folder, uri, argv)
+    conclusion.introduce(job, folder, engine.name, note, uri)
+
+    with stop_signals() as stop:
+        display = Display()
+        try:
+            result = engine.run(job, (uri, run_id), display, stop)
+        except BaseException as error:
+            tracking.Tracker(uri, run_id).finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+        finally:
+            display.close()
+    tracker = tracking.Tracker(uri, run_id)
+    if result["stopped"]:
+        tracker.finish("KILLED")
+        print(f"stopped with a checkpoint at {result['images_seen']:,} images; this continues it:\n"
+              f"  python -m pipeline.pretrain --resume {shlex.quote(folder.address)}")  # fmt: skip
+        return STOPPED[stop.cause] if stop.cause else 0
+    conclusion.conclude(job, folder, result, tracker, uri, run_id, time.monotonic() - started)
+    tracker.finish("FINISHED")
+    return 0
+
+
+def load_earlier(address: str) -> Config | None:
+    """The configuration of the run at an address, None where there is no run."""
+    folder = RunFolder(address)
+    if not folder.exists("config.yaml"):
+        return None
+    return configuration.read(folder.read("config.yaml").decode(), folder.path("config.yaml"))
+
+
+def prepare_data(config: Config) -> tuple[Packed, Packed | None, str]:
+    """The packed training and validation sets, and a sentence on how they were split."""
+    cache = Path(config.cache) if config.cache else Path.home() / ".cache" / "ssl-pretraining"
+    if config.data.split(":")[0] == "embedded":
+        train, val = (
+            embedded.packed(cache, part, config.limit if config.limit and part == "train" else n, EMBEDDED_SIZE, 0)
+            for part, n in EMBEDDED.items()
+        )
+        return train, val, "generated, val drawn apart from train"
+    with conclusion.packing() as progress:
+        return pack.open_split(config.data, config.val_data, cache, limit=config.limit, on_progress=progress)
+
+
+def median_side(packed: Packed) -> int:
+    """The median of the images' shorter sides, in pixels."""
+    metadata = BetonReader(packed.path).metadata
+    return int(np.median(np.minimum(metadata["height"], metadata["width"])))
+
+
+def storage_of(config: Config) -> str:
+    """Where runs and tracking go: as asked, else runs/ here, or the home folder where this folder is temporary."""
+    if config.storage:
+        return config.storage.rstrip("/")
+    return str(Path.home() / "ssl-runs" if cluster.in_job() else Path("runs").absolute())
+
+
+def fresh_name(config: Config) -> str:
+    """A readable name for a new run: backbone-objective-data-monthday-hourminutesecond."""
+    data = re.sub(r"\W+", "_", Path(config.data.rstrip("/").split(":")[-1]).stem).strip("_") or "data"
+    backbone = config.backbone.replace("/", "_")
+    return f"{backbone}-{config.objective}-{data[:24]}-{datetime.now():%m%d-%H%M%S}"
+
+
+def begin(job: Job, folder: RunFolder, uri: str, argv: Sequence[str]) -> str:
+    """Write what the run folder starts with and open the MLflow run, or the earlier one again; returns its id."""
+    config, train = job.config, job.train
+    folder.write("config.yaml", configuration.dump(config))
+    if train.rejected:
+        folder.write("rejected.csv", train.rejected.read_bytes())
+    if folder.exists("mlflow_run_id"):
+        run_id = folder.read("mlflow_run_id").decode()
+        kept = folder.checkpoints()
+        if tracking.resume_run(uri, run_id, kept[-1] if kept else 0):
+            return run_id
+    data = re.sub(r"\W+", "_", Path(config.data.rstrip("/")).stem).strip("_") or "data"
+    run_id = tracking.start_run(
+        uri,
+        experiment=data,
+        name=Path(folder.address).name,
+        tags={
+            "backbone": config.backbone,
+            "objective": config.objective,
+            "data": data,
+            "family": names.family(config.backbone),
+            "run_folder": folder.address,
+            "command": tracking.redact(shlex.join(["python", "-m", "pipeline.pretrain", *argv])),
+        },
+        params=asdict(config),
+        dataset={"name": data, "digest": train.fingerprint, "path": str(train.path),
+                 "images": train.images, "classes": len(train.classes)},
+        config_path=folder.path("config.yaml"),
+    )  # fmt: skip
+    folder.write("mlflow_run_id", run_id)
+    return run_id
+
+
+def choose_engine(config: Config) -> Engine:
+    """The engine that the configuration and the machine call for; begins or joins a Ray cluster where needed."""
+    if config.engine == "ray" and cluster.connect(config.workers):
+        device, threads = cluster.placement(config.workers)
+        place = f"Ray Train, {config.workers} worker{'s' * (config.workers > 1)}"
+        return Engine(f"{place} on {device}, {threads} cores each", device, threads, cluster.fit)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    threads = len(os.sched_getaffinity(0))
+    if config.engine == "ray":
+        return Engine(f"Ray Train in this process on {device}, {threads} cores", device, threads, ray_alone)
+    return Engine(f"this process on {device}, {threads} cores", device, threads, alone)
+
+
+def alone(job: Job, tracking_run: tuple[str, str], display: Display, stop: Stop) -> dict[str, Any]:
+    """Train in this process."""
+    tracker = tracking.Tracker(*tracking_run)
+
+    def exchange(status: Status) -> bool:
+        display.show(status)
+        return stop.is_set()
+
+    try:
+        return work(job, Links(exchange, tracker.log, lambda packed: packed))
+    finally:
+        tracker.flush()
+
+
+def ray_alone(job: Job, tracking_run: tuple[str, str], display: Display, stop: Stop) -> dict[str, Any]:
+    """Train in this process, through Ray Train's local mode."""
+    return cluster.alone(lambda: alone(job, tracking_run, display, stop))

@@ -1,0 +1,76 @@
+"""What rank 0 measures of a run: k-NN now and then, everything at the end with both floors beside it."""
+
+import json
+from typing import Any
+
+import safetensors.torch
+import torch
+
+import backbones
+import objectives
+from backbones import Backbone
+from pipeline import evaluation
+from pipeline.config import Config
+from pipeline.data.pack import Packed
+from pipeline.training.run_folder import RunFolder
+
+ONLINE_IMAGES = 5_000  # of the training set, the bank of the online k-NN
+MEASUREMENTS = 10  # of k-NN over a run, where --knn-every is left open
+
+
+def fresh_backbone(config: Config) -> Backbone:
+    """The configured backbone, its weights drawn from torch's generator as it stands."""
+    kind = objectives.objective(config.objective)
+    return backbones.create(
+        config.backbone, image_size=int(config.image_size or 0), drop_path=config.drop_path or 0.0, pool=kind.pool
+    )
+
+
+class OnlineKnn:
+    """k-NN accuracy while training, at every `--knn-every` epochs.
+
+    Args:
+        train, val: packed sets on this machine; without labels, or without `val`, nothing is ever due.
+        planned: images of the whole run.
+    """
+
+    def __init__(self, config: Config, train: Packed, val: Packed | None, device: torch.device, planned: int) -> None:
+        self.config, self.train, self.val, self.device = config, train, val, device
+        epochs = int(config.epochs or 1)
+        every = epochs / MEASUREMENTS if config.knn_every is None else config.knn_every
+        self.every = every * planned / epochs
+        if not every or val is None or not train.classes or not val.classes:
+            self.every = 0.0
+        self._last = 0
+
+    def due(self, seen: int) -> bool:
+        """Whether the next interval has been reached; the end is left to the final measurement."""
+        return bool(self.every) and int(seen / self.every) > self._last
+
+    def __call__(self, backbone: Backbone, seen: int) -> float:
+        """The accuracy now, on at most `ONLINE_IMAGES` of the training set as bank."""
+        self._last = int(seen / self.every)
+        assert self.val is not None
+        result = evaluation.evaluate_backbone(
+            backbone, self.train, self.val, image_size=int(self.config.image_size or 0), protocols=("knn",),
+            device=self.device, limit=ONLINE_IMAGES,
+        )  # fmt: skip
+        return float(result["knn_top1"])
+
+
+def finish(
+    config: Config, folder: RunFolder, backbone: Backbone, train: Packed, val: Packed | None, device: torch.device
+) -> dict[str, Any]:
+    """Export the backbone and measure it beside the untrained one and raw pixels; this part of `summary.json`."""
+    export(backbone, folder)
+    torch.manual_seed(config.seed)
+    untrained = fresh_backbone(config).to(device)
+    return {"backbone_file": folder.path("backbone.safetensors")} | evaluation.with_floors(
+        backbone, untrained, train, val, image_size=int(config.image_size or 0), device=device, seed=config.seed
+    )
+
+
+def export(backbone: Backbone, folder: RunFolder) -> None:
+    """Write the backbone's weights and how to build it again: backbone.safetensors, backbone.json."""
+    weights = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
+    folder.write("backbone.safetensors", safetensors.torch.save(weights, {"config": json.dumps(backbone.config)}))

@@ -1,0 +1,88 @@
+"""Optimisers and the two schedules that drive them, as functions of progress = images seen / images planned."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import Config
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling with momentum (You et al. 2017, algorithm 1).
+
+    Parameter groups with `trust=False` (norms, biases) take plain momentum steps, as in SimCLR and BYOL.
+
+    Args:
+        trust_coefficient: η, the local rate is lr · η · ‖w‖ / ‖g + wd·w‖.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 0.001,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": True,
+                    "trust_coefficient": trust_coefficient}  # fmt: skip
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                update = p.grad.add(p, alpha=group["weight_decay"])
+                if group["trust"]:
+                    weight_norm, update_norm = p.norm(), update.norm()
+                    usable = (weight_norm > 0) & (update_norm > 0)
+                    ratio = group["trust_coefficient"] * weight_norm / update_norm
+                    update = update * torch.where(usable, ratio, torch.ones_like(ratio))
+                state = self.state[p]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].mul_(group["momentum"]).add_(update)
+                p.add_(state["momentum"], alpha=-group["lr"])
+
+
+def build(groups: list[dict[str, Any]], config: Config, device: torch.device) -> torch.optim.Optimizer:
+    """The configured optimiser over an objective's parameter groups."""
+    lr = float(config.lr or 0.0)
+    groups = [{**group, "trust": group["wd_scale"] > 0} for group in groups]
+    if config.optimiser == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=True)
+    if config.optimiser == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, foreach=True)
+    return LARS(groups, lr=lr)
+
+
+def set_rates(optimiser: torch.optim.Optimizer, config: Config, progress: float) -> float:
+    """Write this step's learning rate and weight decay into every group; returns the learning rate."""
+    lr = learning_rate(config, progress)
+    start, end = float(config.weight_decay or 0.0), float(config.weight_decay_end or 0.0)
+    decay = end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+    for group in optimiser.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        group["weight_decay"] = decay * group["wd_scale"]
+    return lr
+
+
+def learning_rate(config: Config, progress: float) -> float:
+    """Linear warm-up, then half a cosine from the peak to `lr_end` times the peak (Loshchilov & Hutter 2017)."""
+    peak, warmup = float(config.lr or 0.0), float(config.warmup or 0.0)
+    if progress < warmup:
+        return peak * progress / warmup
+    along = (progress - warmup) / (1 - warmup)
+    return peak * (config.lr_end + (1 - config.lr_end) * (1 + math.cos(math.pi * along)) / 2)
+
+
+def clip(module: nn.Module, largest: float) -> Tensor:
+    """The norm of all gradients together, which are scaled down to `largest` where they exceed it (0: never)."""
+    parameters = [p for p in module.parameters() if p.grad is not None]
+    return nn.utils.clip_grad_norm_(parameters, largest or math.inf, foreach=True)

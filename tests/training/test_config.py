@@ -1,0 +1,129 @@
+"""The command line, what recipes fill in, and what is kept."""
+
+import dataclasses
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import objectives
+from pipeline import config, recipes
+from pipeline.config import Config
+from pipeline.errors import UserError
+
+
+def resolved(*argv: str, images: int = 5000, side: int = 160) -> Config:
+    return config.resolve(config.parse(list(argv)), images=images, side=side)
+
+
+def test_the_bare_command_is_complete():
+    filled = resolved()
+    left_open = {"val_data", "limit", "knn_every", "run", "storage", "cache", "resume", "config"}
+    open_now = {f.name for f in dataclasses.fields(filled) if getattr(filled, f.name) is None}
+    assert open_now == left_open
+    assert filled.backbone == "vit_s16"
+
+
+@pytest.mark.parametrize("key", recipes.RECIPES)
+def test_a_recipe_names_every_option_of_its_objective(key):
+    kind = objectives.objective(key[0])
+    keywords = {
+        name
+        for name, parameter in inspect.signature(kind).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name != "image_size"
+    }
+    assert set(recipes.RECIPES[key].options) == keywords
+    assert len(recipes.RECIPES[key].source) > 20
+
+
+@pytest.mark.parametrize("objective", recipes.OBJECTIVES)
+def test_the_published_options_are_the_defaults_of_the_objective(objective):
+    parameters = inspect.signature(objectives.objective(objective)).parameters
+    assert {name: parameters[name].default for name in recipes.options_of(objective)} == recipes.options_of(objective)
+
+
+@pytest.mark.parametrize("objective", recipes.OBJECTIVES)
+@pytest.mark.parametrize("backbone", ["resnet18", "vit_ti16"])
+@pytest.mark.parametrize(("images", "side"), [(500, 32), (2000, 300), (1_300_000, 400)])
+def test_every_objective_has_a_recipe_for_any_data(objective, backbone, images, side, tmp_path):
+    asked = ["--objective", objective, "--backbone", backbone, "--data", str(tmp_path)]
+    filled = resolved(*asked, images=images, side=side)
+    assert filled.recipe
+    assert 1 <= filled.batch_size <= images
+
+
+def test_the_learning_rate_scales_with_the_batch_unless_given(tmp_path):
+    one = resolved("--data", str(tmp_path), "--batch-size", "128")
+    two = resolved("--data", str(tmp_path), "--batch-size", "256")
+    assert two.lr == pytest.approx(2 * one.lr)
+    assert resolved("--lr", "0.5", "--batch-size", "256").lr == 0.5
+
+
+def test_a_batch_larger_than_the_data_is_made_to_fit(tmp_path):
+    filled = resolved("--data", str(tmp_path), "--batch-size", "512", "--workers", "2", images=101)
+    assert filled.batch_size == 100
+
+
+def test_options_of_the_objective_are_set_on_the_command_line():
+    filled = resolved("--options.out-dim", "77", "--options.global-scale", "0.3", "0.9")
+    assert filled.options["out_dim"] == 77
+    assert filled.options["global_scale"] == (0.3, 0.9)
+
+
+def test_a_saved_configuration_comes_back(tmp_path):
+    filled = resolved("--seed", "3", "--options.out-dim", "77")
+    path = tmp_path / "config.yaml"
+    path.write_text(config.dump(filled))
+    assert config.load(path) == filled
+    again = config.parse(["--config", str(path), "--lr", "0.125"])
+    assert config.differences(filled, again) == [f"--lr {filled.lr} → 0.125"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--epoch", "3"], "did you mean --epochs"),
+        (["--backbone", "vit_x16"], "vit_"),
+        (["--objective", "dinno"], "did you mean dino"),
+        (["--options.outdim", "5"], "did you mean --options.out-dim"),
+        (["--data", "/nowhere/photos"], "/nowhere/photos"),
+        (["--epochs", "0"], "at least 1"),
+        (["--lr", "-1"], "above 0"),
+        (["--warmup", "5"], "share of the run"),
+        (["--batch-size", "9", "--workers", "2"], "must divide"),
+        (["--workers", "2", "--engine", "local"], "use --engine ray"),
+        (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
+    ],
+)
+def test_a_mistake_is_one_sentence_with_the_way_out(argv, sentence):
+    with pytest.raises(UserError) as caught:
+        config.parse(argv)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mistake_ends_with_status_2_before_torch_is_imported(tmp_path):
+    program = (
+        "import sys; from pipeline.pretrain import main; status = main(['--data', 'nowhere']); "
+        "print(status, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["2", "False"]
+    assert done.stderr == "error: --data nowhere: no such file or folder\n"
+
+
+def test_help_names_every_option_and_an_example_without_torch():
+    program = (
+        "import sys, contextlib\n"
+        "from pipeline.pretrain import main\n"
+        "with contextlib.suppress(SystemExit): main(['--help'])\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for name in ("--backbone", "--objective", "--data", "--val-data", "--resume", "--options.teacher-temp"):
+        assert name in done.stdout
+    assert "python -m pipeline.pretrain --backbone vit_s16" in done.stdout
+    assert str(Path.home()) not in done.stdout
