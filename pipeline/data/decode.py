@@ -71,7 +71,7 @@ class NotAnImage(Rejected):
     """This file never was an image: it counts as skipped, not as broken."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DecodedImage:
     """What is stored of one image.
 
