@@ -58,8 +58,8 @@ def dino_views(
 
 
 VITAL_SIGNS = (
-    VitalSign("teacher_entropy", 0.0, 0.999, "the teacher finds all prototypes alike: collapse to uniform (fig. 7)"),
-    VitalSign("largest_prototype", 0.0, 0.95, "one prototype takes every image: collapse to one dimension (fig. 7)"),
+    VitalSign("teacher_entropy", 0.0, 0.99, "the teacher finds all prototypes alike: collapse to uniform (fig. 7)"),
+    VitalSign("largest_prototype", 0.0, 0.9, "one prototype takes every image: collapse to one dimension (fig. 7)"),
     VitalSign("feature_spread", 0.05, 1.0, "the backbone gives every image the same features"),
 )
 

@@ -12,12 +12,13 @@ def feature_spread(x: Tensor) -> Tensor:
     """Root of the total variance of the L2-normalised rows of `x [N, D]`: 0 when all point one way, at most 1.
 
     Equal to sqrt(1 - mean cosine similarity over all pairs, each with itself included), the bounded form of the
-    standard deviation that SimSiam watches (Chen & He 2021, sec. 4.1). A single row has no spread to judge: 1.
+    standard deviation that SimSiam watches (Chen & He 2021, sec. 4.1). Rows of zeros are all alike: 0. A single
+    row has no spread to judge: 1.
     """
     if len(x) < 2:
         return x.new_ones((), dtype=torch.float32)
-    mean = F.normalize(full_precision(x), dim=-1).mean(0)
-    return (1 - mean.square().sum()).clamp(min=0).sqrt()
+    x = F.normalize(full_precision(x), dim=-1)
+    return (x.square().sum(-1).mean() - x.mean(0).square().sum()).clamp(min=0).sqrt()
 
 
 @torch.no_grad()

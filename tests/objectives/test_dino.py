@@ -14,7 +14,7 @@ from objectives.dino import DINO, dino_loss, teacher_signs
 SMALL = dict(
     out_dim=64, hidden_dim=64, bottleneck_dim=32, local_views=2, global_scale=(0.5, 1.0), local_scale=(0.25, 0.5)
 )
-# Stays healthy on the toy images within 300 steps; measured over seeds 0 to 4.
+# Trains well on the toy images: Caron's advice for a loss that sticks at ln K is a sharper teacher.
 HEALTHY = dict(SMALL, head_norm="batch", teacher_temp=0.02, teacher_temp_start=0.02, ema_start=0.99)
 
 
@@ -98,8 +98,9 @@ def test_a_whole_step_equals_the_papers() -> None:
     """Networks, temperature, momentum and centre as the objective wires them, against the equations."""
     objective = small(teacher_temp=0.07, teacher_temp_start=0.04, teacher_temp_warmup=0.5).double()
     views = [view.double() for view in random_views(objective)]
-    objective.teacher.update(nn.ModuleList([copy.deepcopy(objective.student).apply(_shake)]), 0.5)
     with torch.no_grad():
+        for weight in objective.teacher.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
         objective.centre.value.normal_(std=0.1)
         student = torch.stack([objective.student([v])[0][0] for v in views]).numpy()
         teacher = torch.stack([objective.teacher([v])[0][0] for v in views[:2]]).numpy()
@@ -115,12 +116,6 @@ def test_a_whole_step_equals_the_papers() -> None:
     momentum = 1 - (1 - 0.996) * (np.cos(np.pi * 0.25) + 1) / 2
     for new, (teacher_weight, student_weight) in zip(objective.teacher.parameters(), weights):
         assert torch.allclose(new, momentum * teacher_weight + (1 - momentum) * student_weight, rtol=1e-12, atol=0)
-
-
-def _shake(module: nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in module.parameters(recurse=False):
-            parameter.add_(0.1 * torch.randn_like(parameter))
 
 
 def test_accumulated_batches_leave_the_same_centre_as_the_whole() -> None:
@@ -268,17 +263,17 @@ def test_signs_of_the_two_collapses_and_of_health() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "signs"),
+    ("options", "signs"),
     [
-        ("healthy", {}, set()),
-        ("centring off", {"centre_momentum": 1.0}, {"largest_prototype"}),
-        ("sharpening off", {"teacher_temp": 0.2, "teacher_temp_start": 0.2}, {"teacher_entropy"}),
+        pytest.param({}, set(), id="healthy"),
+        # Batch norm in the head resists this one for longer than a quick test may last.
+        pytest.param({"centre_momentum": 1.0, "head_norm": "none"}, {"largest_prototype"}, id="no centring"),
+        pytest.param({"teacher_temp": 0.2, "teacher_temp_start": 0.2}, {"teacher_entropy"}, id="no sharpening"),
     ],
 )
-def test_vital_signs_trip_on_forced_collapse_and_only_then(name: str, options: dict, signs: set[str]) -> None:
-    head_norm = "batch" if name == "healthy" else "none"
-    objective = small(**{**HEALTHY, "head_norm": head_norm, **options})
-    history = train(objective, toy_images(512)[0], steps=150, lr=2e-3)
+def test_vital_signs_trip_on_forced_collapse_and_only_then(options: dict, signs: set[str]) -> None:
+    objective = small(**{**HEALTHY, **options})
+    history = train(objective, toy_images(512)[0], steps=100, lr=2e-3)
     assert sick(objective, history) == signs
 
 
