@@ -1,0 +1,371 @@
+"""Tracking against real stores: an sqlite file, and an MLflow server on this machine that comes and goes."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+
+from pipeline import tracking
+from pipeline.tracking import Tracker, child_run, default_uri, end_run, redact, resume_run, start_run
+
+DATASET: tracking.DatasetInput = {
+    "name": "flowers", "digest": "f00d" * 16, "path": "s3://key:hunter2@bucket/flowers", "images": 1020, "classes": 17,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Default spools and stray files land where this test can see them."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An sqlite store with its tables, which take seconds to create."""
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    tracking._client(f"sqlite:///{file}")
+    return file
+
+
+@pytest.fixture
+def uri(tmp_path: Path, empty_store: Path) -> str:
+    (tmp_path / "runs").mkdir()
+    shutil.copy(empty_store, tmp_path / "runs" / "mlflow.db")
+    return default_uri(tmp_path / "runs")
+
+
+class Server:
+    """`mlflow server` on a loopback port of its own, over a store that outlives it."""
+
+    def __init__(self, folder: Path, store: Path) -> None:
+        folder.mkdir()
+        shutil.copy(store, folder / "mlflow.db")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.folder = folder
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1"]
+        command += ["--port", str(self.port), "--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with open(self.folder / "log", "ab") as out:
+            self.process = subprocess.Popen(
+                command, cwd=self.folder, env=environment, stdout=out, stderr=out, start_new_session=True
+            )
+        for _ in range(600):
+            try:
+                with urlopen(f"{self.uri}/health", timeout=1):
+                    return
+            except OSError:
+                time.sleep(0.1)
+        pytest.fail(f"mlflow server did not start: {(self.folder / 'log').read_text()[-2000:]}")
+
+    def stop(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture
+def server(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    server = Server(tmp_path / "server", empty_store)
+    yield server
+    server.stop()
+
+
+def begin(uri: str, **changes: Any) -> str:
+    settings: dict[str, Any] = {
+        "experiment": "flowers",
+        "name": "vit_s16-dino-flowers-0712",
+        "tags": {"backbone": "vit_s16", "objective": "dino", "data": "flowers", "family": "vit"},
+        "params": {"lr": 0.001, "options": {"out_dim": 2048}},
+        "dataset": DATASET,
+        "config_path": None,
+    }
+    return start_run(uri, **(settings | changes))
+
+
+def history(uri: str, run_id: str, key: str = "loss") -> list[tuple[int, float]]:
+    return [(m.step, m.value) for m in tracking._client(uri).get_metric_history(run_id, key)]
+
+
+def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == tracking.__name__]
+
+
+def eventually(true: Callable[[], object], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+# addresses and secrets
+
+
+def test_default_is_a_file_of_the_runs_folder(tmp_path: Path) -> None:
+    assert default_uri(tmp_path / "runs") == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert default_uri("runs") == f"sqlite:///{tmp_path}/cwd/runs/mlflow.db"
+    assert default_uri("s3://bucket/runs") == f"sqlite:///{tmp_path}/home/ssl-runs/mlflow.db"
+
+
+def test_environment_names_another_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    assert default_uri("runs") == "http://mlflow:5000"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///here.db")
+    assert default_uri("runs") == f"sqlite:///{tmp_path}/cwd/here.db"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://me:hunter2@mlflow.example:5000/path",
+        "postgresql://me:hunter2@db/mlflow",
+        "--data s3://hunter2@bucket/x",
+        "https://x.example/a.tar?X-Amz-Signature=hunter2&X-Amz-Date=1",
+        "https://x.blob.example/a?sv=1&sig=hunter2",
+        "password=hunter2",
+        "AWS_SECRET_ACCESS_KEY=hunter2 python",
+        '{"api_key": "hunter2"}',
+        "storage.secret: hunter2",
+        "--s3-token hunter2",
+        "Authorization: Bearer hunter2",
+        "Authorization: Basic hunter2==",
+        "ghp_hunter2hunter2hunter2",
+        "AKIAHUNTER2HUNTER2AB".replace("hunter2", ""),
+    ],
+)
+def test_secrets_are_redacted(text: str) -> None:
+    assert "hunter2" not in redact(text).lower()
+    assert "***" in redact(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["s3://bucket/path@v2/x.tar", "photos/me@home", "tokens=196", "vit_s16 --lr 0.001", "mask_token", "sigma=0.1"],
+)
+def test_what_is_no_secret_stays(text: str) -> None:
+    assert redact(text) == text
+
+
+# a run in an sqlite file
+
+
+def test_run_says_what_it_is(uri: str, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("backbone: vit_s16\ndata: s3://key:hunter2@bucket/flowers\n")
+    run_id = begin(
+        uri,
+        config_path=config,
+        params={"lr": 0.001, "options": {"out_dim": 2048, "text": "x" * 9999}, "api_key": "hunter2", "data set!": 1},
+        command=["/usr/bin/python3", "-m", "pipeline.pretrain", "--data", "s3://key:hunter2@bucket/flowers"],
+    )
+    client = tracking._client(uri)
+    run = client.get_run(run_id)
+    assert run.info.run_name == "vit_s16-dino-flowers-0712"
+    assert run.info.status == "RUNNING"
+    assert client.get_experiment(run.info.experiment_id).name == "flowers"
+    assert run.data.params["lr"] == "0.001"
+    assert run.data.params["options.out_dim"] == "2048"
+    assert len(run.data.params["options.text"]) == tracking.PARAM_LENGTH
+    assert run.data.params["data set_"] == "1"
+    assert run.data.tags["mlflow.source.name"] == "pipeline.pretrain"
+    assert "python -m pipeline.pretrain --data" in run.data.tags["mlflow.note.content"]
+    assert re.fullmatch(r"[0-9a-f]{12}\+?", run.data.tags.get("commit", "0" * 12))
+    (data,) = run.inputs.dataset_inputs
+    assert (data.dataset.name, json.loads(data.dataset.profile)["num_rows"]) == ("flowers", 1020)
+    assert run.info.artifact_uri.startswith((tmp_path / "runs" / "mlartifacts").as_uri())
+    (kept,) = (tmp_path / "runs" / "mlartifacts").rglob("config.yaml")
+    everything = kept.read_text() + str(run.to_dictionary())
+    assert "hunter2" not in everything
+    assert "backbone: vit_s16" in everything
+    assert list((tmp_path / "cwd").iterdir()) == []  # MLflow's own defaults would write here
+
+
+def test_metrics_artifacts_and_system_load_arrive(uri: str, tmp_path: Path) -> None:
+    run_id = begin(uri)
+    weights = tmp_path / "backbone.safetensors"
+    weights.write_bytes(b"weights")
+    tracker = Tracker(uri, run_id, system_metrics=0.1, interval=0.05)
+    begun = time.perf_counter()
+    for step in range(1, 2501):
+        tracker.log({"loss": 1 / step, "images_per_second": 80.0, "knn_top1": None}, step * 64)
+    assert time.perf_counter() - begun < 1.0  # handing over 5,000 values holds up nothing
+    tracker.log_artifact(weights, "checkpoints")
+    tracker.log_backbone(weights, {"name": "vit_s16", "image_size": 64}, usage="import backbones\n")
+    eventually(lambda: "system/cpu_utilization_percentage" in tracking._client(uri).get_run(run_id).data.metrics)
+    tracker.finish("FINISHED")
+    run = tracking._client(uri).get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert history(uri, run_id) == [(step * 64, pytest.approx(1 / step)) for step in range(1, 2501)]
+    assert "knn_top1" not in run.data.metrics
+    kept = [str(path) for path in (tmp_path / "runs" / "mlartifacts").rglob("*") if path.is_file()]
+    assert {path.split("/artifacts/")[1] for path in kept} == {
+        "checkpoints/backbone.safetensors",
+        "backbone/backbone.safetensors",
+        "backbone/config.json",
+        "backbone/README.md",
+    }
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "server"])
+def test_resumed_run_has_every_step_once(kind: str, uri: str, request: pytest.FixtureRequest) -> None:
+    if kind == "server":
+        server = request.getfixturevalue("server")
+        server.start()
+        uri = server.uri
+    run_id = begin(uri)
+    killed = Tracker(uri, run_id, system_metrics=0)
+    for step in range(0, 100, 10):  # the last checkpoint is at 50 images; the steps after it are already recorded
+        killed.log({"loss": step / 7}, step)
+    assert killed.flush()
+    killed._stop()
+    assert resume_run(uri, run_id, 50) == run_id
+    resumed = Tracker(uri, run_id, system_metrics=0)
+    for step in range(60, 200, 10):
+        resumed.log({"loss": step / 7, "knn_top1": 0.5}, step)
+    resumed.finish("KILLED")
+    assert history(uri, run_id) == [(step, pytest.approx(step / 7)) for step in range(0, 200, 10)]
+    assert [step for step, _ in history(uri, run_id, "knn_top1")] == list(range(60, 200, 10))
+    run = tracking._client(uri).get_run(run_id)
+    assert run.info.status == "KILLED"
+    assert run.data.tags["resumed_at"] == "50 images"
+
+
+def test_run_of_another_store_is_not_resumed(uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert resume_run(uri, "0" * 32, 0) is None
+    assert "does not hold this run" in caplog.text
+
+
+def test_evaluation_stands_below_its_run(uri: str) -> None:
+    run_id = begin(uri)
+    end_run(uri, run_id, "FAILED")
+    child = child_run(uri, run_id, name="linear", tags={"protocol": "linear"}, metrics={"linear_top1": 0.8}, step=640)
+    assert child is not None
+    run = tracking._client(uri).get_run(child)
+    assert run.data.tags["mlflow.parentRunId"] == run_id
+    assert run.data.tags["backbone"] == "vit_s16"
+    assert run.data.tags["kind"] == "evaluation"
+    assert run.info.status == "FINISHED"
+    assert history(uri, child, "linear_top1") == [(640, 0.8)]
+    assert tracking._client(uri).get_run(run_id).info.status == "FAILED"
+
+
+def test_entry_that_cannot_be_stored_holds_up_nothing(
+    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = Tracker(uri, begin(uri), system_metrics=0)
+    tracker.log_artifact(tmp_path / "deleted.txt")
+    tracker.log({"loss": float("nan"), "odd (name)": 2}, 1)
+    tracker.finish("FINISHED")
+    assert [step for step, _ in history(uri, tracker.run_id)] == [1]
+    assert [step for step, _ in history(uri, tracker.run_id, "odd _name_")] == [1]
+    assert len(warnings_in(caplog)) == 1
+    assert "deleted.txt" in caplog.text
+
+
+def test_store_of_an_unknown_kind_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(tracking.TrackingError, match="cannot record this run"):
+        begin(f"file://{tmp_path}/mlruns")
+
+
+def test_two_runs_may_create_the_store_at_once(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pipeline.tracking import *\n"
+        "print(start_run(sys.argv[1], experiment='e', name='n', tags={}, params={}, dataset=None, config_path=None))"
+    )
+    uri = default_uri(tmp_path / "fresh")
+    root = Path(tracking.__file__).parents[1]
+    both = [
+        subprocess.Popen([sys.executable, "-c", program, uri], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=120) for process in both]
+    assert [err for _, err in said] == [b"", b""]  # nor does creating the tables chatter
+    assert len({out for out, _ in said}) == 2
+
+
+# a server that comes and goes
+
+
+def test_server_down_in_the_middle_costs_nothing(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    server.start()
+    run_id = begin(server.uri)
+    tracker = Tracker(server.uri, run_id, system_metrics=0, interval=0.1)
+    tracker.log({"loss": 0.0}, 0)
+    assert tracker.flush()
+    server.stop()
+    begun = time.perf_counter()
+    for step in range(1, 1001):
+        tracker.log({"loss": float(step)}, step)
+    assert time.perf_counter() - begun < 0.5
+    assert not tracker.flush(2.0)
+    assert len(tracker._spool.read_text().splitlines()) == 1000
+    server.start()
+    tracker.log({"loss": 1001.0}, 1001)
+    tracker.finish("FINISHED")
+    assert history(server.uri, run_id) == [(step, float(step)) for step in range(1002)]
+    assert not tracker._spool.exists()
+    down, up = warnings_in(caplog)
+    assert "takes no entries" in down
+    assert "answers again" in up
+
+
+def test_server_down_at_the_start_and_a_kill(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("seed: 0\n")
+    begun = time.monotonic()
+    ticket = begin(server.uri, config_path=config)
+    assert time.monotonic() - begun < 20
+    assert "is recorded once it does" in caplog.text
+    assert resume_run(server.uri, ticket, 0) == ticket
+    assert child_run(server.uri, ticket, name="knn", tags={}, metrics={}, step=0) is None
+    killed = Tracker(server.uri, ticket, system_metrics=0, interval=0.1)
+    killed.log({"loss": 1.0}, 64)
+    killed.flush(2.0)  # as before a checkpoint; what a kill takes is the thread and the memory
+    killed._stop()
+    server.start()
+    tracker = Tracker(server.uri, ticket, system_metrics=0, interval=0.1)
+    tracker.log({"loss": 1.0}, 64)
+    tracker.log({"loss": 0.5}, 128)
+    tracker.finish("FINISHED")
+    assert not tracker.run_id.startswith(tracking.PENDING)
+    again = Tracker(server.uri, ticket, system_metrics=0, interval=0.1)
+    again.close()
+    assert again.run_id == tracker.run_id
+    assert history(server.uri, tracker.run_id) == [(64, 1.0), (128, 0.5)]
+    client = tracking._client(server.uri)
+    run = client.get_run(tracker.run_id)
+    assert run.info.run_name == "vit_s16-dino-flowers-0712"
+    assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["config.yaml"]
+    assert len(client.search_runs([run.info.experiment_id])) == 1
+
+
+def test_server_that_stays_away_ends_no_run(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = Tracker(server.uri, "0" * 32, system_metrics=0, interval=0.1)
+    tracker.log({"loss": 1.0}, 1)
+    tracker.finish("FINISHED", timeout=2.0)
+    assert "did not take the last 2 entries" in caplog.text
+    assert len(tracker._spool.read_text().splitlines()) == 2
