@@ -53,7 +53,7 @@ def create(name: str, backbone: "Backbone", *, image_size: int | tuple[int, int]
         if option not in known:
             near = get_close_matches(option, known, n=3) or known
             raise ValueError(f"objective {name} has no option {option!r}; did you mean {' or '.join(near)}?")
-    return cls(backbone, image_size=image_size, **options)  # type: ignore[call-arg]
+    return cls(backbone, image_size=image_size, **options)
 
 
 def __getattr__(attribute: str) -> Any:

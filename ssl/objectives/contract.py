@@ -62,7 +62,8 @@ class Objective(nn.Module):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Trainable parameters in groups with `lr_scale` and `wd_scale`; no decay on biases and 1-D parameters."""
-        decayed, plain = [], []
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 bare = parameter.ndim <= 1 or name.endswith(".bias")

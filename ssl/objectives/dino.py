@@ -134,7 +134,7 @@ class DINO(Objective):
         size = pair(image_size)
         backbone.grid(*size)
         local = crop_size(backbone, *(pair(local_size) if local_size else (side * 96 / 224 for side in size)))
-        self.views = dino_views(size, local, local_views, tuple(global_scale), tuple(local_scale))
+        self.views = dino_views(size, local, local_views, global_scale, local_scale)
         self.student_temp = student_temp
         self.teacher_temp = (teacher_temp_start, teacher_temp, teacher_temp_warmup)
         self.centre_momentum = centre_momentum

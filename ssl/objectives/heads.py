@@ -12,9 +12,7 @@ from objectives.precision import full_precision
 NORMS = ("none", "batch")
 
 
-def mlp(
-    widths: Sequence[int], *, norm: str = "none", activation: Callable[[], nn.Module] = nn.GELU
-) -> nn.Sequential:
+def mlp(widths: Sequence[int], *, norm: str = "none", activation: Callable[[], nn.Module] = nn.GELU) -> nn.Sequential:
     """Fully connected layers `widths[0] -> ... -> widths[-1]`; norm and activation after each but the last.
 
     A layer that a batch norm follows has no bias of its own.

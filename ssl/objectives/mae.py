@@ -75,6 +75,8 @@ def signs(predictions: Tensor, patches: Tensor, targets: Tensor, pooled: Tensor)
 class Decoder(nn.Module):
     """A light transformer from visible cells to the pixels of all cells (sec. 3)."""
 
+    positions: Tensor
+
     def __init__(self, n_in: int, n_out: int, grid: tuple[int, int], width: int, depth: int, heads: int) -> None:
         super().__init__()
         norm = partial(nn.LayerNorm, eps=1e-6)
@@ -155,7 +157,7 @@ class MAE(Objective):
             )
         if decoder_width % decoder_heads:
             raise ValueError(f"decoder_width {decoder_width} is no multiple of decoder_heads {decoder_heads}")
-        self.views = (View("image", size, tuple(scale)),)
+        self.views = (View("image", size, scale),)
         self.normalise_targets = normalise_targets
         pixels = patchify(torch.empty(1, backbone.in_channels, *size, device="meta"), self.grid).shape[-1]
         self.encoder = backbone

@@ -1,14 +1,16 @@
 """The EMA teacher: a copy of the student that follows it slowly and never sees a gradient."""
 
 from copy import deepcopy
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+Student = TypeVar("Student", bound=nn.Module)
 
-class Teacher(nn.Module):
+
+class Teacher(nn.Module, Generic[Student]):
     """Exponential moving average of a student network (mean teacher, Tarvainen & Valpola 2017).
 
     It starts as the student's copy. Only its parameters are averaged. Batch norms behave as in the published code
@@ -17,9 +19,9 @@ class Teacher(nn.Module):
     else that acts differently in training, dropout and stochastic depth above all, is off: a teacher is not noisy.
     """
 
-    def __init__(self, student: nn.Module) -> None:
+    def __init__(self, student: Student) -> None:
         super().__init__()
-        self.network = deepcopy(student).requires_grad_(False)
+        self.network: Student = deepcopy(student).requires_grad_(False)
         self.train(student.training)
 
     def train(self, mode: bool = True) -> Self:

@@ -1,4 +1,4 @@
-"""Small backbones of the contract, images of a few separable kinds, and a bare training loop, for the objectives' tests."""
+"""A small backbone of the contract, images of a few separable kinds, and a bare training loop, for the tests."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple

@@ -11,11 +11,16 @@ from torch import Tensor, nn
 import objectives
 from objectives.dino import DINO, dino_loss, teacher_signs
 
-SMALL = dict(
-    out_dim=64, hidden_dim=64, bottleneck_dim=32, local_views=2, global_scale=(0.5, 1.0), local_scale=(0.25, 0.5)
-)
+SMALL = {
+    "out_dim": 64,
+    "hidden_dim": 64,
+    "bottleneck_dim": 32,
+    "local_views": 2,
+    "global_scale": (0.5, 1.0),
+    "local_scale": (0.25, 0.5),
+}
 # Trains well on the toy images: Caron's advice for a loss that sticks at ln K is a sharper teacher.
-HEALTHY = dict(SMALL, head_norm="batch", teacher_temp=0.02, teacher_temp_start=0.02, ema_start=0.99)
+HEALTHY = {**SMALL, "head_norm": "batch", "teacher_temp": 0.02, "teacher_temp_start": 0.02, "ema_start": 0.99}
 
 
 def small(**options: object) -> DINO:

@@ -11,7 +11,7 @@ from torch import Tensor
 import objectives
 from objectives.mae import MAE, Decoder, normalise, patchify, signs, take
 
-SMALL = dict(decoder_width=64, decoder_depth=2, decoder_heads=4)
+SMALL = {"decoder_width": 64, "decoder_depth": 2, "decoder_heads": 4}
 
 
 def small(image_size: object = 32, **options: object) -> MAE:
@@ -81,10 +81,12 @@ def test_decoder_and_whole_loss_equal_lightlys_with_the_same_weights() -> None:
     ours = Decoder(32, 192, (4, 4), 64, 2, 4).double()
     theirs = modules.MAEDecoderTIMM(16, 8, 3, 32, 64, 2, 4).double()
     renamed = {"embed": "decoder_embed", "blocks": "decoder_blocks", "norm": "decoder_norm", "predict": "decoder_pred"}
-    state = {
-        ".".join([renamed.get(k.split(".")[0], k.split(".")[0]), *k.split(".")[1:]]): v
-        for k, v in ours.state_dict().items()
-    }
+
+    def their_name(name: str) -> str:
+        first, *rest = name.split(".")
+        return ".".join([renamed.get(first, first), *rest])
+
+    state = {their_name(name): value for name, value in ours.state_dict().items()}
     left_out = theirs.load_state_dict(state, strict=False)
     assert (left_out.missing_keys, left_out.unexpected_keys) == (["decoder_pos_embed"], [])
     assert torch.allclose(theirs.decoder_pos_embed[0, 1:], ours.positions, atol=1e-6)
@@ -102,9 +104,8 @@ def test_decoder_and_whole_loss_equal_lightlys_with_the_same_weights() -> None:
             target = take(normalise(patchify(images, (4, 4))), masked)
         else:
             tokens = utils.repeat_token(theirs.mask_token, (2, 17))
-            tokens = utils.set_at_index(
-                tokens, torch.cat([torch.zeros(2, 1, dtype=torch.int64), visible + 1], 1), theirs.embed(torch.cat([a, b], 1))
-            )
+            index = torch.cat([torch.zeros(2, 1, dtype=torch.int64), visible + 1], 1)
+            tokens = utils.set_at_index(tokens, index, theirs.embed(torch.cat([a, b], 1)))
             out = theirs.predict(utils.get_at_index(theirs.decode(tokens), masked + 1))
             target = utils.normalize_mean_var(utils.get_at_index(utils.patchify(images, 8), masked))
         loss = torch.nn.functional.mse_loss(out, target)
@@ -114,7 +115,7 @@ def test_decoder_and_whole_loss_equal_lightlys_with_the_same_weights() -> None:
     assert relative(losses[0], losses[1]) <= 1e-10
     assert relative(gradients[0], gradients[1]) <= 1e-10
     for name, parameter in ours.named_parameters():
-        other = theirs.get_parameter(".".join([renamed.get(name.split(".")[0], name.split(".")[0]), *name.split(".")[1:]]))
+        other = theirs.get_parameter(their_name(name))
         assert torch.allclose(parameter.grad, other.grad, rtol=1e-8, atol=1e-12), name
 
 

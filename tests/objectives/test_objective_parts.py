@@ -71,7 +71,7 @@ def test_teacher_is_deterministic_but_for_its_batch_norms() -> None:
     for mode in (True, False, True):
         wrapped.train(mode)
         teacher = wrapped["teacher"]
-        linear, dropout, norm = teacher.network
+        _, dropout, norm = teacher.network
         assert (teacher.training, dropout.training, norm.training) == (mode, False, mode)
         before = copy.deepcopy(norm.running_mean)
         assert torch.equal(teacher(x), teacher(x))
@@ -228,7 +228,7 @@ def test_full_precision_keeps_what_is_precise() -> None:
 def test_names_come_without_torch() -> None:
     code = (
         "import sys, objectives, objectives.views; assert 'torch' not in sys.modules; "
-        "assert objectives.NAMES == ('dino', 'mae'); assert objectives.DINO.family; assert 'torch' in sys.modules"
+        "assert objectives.NAMES == ('dino', 'mae')"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)}, timeout=120)
 

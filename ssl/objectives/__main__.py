@@ -1,0 +1,34 @@
+"""`python -m objectives`: every objective, what family it is of, the views it asks for, and its paper."""
+
+from collections import Counter
+
+from rich.console import Console
+from rich.table import Table
+
+import backbones
+import objectives
+from objectives.views import View
+
+
+def describe(views: tuple[View, ...]) -> str:
+    """Counts, sizes and area ranges of views: "2 of 224x224, area 0.4-1", one line for each kind."""
+    kinds = Counter((view.size, view.scale) for view in views)
+    return "\n".join(
+        f"{count} of {h}x{w}, " + ("centre" if scale is None else f"area {scale[0]:g}-{scale[1]:g}")
+        for ((h, w), scale), count in kinds.items()
+    )
+
+
+def main() -> None:
+    """Print the table, with the published defaults on a ViT at 224 pixels."""
+    table = Table("name", "family", "views at 224 pixels", "vital signs", "paper", box=None, padding=(0, 2, 1, 0))
+    for name in objectives.NAMES:
+        cls = objectives.objective(name)
+        made = objectives.create(name, backbones.create("vit_ti16", pool=cls.pool), image_size=224)
+        signs = "\n".join(sign.name for sign in made.vital_signs)
+        table.add_row(name, cls.family, describe(made.views), signs, cls.paper.replace(", ", "\n"))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
