@@ -1,9 +1,10 @@
 """Which window of an image each view shows, and how that window becomes the view's pixels.
 
-Both are pure functions. The window follows from a stateless hash of (seed, epoch, image index, view number), so it is the
-same for any number of threads, any batch, any number of ranks and any resume point; the pixels follow from the window by
-one antialiased bicubic resampling, shared by every loader. The published recipes resample bicubically (DINO, MAE, SimCLR,
-BYOL); OpenCV's INTER_AREA, which FFCV uses, turns into blocks as soon as a crop is smaller than its view.
+Both are pure functions. The window follows from a stateless hash of (seed, epoch, image index, view number),
+so it is the same for any number of threads, any batch, any number of ranks and any resume point; the pixels
+follow from the window by one antialiased bicubic resampling, shared by every loader. The published recipes
+resample bicubically (DINO, MAE, SimCLR, BYOL); OpenCV's INTER_AREA, which FFCV uses, turns into blocks as
+soon as a crop is smaller than its view.
 """
 
 import math
@@ -73,12 +74,12 @@ def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
 
 
 @compiled
-def _view_key(key, index, view):  # type: ignore[no-untyped-def]
+def _view_key(key, index, view):
     return mix(mix(key ^ mix(np.uint64(index))) + np.uint64(view))
 
 
 @compiled
-def _uniform(key, draw):  # type: ignore[no-untyped-def]
+def _uniform(key, draw):
     return np.float64(mix(key + np.uint64(draw)) >> np.uint64(11)) * 2.0**-53
 
 
@@ -91,7 +92,7 @@ def view_table(views: Sequence["View"]) -> np.ndarray:
         if height < 1 or width < 1:
             raise ValueError(f"view {view.name!r} has size {height}x{width}: both sides must be at least 1 pixel")
         if view.scale is not None and not 0 < low <= high <= 1:
-            raise ValueError(f"view {view.name!r} has scale {view.scale}: give 0 < low <= high <= 1, shares of the area")
+            raise ValueError(f"view {view.name!r} has scale {view.scale}: give 0 < low <= high <= 1")
         if view.scale is None and not 0 < view.crop_pct <= 1:
             raise ValueError(f"view {view.name!r} has crop_pct {view.crop_pct}: give a share in (0, 1]")
         if not 0 < view.ratio[0] <= view.ratio[1]:
@@ -104,41 +105,42 @@ def view_table(views: Sequence["View"]) -> np.ndarray:
 
 
 @compiled
-def random_box(key, height, width, scale_low, scale_high, log_low, log_high):  # type: ignore[no-untyped-def]
-    """(top, left, height, width) of torchvision's RandomResizedCrop (Szegedy et al. 2015) in an image of height x width.
+def random_box(key, height, width, scale_low, scale_high, log_low, log_high):
+    """(top, left, height, width) of a random resized crop (Szegedy et al. 2015) as torchvision draws it.
 
-    Ten trials of area ~ U(scale) * image and log aspect ~ U(log ratio), then the largest centred window within the ratio.
+    Ten trials of area ~ U(scale) * image and log aspect ~ U(log ratio); then the largest centred window that
+    has an allowed ratio.
     """
     area = np.float64(height) * np.float64(width)
     for trial in range(10):
         target = area * (scale_low + (scale_high - scale_low) * _uniform(key, 4 * trial))
         aspect = math.exp(log_low + (log_high - log_low) * _uniform(key, 4 * trial + 1))
-        w = int(round(math.sqrt(target * aspect)))
-        h = int(round(math.sqrt(target / aspect)))
+        w = round(math.sqrt(target * aspect))
+        h = round(math.sqrt(target / aspect))
         if 0 < w <= width and 0 < h <= height:
             top = int(_uniform(key, 4 * trial + 2) * (height - h + 1))
             left = int(_uniform(key, 4 * trial + 3) * (width - w + 1))
             return top, left, h, w
     h, w = height, width
     if width < height * math.exp(log_low):
-        h = min(max(int(round(width / math.exp(log_low))), 1), height)
+        h = min(max(round(width / math.exp(log_low)), 1), height)
     elif width > height * math.exp(log_high):
-        w = min(max(int(round(height * math.exp(log_high))), 1), width)
+        w = min(max(round(height * math.exp(log_high)), 1), width)
     return (height - h) // 2, (width - w) // 2, h, w
 
 
 @compiled
-def centre_box(height, width, view_height, view_width, crop_pct):  # type: ignore[no-untyped-def]
+def centre_box(height, width, view_height, view_width, crop_pct):
     """(top, left, height, width): the largest centred window with the view's aspect, both sides times `crop_pct`."""
     zoom = min(height / view_height, width / view_width) * crop_pct
-    h = min(max(int(round(view_height * zoom)), 1), height)
-    w = min(max(int(round(view_width * zoom)), 1), width)
+    h = min(max(round(view_height * zoom), 1), height)
+    w = min(max(round(view_width * zoom), 1), width)
     return (height - h) // 2, (width - w) // 2, h, w
 
 
 @compiled
-def box(key, index, view, table, height, width):  # type: ignore[no-untyped-def]
-    """(top, left, height, width, flipped) of view number `view` (a row of `table`) in image `index` of height x width."""
+def box(key, index, view, table, height, width):
+    """(top, left, height, width, flipped) of view number `view`, a row of `table`, in image `index`."""
     row = table[view]
     if row[SCALE_LOW] < 0:
         top, left, h, w = centre_box(height, width, row[HEIGHT], row[WIDTH], row[CROP_PCT])
@@ -151,7 +153,7 @@ def box(key, index, view, table, height, width):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _cubic(x):  # type: ignore[no-untyped-def]
+def _cubic(x):
     """Keys' cubic convolution kernel (1981) with a = -1/2, as in Pillow and in torchvision's antialiased bicubic."""
     x = abs(x)
     if x < 1.0:
@@ -162,7 +164,7 @@ def _cubic(x):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _taps(source, target):  # type: ignore[no-untyped-def]
+def _taps(source, target):
     """First source position, number and weights of the taps of each of `target` positions over `source` pixels.
 
     Weights are padded with zeros to groups of four, which lets the loops below keep their sums in registers.
@@ -170,7 +172,7 @@ def _taps(source, target):  # type: ignore[no-untyped-def]
     step = source / target
     stretch = max(step, 1.0)
     reach = 2.0 * stretch
-    most = (int(math.ceil(reach)) * 2 + 1 + 3) // 4 * 4
+    most = (math.ceil(reach) * 2 + 1 + 3) // 4 * 4
     first = np.empty(target, np.int64)
     count = np.empty(target, np.int64)
     weights = np.zeros((target, most), np.float32)
@@ -189,10 +191,10 @@ def _taps(source, target):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def resample(image, top, left, h, w, flipped, out):  # type: ignore[no-untyped-def]
+def resample(image, top, left, h, w, flipped, out):
     """Window (top, left, h, w) of `image` [H, W, 3] uint8 to `out` [oh, ow, 3] uint8, mirrored when `flipped`.
 
-    Antialiased bicubic, as `PIL.Image.crop().resize(BICUBIC)` (within its rounding: Pillow rounds between the two passes).
+    Antialiased bicubic, as Pillow's `crop().resize(BICUBIC)` but for the rounding that it does between its passes.
     """
     width = image.shape[1]
     out_height, out_width, _ = out.shape
@@ -241,7 +243,7 @@ def resample(image, top, left, h, w, flipped, out):  # type: ignore[no-untyped-d
 
 
 @compiled
-def cut(image, key, index, table, row, rows, out):  # type: ignore[no-untyped-def]
+def cut(image, key, index, table, row, rows, out):
     """Cut every view of one decoded image into its place in a batch.
 
     image [H, W, 3] uint8; key: `stream(CROP, seed, epoch)`; index: the image's number in the data set; row: its number

@@ -1,10 +1,11 @@
 """FFCV as the loader's decoder: one JPEG decode per image, every view cut from it, inside FFCV's own pipeline.
 
-What FFCV gives: the .beton reader, its memory manager, its pipeline and its libjpeg-turbo binding. What is replaced here,
-because it fails in long runs: its iterator's thread (an exception in it hangs the consumer for ever; `loader.py` has one that
-does not), its samplers and crops (they ignore the seed or the resume point), its decode buffers (one for each sample of each
-batch in flight, as large as the largest image; here one for each thread), and its code generation (3-17 s for each loader;
-here ordinary functions, compiled once for all lists of views and kept on disk).
+What FFCV gives: the .beton reader, its memory manager, its pipeline and its libjpeg-turbo binding. What is
+replaced here, because it fails in long runs: its iterator's thread (an exception in it hangs the consumer for
+ever; `loader.py` has one that does not), its samplers and crops (they ignore the seed or the resume point),
+its decode buffers (one for each sample of each batch in flight, as large as the largest image; here one for
+each thread), and its code generation (3-17 s for each loader; here ordinary functions, compiled once for all
+lists of views and kept on disk).
 """
 
 import ctypes
@@ -17,8 +18,6 @@ from typing import TYPE_CHECKING, Any
 import llvmlite.binding as llvm
 import numpy as np
 import torch
-from numba import types
-
 from ffcv import _libffcv
 from ffcv.loader import Loader as FFCVLoader
 from ffcv.loader.epoch_iterator import EpochIterator
@@ -26,6 +25,8 @@ from ffcv.pipeline import Compiler, PipelineSpec
 from ffcv.pipeline.operation import Operation
 from ffcv.pipeline.state import State
 from ffcv.reader import Reader
+from numba import types
+
 from pipeline.data import crops
 from pipeline.data.beton import JPEG, BetonReader
 from pipeline.data.crops import compiled, cut
@@ -38,23 +39,23 @@ _library = ctypes.CDLL(_libffcv.__file__)
 llvm.add_symbol("ffcv_imdecode", ctypes.cast(_library.imdecode, ctypes.c_void_p).value)
 _imdecode = types.ExternalFunction(
     "ffcv_imdecode",
-    types.int32(types.voidptr, types.uint64, *[types.uint32] * 2, types.voidptr, *[types.uint32] * 6, *[types.boolean] * 2),
+    types.int32(
+        types.voidptr, types.uint64, *[types.uint32] * 2, types.voidptr, *[types.uint32] * 6, *[types.boolean] * 2
+    ),
 )
 
 
 @compiled
-def decode(data, height, width, out):  # type: ignore[no-untyped-def]
-    """JPEG bytes `data` to RGB in `out` (flat uint8, at least 3 * height * width); 0, or -1 when libjpeg-turbo objects."""
+def decode(data, height, width, out):
+    """JPEG bytes `data` to RGB in `out`, flat, of 3 * height * width or more; 0, or -1 when libjpeg-turbo objects."""
     return _imdecode(
         data.ctypes.data, data.size, height, width, out.ctypes.data, height, width, 0, 0, 1, 1, False, False
     )
 
 
 @compiled
-def _cut_rows(  # type: ignore[no-untyped-def]
-    first, last, indices, file, pointer, size, mode, height, width, scratch, key, table, out, failed
-):
-    """Decode and cut samples first..last of a batch; a sample that does not decode is black and marked in `failed`."""
+def _cut_rows(first, last, indices, file, pointer, size, mode, height, width, scratch, key, table, out, failed):
+    """Decode and cut samples first..last of a batch; one that does not decode is black and marked in `failed`."""
     for row in range(first, last):
         index = indices[row]
         data = file[pointer[index] : pointer[index] + size[index]]
@@ -69,7 +70,7 @@ def _cut_rows(  # type: ignore[no-untyped-def]
 
 
 class _MultiCrop(Operation):
-    """FFCV's decoding step: indices [B] to (all views as one flat uint8 buffer, failed [B]), split over our own threads.
+    """FFCV's decoding step: indices [B] to (all views in one flat uint8 buffer, failed [B]), split over our threads.
 
     Threads rather than numba's: its default layer aborts the process when two loaders run at once.
     """
@@ -103,9 +104,7 @@ class _MultiCrop(Operation):
             first, last = (len(indices) * p // parts for p in (part, part + 1))
             scratch = self.scratches.get()
             try:
-                _cut_rows(
-                    first, last, indices, file, *self.columns, scratch, self.key, self.table, out.numpy(), failed
-                )
+                _cut_rows(first, last, indices, file, *self.columns, scratch, self.key, self.table, out.numpy(), failed)
             finally:
                 self.scratches.put(scratch)
 

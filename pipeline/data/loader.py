@@ -1,12 +1,14 @@
-"""Batches of views from a .beton, in an order that depends on the seed and the epoch alone, from any point onwards.
+"""Batches of views from a .beton, in an order that depends on the seed and the epoch alone, from any point
+onwards.
 
     with make_loader("photos.beton", objective.views, batch_size=64, seed=0) as loader:
         for batch in loader:            # for ever, epoch after epoch; one pass with shuffle=False
             ...
             checkpoint["loader"] = loader.state()
 
-The cursor counts images of the global order. Each global step takes the next `batch_size * world` images and each rank its
-contiguous share of them, so a run may go on with another number of ranks or another batch, showing every image that is due.
+The cursor counts images of the global order. Each global step takes the next `batch_size * world` images and
+each rank its contiguous share of them, so a run may go on with another number of ranks or another batch,
+showing every image that is due.
 """
 
 import os
@@ -195,7 +197,7 @@ class Loader:
         self._stop()
         steps = _plan(
             self.images, self._seed, self._epoch, self._position, self.batch_size, self._rank, self._world,
-            shuffle=self._shuffle, drop_last=self._drop_last,
+            self._shuffle, self._drop_last,
         )  # fmt: skip
         prefetch = self._prefetch = _Prefetch(self._cutter, steps)
         self._finalizer = weakref.finalize(self, prefetch.stop)  # a loader merely dropped leaves no thread
@@ -238,7 +240,7 @@ class Loader:
 
 
 def _plan(
-    images: int, seed: int, epoch: int, position: int, batch: int, rank: int, world: int, *, shuffle: bool, drop_last: bool
+    images: int, seed: int, epoch: int, position: int, batch: int, rank: int, world: int, shuffle: bool, drop_last: bool
 ) -> Iterator[Step]:
     """Every step from the cursor onwards: global steps of `batch * world` images, of which `rank` has its share."""
     while True:
@@ -255,7 +257,7 @@ def _plan(
 
 
 class _Prefetch:
-    """Makes batches in a thread, at most `BATCHES_AHEAD` ahead; what goes wrong there is raised where they are taken."""
+    """Makes batches in a thread, at most `BATCHES_AHEAD` ahead; what fails there is raised where they are taken."""
 
     def __init__(self, cutter: Cutter, steps: Iterator[Step]) -> None:
         self._queue: Queue[Any] = Queue(BATCHES_AHEAD)

@@ -1,10 +1,12 @@
 """The loader's decoder where FFCV is not installed: OpenCV reads the JPEG, everything else is the same code.
 
-Threads rather than a `DataLoader`'s processes: decoding and cutting release the GIL, so processes would only add start-up
-time, a copy of every batch through shared memory, and forks inside a process that may hold Ray or CUDA.
+Threads rather than a `DataLoader`'s processes: decoding and cutting release the GIL, so processes would only
+add start-up time, a copy of every batch through shared memory, and forks inside a process that may hold Ray
+or CUDA.
 
-Windows are identical to FFCV's. Pixels are equal where images are stored raw; from a JPEG they differ by a few levels,
-since FFCV asks libjpeg-turbo for its fast transform and fast chroma upsampling and OpenCV for the exact ones.
+Windows are identical to FFCV's. Pixels are equal where images are stored raw; from a JPEG they differ by a
+few levels, since FFCV asks libjpeg-turbo for its fast transform and fast chroma upsampling and OpenCV for the
+exact ones.
 """
 
 from collections.abc import Sequence

@@ -1,11 +1,14 @@
-"""Photometric changes of views, on the training device: each sample has its own, drawn from the hash that draws its crops.
+"""Photometric changes of views, on the training device: each sample has its own, drawn from the hash that draws
+its crops.
 
-Operations follow `torchvision.transforms.v2.functional` on floats in [0, 1]; what is drawn, and how often, follows
-`RandomApply([ColorJitter])`, `RandomGrayscale`, `GaussianBlur` and `RandomSolarize` as the recipes of SimCLR, BYOL and DINO
-combine them: jitter (its four operations in random order), grayscale, blur, solarise, normalise.
+Operations follow `torchvision.transforms.v2.functional` on floats in [0, 1]; what is drawn, and how often,
+follows `RandomApply([ColorJitter])`, `RandomGrayscale`, `GaussianBlur` and `RandomSolarize` as the recipes of
+SimCLR, BYOL and DINO combine them: jitter (its four operations in random order), grayscale, blur, solarise,
+normalise.
 
-Views of one size go through together, so DINO's ten views are two batches. Brightness, contrast and saturation are one and
-the same blend, x <- clamp(t + f (x - t)), with black, the image's mean grey, or the pixel's grey as t.
+Views of one size go through together, so DINO's ten views are two batches. Brightness, contrast and
+saturation are one and the same blend, x <- clamp(t + f (x - t)), with black, the image's mean grey, or the
+pixel's grey as t.
 """
 
 from collections.abc import Sequence
@@ -30,7 +33,7 @@ class Draws(NamedTuple):
     """What happens to each of B samples; numpy, on the host, so that no decision waits for a device."""
 
     order: np.ndarray  # [B, 4] int64: which jitter operation comes first, second ...
-    factors: np.ndarray  # [B, 4] float32: brightness, contrast, saturation factors (1 = none), hue shift in turns (0 = none)
+    factors: np.ndarray  # [B, 4] float32: brightness, contrast, saturation (1 = none), hue in turns (0 = none)
     gray: np.ndarray  # [B] bool
     sigma: np.ndarray  # [B] float32, pixels; 0 = no blur
     solarize: np.ndarray  # [B] bool
@@ -90,7 +93,7 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
 
 
 def blur(x: Tensor, sigma: Tensor, size: tuple[int, int]) -> Tensor:
-    """[B, C, h, w] blurred with each sample's own Gaussian, `sigma` [B] > 0 pixels, windows `size` (odd); edges mirrored."""
+    """[B, C, h, w] blurred by each sample's Gaussian: `sigma` [B] > 0 pixels, `size` odd taps, edges mirrored."""
     b, c, h, w = x.shape
     flat = x.reshape(1, b * c, h, w)
     for axis, taps in ((2, size[0]), (3, size[1])):
@@ -161,7 +164,7 @@ class Photometrics:
 
 
 def apply(x: Tensor, draws: Draws) -> Tensor:
-    """Every change in `draws` to `x` [B, C, h, w] float in [0, 1]; colour operations need C = 3 and are left out otherwise."""
+    """`x` [B, C, h, w] float in [0, 1], changed as `draws` says; without colour operations unless C = 3."""
     device, colour = x.device, x.shape[1] == 3
     factors = np.take_along_axis(draws.factors, draws.order, axis=1)  # [B, 4], by place
     blends = (draws.order != HUE) & (factors != 1) & (colour | (draws.order != SATURATION))

@@ -1,7 +1,8 @@
 """The operations of `photometric.py` for CPUs: one pass over each sample, compiled, planes of it in the cache.
 
-A chain of tensor operations reads and writes the whole batch in memory some eighty times. Here a sample is taken apart into
-planes once, changed while it lies in the cache, and normalised on its way out: over fifty times faster on two cores.
+A chain of tensor operations reads and writes the whole batch in memory some eighty times. Here a sample is
+taken apart into planes once, changed while it lies in the cache, and normalised on its way out: over fifty
+times faster on two cores.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ FAINTEST = 1e-5  # taps of a Gaussian below this share of its middle are left ou
 
 
 @compiled
-def _grey(planes, out):  # type: ignore[no-untyped-def]
+def _grey(planes, out):
     if planes.shape[0] == 3:
         r, g, b = planes[0], planes[1], planes[2]
         for i in range(out.size):
@@ -40,21 +41,21 @@ def _grey(planes, out):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _blend(plane, target, factor):  # type: ignore[no-untyped-def]
+def _blend(plane, target, factor):
     rest = ONE - factor
     for i in range(plane.size):
         plane[i] = min(max(factor * plane[i] + rest * target[i], ZERO), ONE)
 
 
 @compiled
-def _blend_constant(plane, target, factor):  # type: ignore[no-untyped-def]
+def _blend_constant(plane, target, factor):
     add = (ONE - factor) * target
     for i in range(plane.size):
         plane[i] = min(max(factor * plane[i] + add, ZERO), ONE)
 
 
 @compiled
-def _mean(values):  # type: ignore[no-untyped-def]
+def _mean(values):
     """In sixteen sums, which fit a vector register and round less than one."""
     sums = np.zeros(16, np.float32)
     whole = values.size // 16 * 16
@@ -70,13 +71,13 @@ def _mean(values):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _channel(value, chroma, sixths):  # type: ignore[no-untyped-def]
+def _channel(value, chroma, sixths):
     k = sixths - np.float32(6) * np.floor(sixths * np.float32(1 / 6))
     return value - chroma * min(max(min(k, np.float32(4) - k), ZERO), ONE)
 
 
 @compiled
-def _shift_hue(planes, turns):  # type: ignore[no-untyped-def]
+def _shift_hue(planes, turns):
     red, green, blue = planes[0], planes[1], planes[2]
     shift = np.float32(6) * turns
     for i in range(red.size):
@@ -94,7 +95,7 @@ def _shift_hue(planes, turns):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _gaussian(sigma, taps):  # type: ignore[no-untyped-def]
+def _gaussian(sigma, taps):
     half = min(taps // 2, int(np.sqrt(-2 * np.log(FAINTEST)) * sigma) + 1)
     whole = 0.0
     for t in range(-(taps // 2), taps // 2 + 1):
@@ -106,14 +107,14 @@ def _gaussian(sigma, taps):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _mirror(at, size):  # type: ignore[no-untyped-def]
+def _mirror(at, size):
     if at < 0:
         return -at
     return at if at < size else 2 * size - 2 - at
 
 
 @compiled
-def _blur(plane, height, width, down, across, rows, row):  # type: ignore[no-untyped-def]
+def _blur(plane, height, width, down, across, rows, row):
     """Blur plane [height * width] in place; `rows` is room for a plane, `row` for a mirrored row."""
     half = down.size // 2
     for y in range(height):
@@ -142,10 +143,8 @@ def _blur(plane, height, width, down, across, rows, row):  # type: ignore[no-unt
 
 
 @compiled
-def _change(  # type: ignore[no-untyped-def]
-    first, last, images, order, factors, gray, sigma, solarize, window, scale, offset, out
-):
-    """Samples first..last of images [B, h, w, C] uint8 to out, float32 and normalised: x * scale + offset for each channel."""
+def _change(first, last, images, order, factors, gray, sigma, solarize, window, scale, offset, out):
+    """Samples first..last of images [B, h, w, C] uint8 to out: float32, changed, x * scale + offset by channel."""
     _, height, width, channels = images.shape
     n = height * width
     planes = np.empty((channels, n), np.float32)
@@ -196,10 +195,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="photometric")
 
 
-def change(
-    images: Tensor, draws: "Draws", window: tuple[int, int], scale: np.ndarray, offset: np.ndarray
-) -> Tensor:
-    """`images` uint8 [B, C, h, w] on the CPU to float32 of that shape, channels last: changed as `draws` says, x * scale + offset.
+def change(images: Tensor, draws: "Draws", window: tuple[int, int], scale: np.ndarray, offset: np.ndarray) -> Tensor:
+    """`images` uint8 [B, C, h, w] on the CPU to float32, channels last: changed as `draws` says, x * scale + offset.
 
     window: taps of the Gaussian down and across, odd. Uses as many threads as torch does.
     """
