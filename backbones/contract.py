@@ -1,0 +1,111 @@
+"""What every backbone takes and gives. Objectives and evaluations know this and nothing more."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Features(NamedTuple):
+    """pooled [B, D]; cells [B, N, D], or [B, K, D] when `visible` was given; layers: one [B, N_l, D_l] per block or
+    stage, () unless asked for. Cells are in row-major order, or in the order of `visible`."""
+
+    pooled: Tensor
+    cells: Tensor
+    layers: tuple[Tensor, ...] = ()
+
+
+class Backbone(nn.Module):
+    """Images [B, C, H, W] → `Features`. Made by `backbones.create`, never directly.
+
+    name        as given to `create`
+    width       D, the length of a feature
+    stride      pixels per cell, along both axes; H and W must be multiples of it
+    in_channels C
+    pool        "cls" (the class token) or "mean" (over the cells returned)
+    config      keyword arguments that make it again, without its weights: `create(**config)`
+
+    Its parameters are those of the feature extractor and one `mask_token`. The token is frozen (`requires_grad` False)
+    until an objective that passes `replaced` calls `learn_mask_token()`, so that otherwise every trainable parameter
+    takes part in every forward, as distributed training demands.
+    """
+
+    name: str
+    width: int
+    stride: int
+    in_channels: int
+    pool: str
+    config: dict[str, Any]
+    mask_token: nn.Parameter
+
+    def forward(
+        self,
+        images: Tensor,
+        visible: Tensor | None = None,
+        replaced: Tensor | None = None,
+        layers: bool = False,
+    ) -> Features:
+        """images [B, C, H, W] float, normalised.
+
+        visible [B, K] int64: the cells that may be seen, distinct within a row. Features are computed from their pixels
+        alone and only those K cells come back.
+        replaced [B, N] bool: the cells whose content is replaced by the learned mask token; all N cells come back.
+        layers: whether to return the features of every block (ViT) or stage (CNN) too.
+        Raises ValueError on a wrong channel count or a size that is no multiple of `stride`.
+        """
+        raise NotImplementedError
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of cells for an image of this size. Raises ValueError where it is no multiple of `stride`."""
+        if height % self.stride or width % self.stride or min(height, width) < self.stride:
+            near = " x ".join(str(max(self.stride, round(s / self.stride) * self.stride)) for s in (height, width))
+            raise ValueError(
+                f"image size {height} x {width} does not fit {self.name}: both sides must be multiples of its stride "
+                f"{self.stride}; the nearest size is {near}."
+            )
+        return height // self.stride, width // self.stride
+
+    def learn_mask_token(self) -> None:
+        """Let the mask token train. Call it before making the optimiser; then pass `replaced` in every step."""
+        self.mask_token.requires_grad_(True)
+
+    def _check(self, images: Tensor, visible: Tensor | None, replaced: Tensor | None) -> tuple[int, int]:
+        """The grid of `images`, after checking that all arguments fit this backbone and each other."""
+        if images.ndim != 4 or images.shape[1] != self.in_channels:
+            raise ValueError(
+                f"{self.name} takes images [B, {self.in_channels}, H, W] but got {list(images.shape)}; "
+                f"create it with in_channels={images.shape[1] if images.ndim == 4 else '…'}."
+            )
+        h, w = self.grid(*images.shape[-2:])
+        if visible is not None and (visible.ndim != 2 or len(visible) != len(images) or visible.dtype != torch.int64):
+            raise ValueError(
+                f"visible must be int64 cell indices [{len(images)}, K], got {visible.dtype} {list(visible.shape)}."
+            )
+        if replaced is not None and (replaced.shape != (len(images), h * w) or replaced.dtype != torch.bool):
+            raise ValueError(
+                f"replaced must be a bool mask [{len(images)}, {h * w}], got {replaced.dtype} {list(replaced.shape)}."
+            )
+        unlearned = replaced is not None and not self.mask_token.requires_grad
+        if unlearned and self.training and torch.is_grad_enabled():
+            raise ValueError(
+                f"replaced was given but the mask token of {self.name} is frozen; "
+                "call backbone.learn_mask_token() before making the optimiser."
+            )
+        return h, w
+
+
+def gather_cells(cells: Tensor, indices: Tensor) -> Tensor:
+    """The cells [B, K, D] of `cells` [B, N, D] that `indices` [B, K] names."""
+    return cells.gather(1, indices.unsqueeze(-1).expand(-1, -1, cells.shape[-1]))
+
+
+def replace_pixels(images: Tensor, replaced: Tensor, grid: tuple[int, int], token: Tensor) -> Tensor:
+    """Images [B, C, H, W] whose `replaced` [B, N] cells show the colour `token` [C] in each of their pixels."""
+    return torch.where(over_pixels(replaced, grid, images), token.to(images.dtype).view(1, -1, 1, 1), images)
+
+
+def over_pixels(cells: Tensor, grid: tuple[int, int], images: Tensor) -> Tensor:
+    """A bool mask over cells [B, N] as a mask over pixels [B, 1, H, W]."""
+    blocks = cells.view(len(cells), 1, *grid).to(torch.float32)
+    return F.interpolate(blocks, size=images.shape[-2:], mode="nearest") > 0.5
