@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.pack import Packed
+from pipeline.data.packed import Packed
 from pipeline.errors import UserError
 from pipeline.training.display import Display, Status
 
@@ -184,6 +184,7 @@ def _train(settings: dict[str, Any]) -> dict[str, Any]:
 
     from pipeline.config import Config
     from pipeline.training.links import Links
+    from pipeline.training.run_folder import RunFolder
     from pipeline.training.worker import Job, work
 
     plain = settings["job"]
@@ -194,7 +195,8 @@ def _train(settings: dict[str, Any]) -> dict[str, Any]:
     if settings["tracking"] and ray.train.get_context().get_world_rank() == 0:
         from pipeline.tracking import Tracker
 
-        tracker = Tracker(*settings["tracking"])
+        folder = RunFolder(job.run)
+        tracker = Tracker(*settings["tracking"], spool=folder.path("mlflow.spool") if folder.local else None)
     links = Links(
         exchange=beat.exchange,
         log=tracker.log if tracker else lambda metrics, step: None,
@@ -209,7 +211,7 @@ def _train(settings: dict[str, Any]) -> dict[str, Any]:
     finally:
         beat.close()
         if tracker:
-            tracker.flush()
+            tracker.close()
 
 
 class Heartbeat:

@@ -125,8 +125,8 @@ def check_is_image(head: bytes) -> str:
     raise NotAnImage("not an image: no known format begins like this")
 
 
-def decode(data: bytes, key: str = "", *, resize: int | None = None) -> DecodedImage:
-    """Decode one file completely and say what to store of it. `key` only serves the messages.
+def decode(data: bytes, *, resize: int | None = None) -> DecodedImage:
+    """Decode one file completely and say what to store of it.
 
     `resize`: the shorter side is brought down to this many pixels where it is longer.
     Raises `Rejected`. May crash or hang on hostile files, as every decoder may, and diverts the process's standard

@@ -38,11 +38,17 @@ class Extent(NamedTuple):
     size: int = -1
 
 
-class Task(NamedTuple):
-    """One file to decode. `payload`: its bytes, or where a child finds them."""
+class Unreadable(NamedTuple):
+    """A file whose bytes could not be had."""
 
-    key: str
-    payload: bytes | Extent
+    reason: str
+
+
+class Task(NamedTuple):
+    """One file to decode. `index`: the caller's own; `payload`: its bytes, or where a child finds them."""
+
+    index: int
+    payload: bytes | Extent | Unreadable
 
 
 @dataclass(frozen=True)
@@ -210,10 +216,12 @@ def _serve(pipe: Connection, resize: int | None, seconds: float) -> None:
 
 def _decode_one(task: Task, resize: int | None) -> Outcome:
     digest = b""
+    if isinstance(task.payload, Unreadable):
+        return Outcome(None, task.payload.reason)
     try:
         data = _read(task.payload) if isinstance(task.payload, Extent) else task.payload
         digest = hashlib.blake2b(data, digest_size=16).digest()
-        return Outcome(decode(data, task.key, resize=resize), digest=digest)
+        return Outcome(decode(data, resize=resize), digest=digest)
     except Rejected as error:
         return Outcome(None, str(error), isinstance(error, NotAnImage), digest)
     except OSError as error:

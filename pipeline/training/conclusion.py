@@ -62,7 +62,7 @@ def introduce(job: Job, folder: RunFolder, engine: str, note: str, uri: str) -> 
 
 
 def conclude(
-    job: Job, folder: RunFolder, result: dict[str, Any], tracker: Any, uri: str, run_id: str, seconds: float
+    job: Job, folder: RunFolder, result: dict[str, Any], uri: str, run_id: str, seconds: float
 ) -> dict[str, Any]:
     """Write `summary.json`, tell MLflow, print the table and how to go on; returns the summary."""
     config = job.config
@@ -83,20 +83,30 @@ def conclude(
         "linear_top1": summary["linear_top1"],
         **{f"{floor}_{name}": value for floor in ("untrained", "pixels") for name, value in summary[floor].items()},
     }
-    tracker.log({k: float(v) for k, v in final.items() if isinstance(v, int | float)}, summary["images_seen"])
-    for name in ("config.yaml", "summary.json", "backbone.safetensors"):
-        tracker.log_artifact(folder.path(name), "")
+    tracker = tracking.Tracker(uri, run_id, system_metrics=0)
+    tracker.log({k: v for k, v in final.items() if isinstance(v, int | float)}, summary["images_seen"])
+    with folder.local_copy("summary.json") as copy, folder.local_copy("backbone.safetensors") as weights:
+        tracker.log_artifact(copy)
+        tracker.log_backbone(weights, {"create": "backbones.create", **result["backbone_config"]}, usage(folder))
+        tracker.finish("FINISHED")
     table(summary)
-    address = shlex.quote(folder.address)
-    print(f"""
-{summary['images_seen']:,} images in {summary['training_seconds']:.0f} s of training: """
-          f"""{summary['images_per_second']:.0f} images/s, {summary['data_wait']:.1%} of it waiting for data
-run folder   {folder.address}
-checkpoint   {summary['checkpoint']}
-evaluate     python -m pipeline.evaluate {address}
-load         import backbones; backbone = backbones.load({folder.address!r})
-look         mlflow ui --backend-store-uri {shlex.quote(tracking.redact(uri))}""")  # fmt: skip
+    print(
+        f"\n{summary['images_seen']:,} images in {summary['training_seconds']:.0f} s of training: "
+        f"{summary['images_per_second']:.0f} images/s, {summary['data_wait']:.1%} of it waiting for data\n"
+        f"run folder   {folder.address}\n"
+        f"checkpoint   {summary['checkpoint']}\n{usage(folder)}"
+        f"look         mlflow ui --backend-store-uri {shlex.quote(tracking.redact(uri))}",
+        flush=True,
+    )
     return summary
+
+
+def usage(folder: RunFolder) -> str:
+    """The lines that evaluate and that load a run's backbone, ready to paste."""
+    return (
+        f"evaluate     python -m pipeline.evaluate {shlex.quote(folder.address)}\n"
+        f"load         import backbones; backbone = backbones.load({folder.path('backbone.safetensors')!r})\n"
+    )
 
 
 def table(summary: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -81,18 +82,19 @@ def launch(config: Config, argv: Sequence[str]) -> int:
         try:
             result = engine.run(job, (uri, run_id), display, stop)
         except BaseException as error:
-            tracking.Tracker(uri, run_id).finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            tracking.end_run(uri, run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
         finally:
             display.close()
-    tracker = tracking.Tracker(uri, run_id)
     if result["stopped"]:
-        tracker.finish("KILLED")
-        print(f"stopped with a checkpoint at {result['images_seen']:,} images; this continues it:\n"
-              f"  python -m pipeline.pretrain --resume {shlex.quote(folder.address)}")  # fmt: skip
+        tracking.end_run(uri, run_id, "KILLED")
+        print(
+            f"stopped with a checkpoint at {result['images_seen']:,} images; this continues it:\n"
+            f"  python -m pipeline.pretrain --resume {shlex.quote(folder.address)}",
+            flush=True,
+        )
         return STOPPED[stop.cause] if stop.cause else 0
-    conclusion.conclude(job, folder, result, tracker, uri, run_id, time.monotonic() - started)
-    tracker.finish("FINISHED")
+    conclusion.conclude(job, folder, result, uri, run_id, time.monotonic() - started)
     return 0
 
 
@@ -132,9 +134,8 @@ def storage_of(config: Config) -> str:
 
 def fresh_name(config: Config) -> str:
     """A readable name for a new run: backbone-objective-data-monthday-hourminutesecond."""
-    data = re.sub(r"\W+", "_", Path(config.data.rstrip("/").split(":")[-1]).stem).strip("_") or "data"
     backbone = config.backbone.replace("/", "_")
-    return f"{backbone}-{config.objective}-{data[:24]}-{datetime.now():%m%d-%H%M%S}"
+    return f"{backbone}-{config.objective}-{data_name(config)[:24]}-{datetime.now():%m%d-%H%M%S}"
 
 
 def begin(job: Job, folder: RunFolder, uri: str, argv: Sequence[str]) -> str:
@@ -144,30 +145,39 @@ def begin(job: Job, folder: RunFolder, uri: str, argv: Sequence[str]) -> str:
     if train.rejected:
         folder.write("rejected.csv", train.rejected.read_bytes())
     if folder.exists("mlflow_run_id"):
-        run_id = folder.read("mlflow_run_id").decode()
         kept = folder.checkpoints()
-        if tracking.resume_run(uri, run_id, kept[-1] if kept else 0):
-            return run_id
-    data = re.sub(r"\W+", "_", Path(config.data.rstrip("/")).stem).strip("_") or "data"
-    run_id = tracking.start_run(
-        uri,
-        experiment=data,
-        name=Path(folder.address).name,
-        tags={
-            "backbone": config.backbone,
-            "objective": config.objective,
-            "data": data,
-            "family": names.family(config.backbone),
-            "run_folder": folder.address,
-            "command": tracking.redact(shlex.join(["python", "-m", "pipeline.pretrain", *argv])),
-        },
-        params=asdict(config),
-        dataset={"name": data, "digest": train.fingerprint, "path": str(train.path),
-                 "images": train.images, "classes": len(train.classes)},
-        config_path=folder.path("config.yaml"),
-    )  # fmt: skip
+        return tracking.resume_run(uri, folder.read("mlflow_run_id").decode(), kept[-1] if kept else 0)
+    data = data_name(config)
+    with folder.local_copy("config.yaml") as config_path:
+        run_id = tracking.start_run(
+            uri,
+            experiment=data,
+            name=Path(folder.address).name,
+            tags={
+                "backbone": config.backbone,
+                "objective": config.objective,
+                "data": data,
+                "family": names.family(config.backbone),
+                "run_folder": folder.address,
+            },
+            params=asdict(config),
+            dataset={
+                "name": data,
+                "digest": train.fingerprint,
+                "path": str(train.path),
+                "images": train.images,
+                "classes": len(train.classes),
+            },
+            config_path=config_path,
+            command=[sys.executable, "-m", "pipeline.pretrain", *argv],
+        )
     folder.write("mlflow_run_id", run_id)
     return run_id
+
+
+def data_name(config: Config) -> str:
+    """A readable name for the data: the last part of its address."""
+    return re.sub(r"\W+", "_", Path(config.data.rstrip("/")).stem).strip("_") or "data"
 
 
 def choose_engine(config: Config) -> Engine:
@@ -185,7 +195,8 @@ def choose_engine(config: Config) -> Engine:
 
 def alone(job: Job, tracking_run: tuple[str, str], display: Display, stop: Stop) -> dict[str, Any]:
     """Train in this process."""
-    tracker = tracking.Tracker(*tracking_run)
+    folder = RunFolder(job.run)
+    tracker = tracking.Tracker(*tracking_run, spool=folder.path("mlflow.spool") if folder.local else None)
 
     def exchange(status: Status) -> bool:
         display.show(status)
@@ -194,7 +205,7 @@ def alone(job: Job, tracking_run: tuple[str, str], display: Display, stop: Stop)
     try:
         return work(job, Links(exchange, tracker.log, lambda packed: packed))
     finally:
-        tracker.flush()
+        tracker.close()
 
 
 def ray_alone(job: Job, tracking_run: tuple[str, str], display: Display, stop: Stop) -> dict[str, Any]:

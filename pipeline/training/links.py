@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipeline.data.pack import Packed
+from pipeline.data.packed import Packed
 from pipeline.training.display import Status
 
 

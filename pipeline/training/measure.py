@@ -1,7 +1,7 @@
 """What rank 0 measures of a run: k-NN now and then, everything at the end with both floors beside it."""
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -11,7 +11,8 @@ import objectives
 from backbones import Backbone
 from pipeline import evaluation
 from pipeline.config import Config
-from pipeline.data.pack import Packed
+from pipeline.data.packed import Packed
+from pipeline.evaluation import floors
 from pipeline.training.run_folder import RunFolder
 
 ONLINE_IMAGES = 5_000  # of the training set, the bank of the online k-NN
@@ -53,7 +54,7 @@ class OnlineKnn:
         assert self.val is not None
         result = evaluation.evaluate_backbone(
             backbone, self.train, self.val, image_size=int(self.config.image_size or 0), protocols=("knn",),
-            device=self.device, limit=ONLINE_IMAGES,
+            device=self.device, limit=ONLINE_IMAGES, precision=precision(self.config, self.device),
         )  # fmt: skip
         return float(result["knn_top1"])
 
@@ -63,11 +64,20 @@ def finish(
 ) -> dict[str, Any]:
     """Export the backbone and measure it beside the untrained one and raw pixels; this part of `summary.json`."""
     export(backbone, folder)
-    torch.manual_seed(config.seed)
-    untrained = fresh_backbone(config).to(device)
-    return {"backbone_file": folder.path("backbone.safetensors")} | evaluation.with_floors(
-        backbone, untrained, train, val, image_size=int(config.image_size or 0), device=device, seed=config.seed
-    )
+    scores = evaluation.with_floors(
+        backbone, floors.untrained(backbone.config, config.seed).to(device), train, val,
+        image_size=int(config.image_size or 0), device=device, seed=config.seed, precision=precision(config, device),
+    )  # fmt: skip
+    return {"backbone_config": dict(backbone.config), **scores}
+
+
+def precision(config: Config, device: torch.device) -> Literal["bf16", "fp32"]:
+    """What `--precision` means on a device: auto is bf16 where the device multiplies bf16 matrices in hardware."""
+    if config.precision != "auto":
+        return config.precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
 
 
 def export(backbone: Backbone, folder: RunFolder) -> None:

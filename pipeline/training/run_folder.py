@@ -1,10 +1,12 @@
 """A run's folder, here or at any fsspec address: config, checkpoints, metrics, log, summary. Every write is atomic."""
 
+import contextlib
 import io
 import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,17 @@ class RunFolder:
     def write_json(self, name: str, content: Any) -> None:
         """Write `name` as indented JSON."""
         self.write(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    @contextlib.contextmanager
+    def local_copy(self, name: str) -> Iterator[Path]:
+        """`name` as a file on this machine's disk: itself, or a copy for the while of a remote one."""
+        if self.local:
+            yield Path(self.root, name)
+            return
+        with tempfile.TemporaryDirectory() as temporary:
+            copy = Path(temporary, Path(name).name)
+            copy.write_bytes(self.read(name))
+            yield copy
 
     def checkpoints(self) -> list[int]:
         """Images seen at each whole checkpoint, oldest first."""

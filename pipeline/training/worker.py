@@ -20,7 +20,7 @@ from objectives.contract import Objective
 from pipeline import config as configuration
 from pipeline.config import Config
 from pipeline.data.loader import Batch, Loader, make_loader
-from pipeline.data.pack import Packed
+from pipeline.data.packed import Packed
 from pipeline.data.photometric import Photometrics
 from pipeline.errors import UserError
 from pipeline.training import measure, optimiser
@@ -139,15 +139,8 @@ def prepare(objective: Objective, config: Config, device: torch.device, world: i
             if isinstance(module, backbones.Backbone):
                 module.compile()
     model = nn.parallel.DistributedDataParallel(objective) if world > 1 else objective
-    half = config.precision == "bf16" or (config.precision == "auto" and computes_bf16(device))
+    half = measure.precision(config, device) == "bf16"
     return model, lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)
-
-
-def computes_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 matrices in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def parts(batch: Batch, count: int, model: nn.Module) -> Iterator[tuple[Batch, Any]]:

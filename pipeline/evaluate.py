@@ -1,0 +1,62 @@
+"""`python -m pipeline.evaluate RUN`: how good a representation is, beside its untrained self and raw pixels."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pipeline.command import guarded
+from pipeline.errors import UserError
+from pipeline.evaluation import NAMES
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Measure a trained backbone by k-NN and linear accuracy, the untrained backbone and raw pixels beside it."""
+
+    run: str
+    """A run folder, or one of its checkpoints."""
+    data: str | None = None
+    """Labelled images to learn from; left open: the run's own. Any source that pretraining takes."""
+    val_data: str | None = None
+    """Labelled images to be judged on; left open: a train/ + val/ pair, else a split by content."""
+    protocols: tuple[str, ...] = NAMES
+    """Of knn, linear."""
+    limit: int | None = None
+    """Learn from at most this many images."""
+    seed: int = 0
+    cache: str | None = None
+    """Where packed data sets are kept; left open: ~/.cache/ssl-pretraining."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0, or 1 failed, 2 a user's mistake, 130 Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+
+    def command() -> int:
+        import tyro
+
+        arguments = tyro.cli(
+            Annotated[Arguments, tyro.conf.arg(name="")],
+            args=argv,
+            prog="python -m pipeline.evaluate",
+            config=(tyro.conf.PositionalRequiredArgs,),
+        )
+        for name in arguments.protocols:
+            if name not in NAMES:
+                raise UserError(f"--protocols {name}: unknown; there are {', '.join(NAMES)}")
+        if "://" not in arguments.run and not Path(arguments.run).exists():
+            raise UserError(f"{arguments.run}: no such run folder or checkpoint")
+        from pipeline.evaluation.judge import judge  # torch comes with it, after all that can be refused without
+
+        judge(**{name: value for name, value in asdict(arguments).items() if name != "debug"})
+        return 0
+
+    return guarded(command, debug="--debug" in argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

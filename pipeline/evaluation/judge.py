@@ -1,0 +1,105 @@
+"""Judge a run or one of its checkpoints: find its backbone and data, measure, and keep the result with the run."""
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backbones import Backbone
+from pipeline import config as configuration
+from pipeline import evaluation, tracking
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.evaluation import floors
+from pipeline.training import conclusion, launch, measure, worker
+from pipeline.training.run_folder import RunFolder, read_checkpoint
+
+
+def judge(
+    run: str,
+    *,
+    data: str | None = None,
+    val_data: str | None = None,
+    protocols: Sequence[str] = evaluation.NAMES,
+    limit: int | None = None,
+    seed: int = 0,
+    cache: str | None = None,
+) -> dict[str, Any]:
+    """Measure a backbone beside its floors; print the table, add to `summary.json`, and tell MLflow as children.
+
+    Args:
+        run: address of a run folder (its newest checkpoint is judged) or of one checkpoint.
+        data, val_data: as of pretraining; by default the run's own.
+        limit: learn from at most this many images.
+
+    Raises:
+        UserError: there is no run, the checkpoint is torn or foreign, or there are no labels to judge by.
+    """
+    folder, config, backbone, seen = find(run)
+    if data:
+        config = replace(config, data=data, val_data=val_data, limit=None)
+    config = replace(config, val_data=val_data or config.val_data, cache=cache or config.cache)
+    train, val, note = launch.prepare_data(config)
+    if val is None or not train.classes or not val.classes:
+        raise UserError(
+            f"--data {config.data}: has no labels, so no accuracy can be measured (class folders are labels)"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scores = evaluation.with_floors(
+        backbone.to(device), floors.untrained(backbone.config, config.seed).to(device), train, val,
+        image_size=int(config.image_size or 0), protocols=protocols, device=device, seed=seed, limit=limit,
+        precision=measure.precision(config, device),
+    )  # fmt: skip
+    name = launch.data_name(config)
+    print(f"{name}: {scores['train_images']:,} images to learn from, {scores['val_images']:,} to be judged on ({note})")
+    conclusion.table({"backbone": config.backbone, "objective": config.objective, **scores})
+    keep(folder, config, name, seen, scores, protocols)
+    return scores
+
+
+def find(run: str) -> tuple[RunFolder, Config, Backbone, int]:
+    """The run folder, configuration, backbone and images seen of a run or of one of its checkpoints."""
+    if run.endswith(".pt"):
+        path = Path(run).resolve()
+        state = read_checkpoint(path.read_bytes(), run)
+        folder = RunFolder(str(path.parent.parent))
+    else:
+        folder = RunFolder(run)
+        kept = folder.checkpoints()
+        if not kept:
+            raise UserError(f"{run}: holds no checkpoint (looked for {folder.path('checkpoints')}/*.pt)")
+        state = folder.load_checkpoint(kept[-1])
+    config = configuration.read(state["config"], run)
+    objective = worker.build(config)
+    try:
+        objective.load_state_dict(state["objective"])
+    except RuntimeError as error:
+        raise UserError(
+            f"{run}: does not fit its own configuration ({str(error).splitlines()[-1].strip()[:150]})"
+        ) from None
+    return folder, config, objective.backbone, int(state["images_seen"])
+
+
+def keep(
+    folder: RunFolder, config: Config, data: str, seen: int, scores: Mapping[str, Any], protocols: Sequence[str]
+) -> None:
+    """Add the scores to `summary.json` under `evaluations`, and one child a protocol to the run in MLflow."""
+    if folder.exists("summary.json"):
+        summary = json.loads(folder.read("summary.json"))
+        summary.setdefault("evaluations", {})[f"{data} at {seen} images"] = dict(scores)
+        folder.write_json("summary.json", summary)
+    if not folder.exists("mlflow_run_id"):
+        return
+    run_id = folder.read("mlflow_run_id").decode()
+    uri = tracking.default_uri(str(Path(folder.address).parent) if folder.local else folder.address.rsplit("/", 1)[0])
+    for protocol in protocols:
+        numbers = {key: value for key, value in scores.items() if key.startswith(f"{protocol}_")}
+        for floor in ("untrained", "pixels"):
+            numbers[f"{floor}_{protocol}_top1"] = scores[floor][f"{protocol}_top1"]
+        tags = {"protocol": protocol, "data": data}
+        tracking.child_run(uri, run_id, name=protocol, tags=tags, metrics=numbers, step=seen)
+    print(f"kept in {shlex.quote(folder.path('summary.json'))} and as children of the run in MLflow")
