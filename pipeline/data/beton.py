@@ -16,7 +16,7 @@ page, so the page size may grow.
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -31,9 +31,7 @@ JPEG, RAW = 0, 1  # values of an image's `mode`
 PAGE = 2 << 20  # smallest page written, and the smallest FFCV knows
 LARGEST_PAYLOAD = 1 << 31  # a page size must fit 32 bits
 
-HEADER = np.dtype(
-    [("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("samples", "<u8"), ("table", "<u8")]
-)
+HEADER = np.dtype([("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("samples", "<u8"), ("table", "<u8")])
 DESCRIPTOR = np.dtype([("type", "u1"), ("name", "S16"), ("arguments", "u1", (1024,))])
 ALLOCATION = np.dtype([("sample", "<u8"), ("address", "<u8"), ("size", "<u8")])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
@@ -119,6 +117,10 @@ class BetonWriter:
         self.images += 1
         return self.images - 1
 
+    def set_labels(self, labels: Sequence[int]) -> None:
+        """Give every image written so far its label, once all classes are known."""
+        self._metadata["f1"][: self.images] = labels
+
     def _allocate(self, size: int) -> int:
         """The address of the next payload, with the file placed there."""
         page = max(PAGE, 1 << (size - 1).bit_length())
@@ -186,11 +188,7 @@ class BetonReader:
         except OSError as error:
             raise BetonError(f"{self.path}: cannot be opened ({error.strerror})") from error
         header = self._take(HEADER, 1, 0, "its header")[0]
-        if (
-            header["version"] != VERSION
-            or not 0 < header["fields"] < 256
-            or int(header["page"]).bit_count() != 1
-        ):
+        if header["version"] != VERSION or not 0 < header["fields"] < 256 or int(header["page"]).bit_count() != 1:
             raise BetonError(f"{self.path}: not a .beton file of version {VERSION}")
         if not 0 < header["table"] <= length:
             state = "never finished" if header["table"] == 0 else "cut short"
@@ -206,9 +204,7 @@ class BetonReader:
     def _take(self, dtype: np.dtype, count: int, start: int, what: str) -> NDArray:
         end = start + count * dtype.itemsize
         if end > len(self.data):
-            raise BetonError(
-                f"{self.path}: too short for {what} ({len(self.data)} bytes): cut short, or no .beton"
-            )
+            raise BetonError(f"{self.path}: too short for {what} ({len(self.data)} bytes): cut short, or no .beton")
         return np.frombuffer(self.data[start:end].tobytes(), dtype)
 
     def _read_fields(self, descriptors: NDArray) -> None:
@@ -240,9 +236,7 @@ class BetonReader:
         found = slots < len(table)
         found[found] = table["address"][slots[found]] == metadata["data_ptr"][found]
         if not found.all():
-            raise BetonError(
-                f"{self.path}: image {int(np.argmin(found))} is nowhere: damaged, or never finished"
-            )
+            raise BetonError(f"{self.path}: image {int(np.argmin(found))} is nowhere: damaged, or never finished")
         metadata["size"] = table["size"][slots]
         pixels = 3 * metadata["width"].astype(np.uint64) * metadata["height"].astype(np.uint64)
         whole = (

@@ -10,8 +10,11 @@ from typing import NamedTuple
 from pipeline.data.workers import Extent, Unreadable
 
 IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .dib .tif .tiff .avif .heic .heif .jp2 .j2k .jpx .jpf .j2c "
-    ".ico .psd .ppm .pgm .pbm .pnm .mpo .qoi".split()
+    {
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
+        *(".avif", ".heic", ".heif", ".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".ico", ".psd", ".ppm", ".pgm"),
+        *(".pbm", ".pnm", ".mpo", ".qoi"),
+    }
 )
 PARTS = {
     "train": ("train", "training"),

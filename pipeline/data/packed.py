@@ -94,9 +94,7 @@ def read_packed(path: str | Path) -> Packed:
     path = Path(path).resolve()
     reader, facts = BetonReader(path), read_facts(path)
     if facts and facts.get("images") != len(reader):
-        raise BetonError(
-            f"{path}: holds {len(reader)} images, its .json says {facts.get('images')}; pack again"
-        )
+        raise BetonError(f"{path}: holds {len(reader)} images, its .json says {facts.get('images')}; pack again")
     if facts:
         rejected = path.with_name(facts["rejected"]) if facts.get("rejected") else None
         return Packed(
@@ -113,12 +111,8 @@ def read_packed(path: str | Path) -> Packed:
 
 
 def _fingerprint(reader: BetonReader) -> str:
-    digest = hashlib.blake2b(
-        reader.metadata[["mode", "width", "height", "size", "label"]].tobytes(), digest_size=16
-    )
+    digest = hashlib.blake2b(reader.metadata[["mode", "width", "height", "size", "label"]].tobytes(), digest_size=16)
     for index in range(0, len(reader), -(-len(reader) // 256) or 1):
         record = reader.metadata[index]
-        digest.update(
-            reader.data[int(record["data_ptr"]) : int(record["data_ptr"] + record["size"])].tobytes()
-        )
+        digest.update(reader.data[int(record["data_ptr"]) : int(record["data_ptr"] + record["size"])].tobytes())
     return digest.hexdigest()

@@ -13,6 +13,7 @@ from backbones import Backbone
 from pipeline import config as configuration
 from pipeline import evaluation, tracking
 from pipeline.config import Config
+from pipeline.data import preparation
 from pipeline.errors import UserError
 from pipeline.evaluation import floors
 from pipeline.training import conclusion, launch, measure, worker
@@ -43,7 +44,7 @@ def judge(
     if data:
         config = replace(config, data=data, val_data=val_data, limit=None)
     config = replace(config, val_data=val_data or config.val_data, cache=cache or config.cache)
-    train, val, note = launch.prepare_data(config)
+    train, val, note = preparation.prepare(config)
     if val is None or not train.classes or not val.classes:
         raise UserError(
             f"--data {config.data}: has no labels, so no accuracy can be measured (class folders are labels)"

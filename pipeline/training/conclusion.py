@@ -3,14 +3,12 @@
 import contextlib
 import platform
 import shlex
-from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from pipeline import tracking
@@ -18,26 +16,6 @@ from pipeline.training.run_folder import RunFolder
 from pipeline.training.worker import Job
 
 VERSIONS = ("torch", "timm", "ray", "mlflow", "ffcv", "numpy")
-
-
-@contextlib.contextmanager
-def packing() -> Iterator[Callable[[int, int], None]]:
-    """A progress bar for packing; it appears with the first call (images done, images in all)."""
-    bar = Progress(
-        TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn(),
-        console=Console(stderr=True), transient=True,
-    )  # fmt: skip
-    task = bar.add_task("", total=None)
-
-    def progress(done: int, total: int) -> None:
-        if not bar.live.is_started:
-            bar.start()
-        bar.update(task, completed=done, total=total)
-
-    try:
-        yield progress
-    finally:
-        bar.stop()
 
 
 def introduce(job: Job, folder: RunFolder, engine: str, note: str, uri: str) -> None:

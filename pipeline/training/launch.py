@@ -11,7 +11,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from backbones import names
@@ -19,18 +18,13 @@ from pipeline import cluster, tracking
 from pipeline import config as configuration
 from pipeline.command import STOPPED, Stop, stop_signals
 from pipeline.config import Config
-from pipeline.data import embedded, pack
-from pipeline.data.beton import BetonReader
-from pipeline.data.packed import Packed
+from pipeline.data import preparation
 from pipeline.errors import UserError
 from pipeline.training import conclusion
 from pipeline.training.display import Display, Status
 from pipeline.training.links import Links
 from pipeline.training.run_folder import RunFolder
 from pipeline.training.worker import Job, work
-
-EMBEDDED = {"train": 4096, "val": 1024}  # images of the generated set
-EMBEDDED_SIZE = 64  # their side in pixels
 
 
 @dataclass(frozen=True)
@@ -61,8 +55,8 @@ def launch(config: Config, argv: Sequence[str]) -> int:
     earlier = load_earlier(address) if address else None
     if config.resume and earlier is None:
         raise UserError(f"--resume {address}: no run is there (it has no config.yaml)")
-    train, val, note = prepare_data(config)
-    config = configuration.resolve(config, images=train.images, side=median_side(train))
+    train, val, note = preparation.prepare(config)
+    config = configuration.resolve(config, images=train.images, side=preparation.median_side(train))
     if earlier and (changes := configuration.differences(earlier, config)):
         raise UserError(
             f"{address}: is a run with another configuration ({'; '.join(changes)}); "
@@ -104,25 +98,6 @@ def load_earlier(address: str) -> Config | None:
     if not folder.exists("config.yaml"):
         return None
     return configuration.read(folder.read("config.yaml").decode(), folder.path("config.yaml"))
-
-
-def prepare_data(config: Config) -> tuple[Packed, Packed | None, str]:
-    """The packed training and validation sets, and a sentence on how they were split."""
-    cache = Path(config.cache) if config.cache else Path.home() / ".cache" / "ssl-pretraining"
-    if config.data.split(":")[0] == "embedded":
-        train, val = (
-            embedded.packed(cache, part, config.limit if config.limit and part == "train" else n, EMBEDDED_SIZE, 0)
-            for part, n in EMBEDDED.items()
-        )
-        return train, val, "generated, val drawn apart from train"
-    with conclusion.packing() as progress:
-        return pack.open_split(config.data, config.val_data, cache, limit=config.limit, on_progress=progress)
-
-
-def median_side(packed: Packed) -> int:
-    """The median of the images' shorter sides, in pixels."""
-    metadata = BetonReader(packed.path).metadata
-    return int(np.median(np.minimum(metadata["height"], metadata["width"])))
 
 
 def storage_of(config: Config) -> str:

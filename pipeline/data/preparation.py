@@ -1,0 +1,66 @@
+"""From what the command line says of data to packed sets, with a progress bar while they are packed."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.config import Config
+from pipeline.data import embedded
+from pipeline.data.beton import BetonReader
+from pipeline.data.pack import Split, open_split
+from pipeline.data.packed import Packed
+
+EMBEDDED = {"train": 4096, "val": 1024}  # images of the generated set
+EMBEDDED_SIZE = 64  # their side in pixels
+
+
+def prepare(config: Config) -> Split:
+    """The packed training and validation sets that a configuration names, packed or drawn now where they are not."""
+    cache = cache_folder(config.cache)
+    if config.data.split(":")[0] == "embedded":
+        counts = EMBEDDED | ({"train": config.limit} if config.limit else {})
+        train, val = (embedded.packed(cache, part, n, EMBEDDED_SIZE) for part, n in counts.items())
+        return Split(train, val, "generated, val drawn apart from train")
+    with packing_bar() as progress:
+        return open_split(config.data, config.val_data, cache, limit=config.limit, on_progress=progress)
+
+
+def cache_folder(given: str | None) -> Path:
+    """Where packed sets are kept."""
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "ssl-pretraining"
+
+
+def median_side(packed: Packed) -> int:
+    """The median of the images' shorter sides, in pixels."""
+    metadata = BetonReader(packed.path).metadata
+    return int(np.median(np.minimum(metadata["height"], metadata["width"])))
+
+
+@contextlib.contextmanager
+def packing_bar() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar for packing; it appears with the first call (files done, files in all)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        TextColumn("packing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("files"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    task = bar.add_task("", total=None)
+
+    def progress(done: int, total: int) -> None:
+        if not bar.live.is_started:
+            bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield progress
+    finally:
+        bar.stop()
