@@ -272,6 +272,17 @@ def test_evaluation_stands_below_its_run(uri: str) -> None:
     assert tracking._client(uri).get_run(run_id).info.status == "FAILED"
 
 
+def test_runs_of_one_data_set_compare_at_a_click(uri: str) -> None:
+    client = tracking._client(uri)
+    cnn, vit = (client.get_run(begin(uri, tags={"backbone": backbone})) for backbone in ("resnet18", "vit_s16"))
+    experiment = client.get_experiment(cnn.info.experiment_id)
+    view = json.loads(json.loads(experiment.tags["mlflow.sharedViewState.comparison"])["state"])
+    assert {"tags.`backbone`", "metrics.`knn_top1`", "metrics.`linear_top1`"} <= set(view["selectedColumns"])
+    assert "viewStateShareKey=comparison" in experiment.tags["mlflow.note.content"]
+    assert {run.data.tags["kind"] for run in (cnn, vit)} == {"pretraining"}
+    assert cnn.data.tags["mlflow.runColor"] != vit.data.tags["mlflow.runColor"]
+
+
 def test_entry_that_cannot_be_stored_holds_up_nothing(
     uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
