@@ -1,0 +1,214 @@
+"""Whole runs through the command line, in this process: what they leave, how they end, and that they resume exactly."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import evaluate, pretrain
+from pipeline.training.run_folder import RunFolder
+
+SMALL = [
+    *("--engine", "local", "--loader", "opencv", "--image-size", "16", "--batch-size", "8", "--knn-every", "0"),
+    *("--precision", "fp32"),
+]
+DINO = [
+    "--options.local-views",
+    "1",
+    "--options.local-size",
+    "8",
+    "--options.out-dim",
+    "16",
+    "--options.hidden-dim",
+    "16",
+]
+MAE = [
+    "--objective",
+    "mae",
+    "--options.decoder-width",
+    "16",
+    "--options.decoder-depth",
+    "1",
+    "--options.decoder-heads",
+    "2",
+]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Two classes of 24 small images each, one reddish and one bluish, and a broken file."""
+    folder = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for i in range(48):
+        pixels = generator.integers(0, 120, (20, 24, 3), np.uint8)
+        pixels[..., 2 * (i % 2)] += 120
+        (folder / "rb"[i % 2]).mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / "rb"[i % 2] / f"{i}.png")
+    (folder / "r" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut")
+    return folder
+
+
+@pytest.fixture
+def command(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    common = [
+        "--data",
+        str(photos),
+        "--cache",
+        str(photos.parent / "cache"),
+        "--storage",
+        str(tmp_path / "runs"),
+        *SMALL,
+    ]
+    return lambda *words: [*common, *words]
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    return [(row["images"], row["loss"]) for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "objective"), [("lenet5", DINO), ("vit_ti8", DINO), ("resnet20", MAE), ("vit_ti4", MAE)]
+)
+def test_a_run_leaves_all_that_is_promised(command, tmp_path, capsys, backbone, objective):
+    run = tmp_path / "runs" / "one"
+    assert pretrain.main(command("--backbone", backbone, "--epochs", "2", "--run", str(run), *objective)) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    promised = {
+        *("backbone", "objective", "images_seen", "images_per_second", "data_wait", "loss_first", "loss_last"),
+        *("knn_top1", "linear_top1", "untrained", "pixels", "rejected", "mlflow_run_id", "checkpoint", "config"),
+        *("versions", "device", "seconds"),
+    }
+    assert promised <= set(summary)
+    assert summary["backbone"] == backbone
+    assert summary["images_seen"] == losses(run)[-1][0] == 2 * (summary["images_seen"] // 2)
+    assert summary["rejected"] == 1
+    assert "broken.jpg" in (run / "rejected.csv").read_text()
+    assert Path(summary["checkpoint"]).exists()
+    assert 0 <= summary["knn_top1"] <= 1
+    assert 0 <= summary["untrained"]["linear_top1"] <= 1
+    assert 0.9 <= summary["pixels"]["knn_top1"] <= 1
+    said = capsys.readouterr().out
+    for word in ("raw pixels", "images/s", str(run), "mlflow ui", "python -m pipeline.evaluate"):
+        assert word in said
+
+    import mlflow
+
+    store = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    kept = store.get_run(summary["mlflow_run_id"])
+    assert kept.info.status == "FINISHED"
+    assert kept.data.metrics["knn_top1"] == pytest.approx(summary["knn_top1"])
+    assert [m.step for m in store.get_metric_history(kept.info.run_id, "loss")] == [i for i, _ in losses(run)]
+    assert kept.inputs.dataset_inputs[0].dataset.digest
+
+    assert evaluate.main([str(run), "--cache", str(tmp_path / "cache")]) == 0
+    again = json.loads((run / "summary.json").read_text())["evaluations"]
+    assert next(iter(again.values()))["knn_top1"] == pytest.approx(summary["knn_top1"])
+    children = store.search_runs([kept.info.experiment_id], f"tags.mlflow.parentRunId = '{kept.info.run_id}'")
+    assert {child.data.tags["protocol"] for child in children} == {"knn", "linear"}
+
+
+def test_the_loading_line_that_a_run_prints_works(command, tmp_path, capsys):
+    run = tmp_path / "runs" / "one"
+    assert pretrain.main(command("--backbone", "vit_ti8", "--epochs", "1", "--run", str(run), *DINO)) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("load "))
+    names: dict = {}
+    exec(line.removeprefix("load").strip(), names)
+    import torch
+
+    state = RunFolder(str(run)).load_checkpoint(RunFolder(str(run)).checkpoints()[-1])["objective"]
+    trained = {k.removeprefix("teacher.network.backbone."): v for k, v in state.items()}
+    for name, value in names["backbone"].state_dict().items():
+        torch.testing.assert_close(value, trained[name])
+
+
+@pytest.mark.parametrize("objective", [DINO, MAE], ids=["dino", "mae"])
+def test_a_killed_run_resumes_to_the_last_bit(command, tmp_path, objective):
+    words = ["--backbone", "resnet20", "--epochs", "4", *objective]
+    assert pretrain.main(command(*words, "--run", str(tmp_path / "runs" / "whole"))) == 0
+    whole = losses(tmp_path / "runs" / "whole")
+
+    broken = tmp_path / "runs" / "broken"
+    program = [sys.executable, "-m", "pipeline.pretrain", *command(*words, "--run", str(broken))]
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'ssl'}"}
+    process = subprocess.Popen(
+        [*program, "--checkpoint-every", "0.0001"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while len(RunFolder(str(broken)).checkpoints()) < 2 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert pretrain.main(command("--resume", str(broken), "--backbone", "resnet20")) == 0
+    assert losses(broken) == whole
+    final = [RunFolder(str(tmp_path / "runs" / name)) for name in ("whole", "broken")]
+    import torch
+
+    one, two = (folder.load_checkpoint(folder.checkpoints()[-1])["objective"] for folder in final)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_saves_and_says_how_to_go_on(command, tmp_path, number, status):
+    run = tmp_path / "runs" / "stopped"
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'ssl'}"}
+    words = command("--backbone", "lenet5", "--epochs", "100000", "--run", str(run), *DINO)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.pretrain", *words], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size:
+            break
+        time.sleep(0.05)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == status
+    assert f"python -m pipeline.pretrain --resume {run}" in said
+    assert len(RunFolder(str(run)).checkpoints()) == 1
+
+    import mlflow
+
+    store = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    assert store.get_run((run / "mlflow_run_id").read_text()).info.status == "KILLED"
+
+
+def test_another_configuration_in_the_same_folder_is_refused_with_the_difference(command, tmp_path, capsys):
+    run = str(tmp_path / "runs" / "one")
+    assert pretrain.main(command("--backbone", "lenet5", "--epochs", "1", "--run", run, *DINO)) == 0
+    assert pretrain.main(command("--backbone", "lenet5", "--epochs", "2", "--run", run, *DINO)) == 2
+    assert "--epochs 1 → 2" in capsys.readouterr().err
+
+
+def test_a_run_without_labels_measures_nothing_and_says_so(command, tmp_path):
+    generator = np.random.default_rng(1)
+    (tmp_path / "flat").mkdir()
+    for i in range(16):
+        Image.fromarray(generator.integers(0, 255, (16, 16, 3), np.uint8)).save(tmp_path / "flat" / f"{i}.png")
+    words = command("--backbone", "lenet5", "--epochs", "1", *DINO, "--run", str(tmp_path / "runs" / "flat"))
+    words[words.index("--data") + 1] = str(tmp_path / "flat")
+    assert pretrain.main(words) == 0
+    summary = json.loads((tmp_path / "runs" / "flat" / "summary.json").read_text())
+    assert summary["knn_top1"] is None
+    assert summary["untrained"]["linear_top1"] is None
+
+
+def test_evaluating_what_is_no_run_is_one_line(tmp_path, capsys):
+    (tmp_path / "foreign.pt").write_bytes(b"not a checkpoint")
+    assert evaluate.main([str(tmp_path / "nothing")]) == 2
+    assert evaluate.main([str(tmp_path / "foreign.pt")]) == 2
+    assert evaluate.main([str(tmp_path)]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 3
