@@ -52,7 +52,7 @@ class TarSource(_Files):
     """Tar archives, read in place. From a plain local one, decoders read images by themselves, at their offsets."""
 
     @cached_property
-    def items(self) -> list[Item]:  # type: ignore[override]
+    def items(self) -> list[Item]:
         found: list[Item] = []
         self._places: list[tuple[int, int, Extent | None]] = []  # of each item: archive, member, bytes in a local file
         companions: dict[str, dict[str, str]] = {}
@@ -184,7 +184,7 @@ class ParquetSource(_Files):
     """Parquet files with one row per image. Keys are `file.parquet/row`."""
 
     @cached_property
-    def items(self) -> list[Item]:  # type: ignore[override]
+    def items(self) -> list[Item]:
         found: list[Item] = []
         for path, name in zip(self.paths, self.names):
             with self._opened(path) as file:
@@ -288,7 +288,7 @@ class TableSource(Source):
         return (f"{item.key} {item.size} {item.version} {item.label}" for item in self.items)
 
     @cached_property
-    def items(self) -> list[Item]:  # type: ignore[override]
+    def items(self) -> list[Item]:
         text = self.files.cat_file(self.path).decode("utf-8-sig", "surrogateescape")
         first, _, _ = text.partition("\n")
         delimiter = max(",;\t|", key=first.count)

@@ -266,8 +266,8 @@ def _entries_of_source(source: Source, wanted: Sequence[int], options: _Options)
     with Decoders(options.workers, resize=options.resize) as decoders:
         for tasks, outcomes in decoders.decode(chunks()):
             for task, outcome in zip(tasks, outcomes):
-                name = source.items[task.index].key
-                yield _Entry(task.index, name, outcome.image, outcome.reason, outcome.digest)
+                name = source.items[task.item].key
+                yield _Entry(task.item, name, outcome.image, outcome.reason, outcome.digest)
 
 
 def _entries_of_beton(

@@ -80,7 +80,7 @@ class LocalFolder(Source):
             yield index, Extent(os.path.join(self.root, self.items[index].key))
 
     @cached_property
-    def items(self) -> list[Item]:  # type: ignore[override]
+    def items(self) -> list[Item]:
         found: list[Item] = []
         seen: set[str] = set()
         folders = deque([(self.root, "")])
@@ -140,7 +140,7 @@ class RemoteFolder(Source):
         return fetch(self.files, ((index, f"{self.root}/{self.items[index].key}") for index in wanted))
 
     @cached_property
-    def items(self) -> list[Item]:  # type: ignore[override]
+    def items(self) -> list[Item]:
         found = []
         for path, info in self.files.find(self.root, detail=True).items():
             key = path[len(self.root) :].lstrip("/")

@@ -45,9 +45,9 @@ class Unreadable(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One file to decode. `index`: the caller's own; `payload`: its bytes, or where a child finds them."""
+    """One file to decode. `item`: the caller's own number for it; `payload`: its bytes, or where a child finds them."""
 
-    index: int
+    item: int
     payload: bytes | Extent | Unreadable
 
 
