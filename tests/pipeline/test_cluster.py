@@ -1,0 +1,61 @@
+"""Training through Ray: two workers equal one, the loading of a set from another node, stop and resume."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+SMALL = [
+    *("--loader", "opencv", "--image-size", "16", "--batch-size", "8", "--knn-every", "0", "--precision", "fp32"),
+    *("--options.local-views", "1", "--options.local-size", "8", "--options.out-dim", "16", "--backbone", "vit_ti8"),
+    *("--options.hidden-dim", "16", "--epochs", "2"),
+]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for i in range(48):
+        (folder / "ab"[i % 2]).mkdir(exist_ok=True)
+        Image.fromarray(generator.integers(0, 255, (20, 20, 3), np.uint8)).save(folder / "ab"[i % 2] / f"{i}.png")
+    return folder
+
+
+def pretrain(photos: Path, run: Path, *words: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'ssl'}", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1"}
+    environment.pop("RAY_ADDRESS", None)
+    common = ["--data", str(photos), "--cache", str(photos.parent / "cache"), "--storage", str(run.parent)]
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline.pretrain", *common, *SMALL, "--run", str(run), *words],
+        env=environment, capture_output=True, text=True, timeout=380, cwd=run.parent,
+    )  # fmt: skip
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_workers_train_as_one_process_does(photos, tmp_path):
+    alone = pretrain(photos, tmp_path / "one", "--engine", "local")
+    assert alone.returncode == 0, alone.stderr
+    both = pretrain(photos, tmp_path / "two", "--workers", "2")
+    assert both.returncode == 0, both.stderr + both.stdout
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert summary["images_seen"] == 8 * len(losses(tmp_path / "two"))
+    assert "2 workers" in both.stdout
+    assert "raw pixels" in both.stdout
+
+
+def test_one_worker_needs_no_cluster(photos, tmp_path):
+    done = pretrain(photos, tmp_path / "one", "--engine", "ray")
+    assert done.returncode == 0, done.stderr
+    assert "Ray Train in this process" in done.stdout
