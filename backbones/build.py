@@ -1,8 +1,9 @@
 """Make a backbone from its name."""
 
 import bisect
+import contextlib
 import re
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -10,6 +11,8 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from backbones import classics, names, stems
 from backbones.cnn import FeatureMap, FullyConnected, as_map, take_cell_norm
@@ -36,8 +39,8 @@ def create(
     pool        "cls" or "mean" for `pooled`; None is the backbone's own: the class token where there is one
     drop_path   stochastic depth at the last block, rising linearly from 0 at the first (Huang et al. 2016)
     pretrained  timm's published weights, where it has some
-    Weights start as timm starts them, those of `classics` as each says there. Raises UnknownBackbone, or ValueError for an
-    option the network cannot have.
+    Weights start as timm starts them, those of `classics` as each says there. Raises UnknownBackbone, or ValueError for
+    an option the network cannot have.
     """
     entry = names.entry(name)
     size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
@@ -53,9 +56,8 @@ def create(
         raise ValueError(f"drop_path={drop_path}: {name} has no residual blocks that can be dropped; use 0.")
 
     want_small = stem == "small" or (stem == "auto" and min(size) <= stems.SMALL_UP_TO and not pretrained)
-    config = dict(
-        name=name, image_size=size, in_channels=in_channels, stem=stem, pool=pool, drop_path=drop_path
-    )
+    config: dict[str, Any] = {"name": name, "image_size": size, "in_channels": in_channels}
+    config |= {"stem": stem, "pool": pool, "drop_path": drop_path}
     if name == "fc":
         _only_one_stem(name, stem, pool)
         width = classics.fc_width(*size, in_channels)
@@ -73,12 +75,13 @@ def create(
 
 
 def published(name: str) -> nn.Module:
-    """The network as its paper counts it: own borders, own classifier (1000 classes; 10 for CIFAR nets), RGB (LeNet-5: grey)."""
+    """The network as its paper counts it: the paper's borders and classifier (1000 classes, 10 for the CIFAR nets) and
+    channels (one for LeNet-5, else three)."""
     entry = names.entry(name)
     if entry.timm is None and entry.family == "vit":
         raise ValueError(f"{name} was published nowhere; vit_ti16, vit_s16, vit_b16, vit_l16 and vit_h14 were.")
     if entry.timm is not None:
-        return timm.create_model(entry.timm)
+        return timm.create_model(entry.timm, num_classes=1000)
     if name == "lenet5":
         return classics.lenet5(1, as_published=True)
     return _classic(name, 3, small=False, as_published=True)
@@ -110,7 +113,8 @@ def _network(
         kind, patch = vit
         if size[0] % patch or size[1] % patch:
             raise ValueError(
-                f"image size {size[0]} x {size[1]} does not fit {name}: both sides must be multiples of its patch {patch}."
+                f"image size {size[0]} x {size[1]} does not fit {name}: "
+                f"both sides must be multiples of its patch {patch}."
             )
         network = VisionTransformer(
             img_size=size, patch_size=patch, in_chans=in_channels, num_classes=0, embed_dim=kind.width,
@@ -122,7 +126,7 @@ def _network(
         return _classic(name, in_channels, small and has_small), has_small
     network = _timm(name, entry.timm, size, in_channels, drop_path, pretrained)
     if name.startswith("vgg") and hasattr(network, "features"):
-        network.features[-1] = nn.Identity()  # type: ignore[operator, index] # pool5 belongs to the classifier
+        cast(nn.Sequential, network.features)[-1] = nn.Identity()  # pool5 belongs to the classifier
     if not stems.has_small_stem(network):
         return network, False
     if small:
@@ -130,21 +134,24 @@ def _network(
     return network, True
 
 
-def _timm(name: str, known: str, size: tuple[int, int], in_channels: int, drop_path: float, pretrained: bool) -> nn.Module:
+def _timm(
+    name: str, known: str, size: tuple[int, int], in_channels: int, drop_path: float, pretrained: bool
+) -> nn.Module:
     """timm's model, without classifier, for any image size where it can be."""
-    options: dict[str, Any] = dict(num_classes=0, in_chans=in_channels, pretrained=pretrained)
+    options: dict[str, Any] = {"num_classes": 0, "in_chans": in_channels, "pretrained": pretrained}
     if drop_path:
         options["drop_path_rate"] = drop_path
     # Not every model takes each of these, and which do stands only in its constructor.
-    for flexible in (dict(img_size=size, dynamic_img_size=True), dict(img_size=size, strict_img_size=False), dict(img_size=size), {}):
-        try:
+    sized: dict[str, Any] = {"img_size": size}
+    for flexible in (sized | {"dynamic_img_size": True}, sized | {"strict_img_size": False}, sized):
+        with contextlib.suppress(TypeError):
             return timm.create_model(known, **options, **flexible)
-        except TypeError as error:
-            if drop_path and "drop_path_rate" in str(error):
-                raise ValueError(f"drop_path={drop_path}: {name} has no residual blocks that can be dropped; use 0.") from None
-            if not flexible or "unexpected keyword" not in str(error):
-                raise
-    raise AssertionError("unreachable")
+    try:
+        return timm.create_model(known, **options)
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+        raise ValueError(f"drop_path={drop_path}: {name} has no blocks that can be dropped; use 0.") from None
 
 
 def _only_one_stem(name: str, stem: str, pool: str | None) -> None:
@@ -168,11 +175,10 @@ def _feature_map(
         if stride * rows != 256 or stride & (stride - 1):  # unpadded layers lost some cells at the edge
             stride = round(256 / (probe.rows(512) - rows))
             border = bisect.bisect_left(range(4 * stride), 256 // stride, key=lambda b: probe.rows(256 + 2 * b))
-        used_at = (256 + 2 * border, 256 + 2 * border)
     except (RuntimeError, AssertionError, ValueError, ZeroDivisionError):  # its modules allow one size only
-        only_size = used_at = size
+        only_size = size
         stride = round(size[0] / probe.rows(*size))
-    _remove(network, probe.unused(*used_at))
+    _remove(network, {k for k, _ in network.named_parameters()} - probe.used)
     return FeatureMap(
         name, network, norm=norm, width=width, stride=stride, in_channels=in_channels, config=config,
         only_size=only_size, border=border,
@@ -180,48 +186,60 @@ def _feature_map(
 
 
 class _Shapes(nn.Module):
-    """Runs `forward_features` of a network on meta tensors: shapes and gradients' presence, nothing computed."""
+    """Runs `forward_features` of a network on meta tensors: only shapes, and which parameters it uses, come of it."""
 
     def __init__(self, network: nn.Module, in_channels: int, width: int) -> None:
         super().__init__()
         self.network, self.in_channels, self.width = network, in_channels, width
         self.prefix_tokens = int(getattr(network, "num_prefix_tokens", 0))
+        self.used: set[str] = set()
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network.forward_features(images)  # type: ignore[operator]
 
     def rows(self, height: int, width: int | None = None) -> int:
-        """Rows of the feature map of an image of this size."""
+        """Rows of the feature map of an image of this size. Parameters that took part in it are added to `used`."""
         width = width or height
-        with torch.no_grad():
-            out = self._run(height, width, self._on_meta())
+        meta = {k: torch.empty_like(v, device="meta") for k, v in (*self.named_parameters(), *self.named_buffers())}
+        training = self.network.training
+        self.network.eval()
+        try:
+            with torch.no_grad(), _Uses(meta) as uses:
+                out = functional_call(self, meta, (torch.empty(1, self.in_channels, height, width, device="meta"),))
+        finally:
+            self.network.train(training)
+        self.used |= {name.removeprefix("network.") for name in uses.names}
         if out.ndim == 3:
             return round(((out.shape[1] - self.prefix_tokens) * height / width) ** 0.5)
         return as_map(out, self.width, (0, 0)).shape[2]
 
-    def unused(self, height: int, width: int) -> set[str]:
-        """Names of the parameters that play no part in the feature map: classifiers, and what stands before them."""
-        meta = self._on_meta()
-        with torch.enable_grad():
-            out = self._run(height, width, meta)
-        trainable = {k: v for k, v in meta.items() if v.requires_grad}
-        grads = torch.autograd.grad(out.sum(), list(trainable.values()), allow_unused=True)
-        return {k.removeprefix("network.") for k, g in zip(trainable, grads) if g is None}
 
-    def _run(self, height: int, width: int, meta: dict[str, Tensor]) -> Tensor:
-        training = self.network.training
-        self.network.eval()
-        try:
-            image = torch.empty(1, self.in_channels, height, width, device="meta")
-            return functional_call(self, meta, (image,))
-        finally:
-            self.network.train(training)
+class _Uses(TorchFunctionMode):
+    """Notes which of some named tensors torch functions were given."""
 
-    def _on_meta(self) -> dict[str, Tensor]:
-        return {
-            k: torch.empty_like(v, device="meta", requires_grad=v.requires_grad)
-            for k, v in (*self.named_parameters(), *self.named_buffers())
-        }
+    def __init__(self, named: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self._of = {id(tensor): name for name, tensor in named.items()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") != "__get__":  # asking for its shape or dtype is no use
+            for tensor in tensors_in((args, tuple(kwargs.values()))):
+                if id(tensor) in self._of:
+                    self.names.add(self._of[id(tensor)])
+        if func is F.batch_norm:
+            return args[0]  # same shape, and slow to trace
+        return func(*args, **kwargs)
+
+
+def tensors_in(nested: Any) -> list[Tensor]:
+    """All tensors in tuples and lists of any depth."""
+    if isinstance(nested, Tensor):
+        return [nested]
+    if isinstance(nested, (tuple, list)):
+        return [t for item in nested for t in tensors_in(item)]
+    return []
 
 
 def _remove(module: nn.Module, unused: set[str], prefix: str = "") -> None:

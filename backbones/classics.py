@@ -123,15 +123,17 @@ def lenet5(in_channels: int = 3, as_published: bool = False) -> Staged:
 
 def alexnet(in_channels: int = 3, small: bool = False, as_published: bool = False) -> Staged:
     """Five convolutions, LRN after the first two, the second, fourth and fifth in two groups; stride 16, or 8 with the
-    small stem (3 x 3, stride 2, for 11 x 11, stride 4). Features are conv5 after its ReLU; pool5 belongs to the classifier.
+    small stem (3 x 3, stride 2, for 11 x 11, stride 4). Features are conv5 after its ReLU; pool5 is the classifier's.
 
-    Weights start as in He et al. 2015, not as N(0, 0.01²): without labels and with AdamW nothing mends a vanished signal.
+    Weights start as in He et al. 2015, not as the paper's N(0, 0.01²), under which the signal fades layer by layer.
     """
-    pool = dict(kernel_size=3, stride=2, padding=0 if as_published else 1)
     if small:
         conv1 = nn.Conv2d(in_channels, 96, 3, stride=2, padding=1)
     else:  # padding 2: 224 → 55, as in the paper; padding 4: 224 → 56 = 4 x 14
         conv1 = nn.Conv2d(in_channels, 96, 11, stride=4, padding=2 if as_published else 4)
+
+    def pool() -> nn.Module:
+        return nn.MaxPool2d(3, 2, 0 if as_published else 1)
 
     def lrn() -> nn.Module:  # section 3.3: k = 2, n = 5, α = 1e-4 per neighbour (torch divides by n), β = 0.75
         return nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)
@@ -147,8 +149,8 @@ def alexnet(in_channels: int = 3, small: bool = False, as_published: bool = Fals
     )
     net = Staged(
         [
-            nn.Sequential(conv1, relu(), lrn(), nn.MaxPool2d(**pool)),
-            nn.Sequential(nn.Conv2d(96, 256, 5, padding=2, groups=2), relu(), lrn(), nn.MaxPool2d(**pool)),
+            nn.Sequential(conv1, relu(), lrn(), pool()),
+            nn.Sequential(nn.Conv2d(96, 256, 5, padding=2, groups=2), relu(), lrn(), pool()),
             nn.Sequential(nn.Conv2d(256, 384, 3, padding=1), relu()),
             nn.Sequential(nn.Conv2d(384, 384, 3, padding=1, groups=2), relu()),
             nn.Sequential(nn.Conv2d(384, 256, 3, padding=1, groups=2), relu()),
@@ -246,8 +248,8 @@ def googlenet(
 
 
 class CifarBlock(nn.Module):
-    """Two 3 x 3 convolutions; the shortcut is the identity, subsampled and zero-padded where the shape changes (option A,
-    no parameters), or absent in a plain network."""
+    """Two 3 x 3 convolutions. The shortcut is the identity, subsampled and zero-padded where the shape changes (option
+    A, no parameters), or absent in a plain network."""
 
     def __init__(self, inputs: int, maps: int, stride: int, shortcut: bool) -> None:
         super().__init__()

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from einops import rearrange
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbones.contract import Backbone, Features, gather_cells, over_pixels, replace_pixels
+from backbones.contract import Backbone, Features, gather_cells, replace_pixels, show_only
 from backbones.masking import visible_only
 
 
@@ -36,8 +37,9 @@ class FeatureMap(Backbone):
         only_size: tuple[int, int] | None = None,
         border: int = 0,
     ) -> None:
-        """norm: applied to each cell of the last map. only_size: (H, W) where the network takes no other size. border: pixels of zero padding per side that make the
-        map H / stride x W / stride where unpadded convolutions would lose its edge (Inception)."""
+        """norm: applied to each cell of the last map. only_size: (H, W) where the network takes no other size.
+        border: pixels of zero padding per side that make the map H / stride x W / stride where unpadded convolutions
+        would lose its edge (Inception)."""
         super().__init__()
         self.name, self.width, self.stride, self.in_channels = name, width, stride, in_channels
         self.pool, self.config, self.only_size, self.border = "mean", config, only_size, border
@@ -50,8 +52,8 @@ class FeatureMap(Backbone):
         grid = super().grid(height, width)
         if self.only_size is not None and self.only_size != (height, width):
             raise ValueError(
-                f"{self.name} works at {self.only_size[0]} x {self.only_size[1]} pixels only, not at {height} x {width}; "
-                f"create it with image_size=({height}, {width})."
+                f"{self.name} works at {self.only_size[0]} x {self.only_size[1]} pixels only, "
+                f"not at {height} x {width}; create it with image_size=({height}, {width})."
             )
         return grid
 
@@ -69,10 +71,8 @@ class FeatureMap(Backbone):
             last, stages = self._maps(images, grid, layers)
             cells = rearrange(last, "b d h w -> b (h w) d")
         else:
-            seen = torch.zeros(len(images), grid[0] * grid[1], dtype=torch.bool, device=images.device)
-            seen = seen.scatter(1, visible, True)
-            images = torch.where(over_pixels(seen, grid, images), images, images.new_zeros(()))
-            with visible_only(self.network, seen.view(-1, 1, *grid)):
+            images, seen = show_only(images, visible, grid)
+            with visible_only(self.network, seen):
                 last, stages = self._maps(images, grid, layers)
             cells = gather_cells(rearrange(last, "b d h w -> b (h w) d"), visible)
         return Features(cells.mean(1), cells, tuple(rearrange(m, "b d h w -> b (h w) d") for m in stages))
@@ -98,11 +98,12 @@ def as_map(out: Tensor, width: int, grid: tuple[int, int], prefix_tokens: int = 
 
 
 def take_cell_norm(network: nn.Module) -> nn.Module:
-    """The norm timm keeps in the head of a ConvNeXt and its like, there applied to the pooled feature, here to each cell:
-    the residual stream itself has no scale."""
-    norm = getattr(getattr(network, "head", None), "norm", None)
-    if isinstance(norm, nn.LayerNorm) and type(norm).__name__ == "LayerNorm2d":
-        network.head.norm = nn.Identity()  # type: ignore[union-attr]
+    """The norm timm keeps in the head of a ConvNeXt and its like, there applied to the pooled feature, here to each
+    cell: the residual stream itself has no scale."""
+    head = getattr(network, "head", None)
+    norm = getattr(head, "norm", None)
+    if isinstance(head, nn.Module) and isinstance(norm, LayerNorm2d):
+        head.norm = nn.Identity()
         return norm
     return nn.Identity()
 

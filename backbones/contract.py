@@ -57,7 +57,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of cells for an image of this size. Raises ValueError where it is no multiple of `stride`."""
+        """Rows and columns of cells of an image of this size. Raises ValueError where it is no multiple of `stride`."""
         if height % self.stride or width % self.stride or min(height, width) < self.stride:
             near = " x ".join(str(max(self.stride, round(s / self.stride) * self.stride)) for s in (height, width))
             raise ValueError(
@@ -103,6 +103,14 @@ def gather_cells(cells: Tensor, indices: Tensor) -> Tensor:
 def replace_pixels(images: Tensor, replaced: Tensor, grid: tuple[int, int], token: Tensor) -> Tensor:
     """Images [B, C, H, W] whose `replaced` [B, N] cells show the colour `token` [C] in each of their pixels."""
     return torch.where(over_pixels(replaced, grid, images), token.to(images.dtype).view(1, -1, 1, 1), images)
+
+
+def show_only(images: Tensor, visible: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Images [B, C, H, W] that are zero outside the `visible` [B, K] cells, and the mask over cells [B, 1, h, w]."""
+    seen = torch.zeros(len(images), grid[0] * grid[1], dtype=torch.bool, device=images.device)
+    seen = seen.scatter(1, visible, True)
+    shown = torch.where(over_pixels(seen, grid, images), images, images.new_zeros(()))
+    return shown, seen.view(-1, 1, *grid)
 
 
 def over_pixels(cells: Tensor, grid: tuple[int, int], images: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ Inside, whatever mixes positions sees visible positions only, at every resolutio
 - max pooling ignores masked positions, average pooling averages over visible ones;
 - batch, group and instance norm take their statistics over visible positions; batch norm updates its running
   statistics with them, over all ranks where it is a SyncBatchNorm;
-- spatial means, maxima and norms (squeeze-excite, global response normalisation, global pooling) run over visible ones.
-What treats each position by itself (1 x 1 convolutions, activations, layer norm over channels, LRN over channels) is left
-alone: it may put anything at masked positions, since nothing ever reads them.
+- spatial means, maxima and norms (squeeze-excite, global response normalisation, global pooling) run over visible
+  positions.
+What treats each position by itself (1 x 1 convolutions, activations, layer norm and LRN over channels) is left alone:
+it may put anything at masked positions, since nothing ever reads them.
 
 It is a mode over torch functions, not a set of hooks: the network holds no state, so deepcopy, pickling, SyncBatchNorm
 conversion, DDP, autocast, channels_last and torch.compile work as they do without it. Attention is not masked: in a
@@ -34,11 +35,11 @@ NCHW, NHWC = (2, 3), (1, 2)
 
 @contextlib.contextmanager
 def visible_only(network: nn.Module, visible: Tensor) -> Iterator[None]:
-    """Within, `network` computes from visible positions only. visible [B, 1, h, w] bool, h x w the coarsest map masked."""
+    """Within, `network` computes from visible positions only. visible [B, 1, h, w] bool, over its coarsest map."""
     mode = VisibleOnly(visible)
     synchronised = [m for m in network.modules() if isinstance(m, nn.SyncBatchNorm)]
     for module in synchronised:  # its forward calls no torch function a mode could see, so it is shadowed for a while
-        module.forward = _SyncForward(module, mode)  # type: ignore[method-assign]
+        module.forward = _SyncForward(module, mode)  # type: ignore[method-assign, assignment]
     try:
         with mode:
             yield
@@ -78,7 +79,7 @@ class VisibleOnly(TorchFunctionMode):
         return mask if space == NCHW else mask.permute(0, 2, 3, 1)
 
     def remember_padding(self, padded: Tensor, mask: Tensor) -> None:
-        """`padded` is about to be read by a convolution or pool: `mask` is exact where a resized one would be shifted."""
+        """A convolution or pool will read `padded`: `mask` is exact for it, where a resized one would be shifted."""
         self._padded = (padded, mask)
 
 
@@ -125,10 +126,12 @@ def _spatial(x: Tensor, dim: Any) -> tuple[int, int] | None:
     if x.ndim != 4 or not isinstance(dim, (tuple, list)) or len(dim) != 2:
         return None
     axes = tuple(sorted(d % 4 for d in dim))
-    return axes if axes in (NCHW, NHWC) else None  # type: ignore[return-value]
+    return axes if axes in (NCHW, NHWC) else None
 
 
-def _mean(masked: VisibleOnly, func: Callable, /, x: Tensor, dim: Any = None, keepdim: bool = False, **kw: Any) -> Tensor:
+def _mean(
+    masked: VisibleOnly, func: Callable, /, x: Tensor, dim: Any = None, keepdim: bool = False, **kw: Any
+) -> Tensor:
     axes = _spatial(x, dim)
     mask = masked.at(x, axes) if axes else None
     if mask is None:
@@ -271,8 +274,9 @@ def masked_batch_norm(
 class _MaskedBatchNorm(torch.autograd.Function):
     """Normalise by statistics over visible positions, keeping only what torch's batch norm keeps for the backward.
 
-    With g the gradient at the normalised value and v the mask: ∂x = (g − v (Σg + x̂ Σ g x̂) / n) / σ, n visible positions;
-    Ioffe & Szegedy 2015, section 3, with the statistics' terms confined to the positions they were taken over.
+    With g the gradient at the normalised value x̂, v the mask and n the number of visible positions,
+    ∂x = (g − v (Σ g + x̂ Σ g x̂) / n) / σ: Ioffe & Szegedy 2015, section 3, the statistics' terms confined to the
+    positions they were taken over.
     """
 
     @staticmethod

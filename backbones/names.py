@@ -78,13 +78,13 @@ def _short() -> dict[str, Entry]:
 
 
 # timm's source files whose models mix positions by attention; all its other models are convolutional.
-_TRANSFORMER_FILES = frozenset(
-    "beit cait coat convit crossvit davit deit efficientformer efficientformer_v2 efficientvit_mit efficientvit_msra "
-    "eva gcvit gemma4_vit deepseek_vit qwen3_vit hiera hieradet_sam2 iformer levit maxxvit metaformer mlp_mixer "
-    "mobilevit mvitv2 naflexvit nest nextvit pit pvt_v2 sequencer shvit swiftformer swin_transformer "
-    "swin_transformer_v2 swin_transformer_v2_cr tiny_vit tnt twins visformer vision_transformer "
-    "vision_transformer_hybrid vision_transformer_relpos vision_transformer_sam vitamin volo xcit".split()
-)
+_TRANSFORMER_FILES = """
+    beit cait coat convit crossvit davit deit efficientformer efficientformer_v2 efficientvit_mit efficientvit_msra
+    eva gcvit gemma4_vit deepseek_vit qwen3_vit hiera hieradet_sam2 iformer levit maxxvit metaformer mlp_mixer
+    mobilevit mvitv2 naflexvit nest nextvit pit pvt_v2 sequencer shvit swiftformer swin_transformer
+    swin_transformer_v2 swin_transformer_v2_cr tiny_vit tnt twins visformer vision_transformer
+    vision_transformer_hybrid vision_transformer_relpos vision_transformer_sam vitamin volo xcit
+"""
 _REGISTERED = re.compile(r"^@register_model\s*\n(?:@.*\n)*def (\w+)", re.MULTILINE)
 
 
@@ -116,7 +116,7 @@ def entry(name: str) -> Entry:
     architecture = name.split(".")[0]  # timm writes pretrained weights as architecture.tag
     source = timm_names().get(architecture)
     if source is not None:
-        return Entry("vit" if source in _TRANSFORMER_FILES else "cnn", name, "timm")
+        return Entry("vit" if source in _TRANSFORMER_FILES.split() else "cnn", name, "timm")
     lower = {known.lower(): known for known in [*timm_names(), *SHORT]}
     near = difflib.get_close_matches(architecture.lower(), lower, n=5, cutoff=0.5)
     near.sort(key=lambda known: known not in SHORT)  # stable: ours first, then timm's, each by nearness
@@ -131,5 +131,5 @@ def resolve(name: str) -> str:
 
 
 def family(name: str) -> str:
-    """"cnn" or "vit": which recipe suits it. Every model that mixes positions by attention is "vit"."""
+    """Which recipe suits it, "cnn" or "vit"; every model that mixes positions by attention is "vit"."""
     return entry(name).family

@@ -1,7 +1,8 @@
 """Small stems: what an ImageNet network's first layers become for images of 64 pixels and less.
 
-The rule is that of the CIFAR ResNets of SimCLR (Chen et al. 2020, appendix B.9): drop the first factor 4 of the stride, so
-that the whole network has stride 8 and a 32-pixel image 4 x 4 cells. At the same image size it costs about 16 times as much.
+The rule is that of SimCLR's ResNets for CIFAR (Chen et al. 2020, appendix B.9): drop the first factor 4 of the stride,
+so that the whole network has stride 8 and a 32-pixel image 4 x 4 cells. At the same image size it costs up to 16 times
+as much.
 """
 
 from typing import Any

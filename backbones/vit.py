@@ -1,7 +1,7 @@
 """A vision transformer as a backbone: its cells are its patch tokens after the final norm.
 
-Over timm's modules (VisionTransformer with its descendants DeiT, DINOv2, AugReg, and Eva: DINOv3, EVA-02), with a forward of
-our own: it takes any size divisible by the patch, embeds only the patches that are visible, and can replace tokens.
+Over timm's modules (VisionTransformer with its descendants DeiT, DINOv2, AugReg, and Eva: DINOv3, EVA-02), with our own
+forward: it takes any size divisible by the patch, embeds only the patches that are visible, and can replace tokens.
 """
 
 import math
@@ -13,14 +13,15 @@ from timm.layers import PatchEmbed, resample_abs_pos_embed, trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbones.contract import Backbone, Features, gather_cells
+from backbones.contract import Backbone, Features, gather_cells, show_only
+from backbones.masking import visible_only
 
 
 class Transformer(Backbone):
     """A plain vision transformer (Dosovitskiy et al. 2021, section 3.1).
 
-    visible: the other patches are dropped before they are embedded (He et al. 2022, MAE, section 3), so they cost nothing.
-    replaced: the embedding of a replaced patch is `mask_token` [D], the position stays (Bao et al. 2022, BEiT, section 2.3).
+    visible: the other patches are dropped before they are embedded, so they cost nothing (He et al. 2022, section 3).
+    replaced: a replaced patch is embedded as `mask_token` [D]; its position stays (Bao et al. 2022, BEiT, section 2.3).
     Position tables are resampled to the grid of the images (bicubic, antialiased).
     """
 
@@ -35,9 +36,9 @@ class Transformer(Backbone):
         if pool == "cls" and not has_class:
             raise ValueError(f"pool='cls': {name} has no class token; use pool='mean'.")
         if net.patch_embed.patch_size[0] != net.patch_embed.patch_size[1]:
-            raise ValueError(f"{name} has patches of {net.patch_embed.patch_size} pixels; only square ones are supported.")
+            raise ValueError(f"{name} has patches of {net.patch_embed.patch_size} pixels; only square ones will do.")
         self.name, self.width, self.in_channels = name, int(net.embed_dim), in_channels
-        self.stride, self.pool, self.config = int(net.patch_embed.patch_size[0]), pool, config
+        self.stride, self.pool, self.config = int(net.patch_embed.feat_ratio()), pool, config
         self.native = tuple(net.patch_embed.grid_size)
         self.norm = net.norm if isinstance(net.fc_norm, nn.Identity) else net.fc_norm
         for head in ("norm", "fc_norm", "head", "attn_pool", "head_drop"):
@@ -55,7 +56,7 @@ class Transformer(Backbone):
         layers: bool = False,
     ) -> Features:
         net, (h, w) = self.network, self._check(images, visible, replaced)
-        x = self._embed(images, visible)
+        x = self._embed(images, visible, (h, w))
         if replaced is not None:
             hidden = replaced if visible is None else replaced.gather(1, visible)
             x = torch.where(hidden.unsqueeze(-1), self.mask_token.to(x.dtype), x)
@@ -68,26 +69,28 @@ class Transformer(Backbone):
         rope = self._rope(h, w, visible)
         prefix, stages = x.shape[1] - (h * w if visible is None else visible.shape[1]), []
         for i, block in enumerate(net.blocks):
-            x = block(x) if rope is None else block(x, rope=rope[i] if net_mixes(net) else rope)
+            x = block(x) if rope is None else block(x, rope=rope[i] if mixes_rope(net) else rope)
             if layers:
                 stages.append(x[:, prefix:])
         x = self.norm(x)
         cells = x[:, prefix:]
         return Features(x[:, 0] if self.pool == "cls" else cells.mean(1), cells, tuple(stages))
 
-    def _embed(self, images: Tensor, visible: Tensor | None) -> Tensor:
+    def _embed(self, images: Tensor, visible: Tensor | None, grid: tuple[int, int]) -> Tensor:
         """Patch embeddings [B, N or K, D] before positions; with `visible`, no other patch is even multiplied."""
         embed, p = self.network.patch_embed, self.stride
-        if visible is None or type(embed) is not PatchEmbed:
-            x = embed.proj(images) if type(embed) is PatchEmbed else embed(images)
-            if x.ndim == 4 and x.shape[1] == self.width:
-                x = rearrange(x, "b d h w -> b (h w) d")
-            x = x.flatten(1, 2) if x.ndim == 4 else x
-            x = embed.norm(x) if type(embed) is PatchEmbed else x
-            return x if visible is None else gather_cells(x, visible)
-        patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
-        x = F.linear(gather_cells(patches, visible), embed.proj.weight.flatten(1), embed.proj.bias)
-        return embed.norm(x)
+        if type(embed) is PatchEmbed:
+            if visible is None:
+                x = rearrange(embed.proj(images), "b d h w -> b (h w) d")
+            else:
+                patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+                x = F.linear(gather_cells(patches, visible), embed.proj.weight.flatten(1), embed.proj.bias)
+            return embed.norm(x)
+        if visible is None:  # a convolutional stem: its patches overlap, so it runs masked
+            return _as_tokens(embed(images), grid)
+        images, seen = show_only(images, visible, grid)
+        with visible_only(embed, seen):
+            return gather_cells(_as_tokens(embed(images), grid), visible)
 
     def _positions(self, h: int, w: int) -> tuple[Tensor | None, Tensor | None]:
         """Position embeddings of the prefix tokens [1, P, D] (None where they have none) and of the cells [1, N, D]."""
@@ -108,17 +111,24 @@ class Transformer(Backbone):
         return [tokens.to(dtype).expand(batch, -1, -1)]
 
     def _rope(self, h: int, w: int, visible: Tensor | None) -> Tensor | None:
-        """Rotary embeddings: [N, E], or [B, 1, K, E] of the visible cells; one per block in front where blocks differ."""
+        """Rotary embeddings [N, E], or [B, 1, K, E] of the visible cells; one per block where blocks differ."""
         if getattr(self.network, "rope", None) is None:
             return None
         rope = self.network.rope.get_embed(shape=(h, w))
         if visible is None:
             return rope
-        if net_mixes(self.network):  # [L, heads, N, E] → [L, B, heads, K, E]
+        if mixes_rope(self.network):  # [L, heads, N, E] → [L, B, heads, K, E]
             return rearrange(rope[:, :, visible], "l n b k e -> l b n k e")
         return rope[visible].unsqueeze(1)
 
 
-def net_mixes(network: Any) -> bool:
+def _as_tokens(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """An embedding of any layout timm has, as [B, N, D]."""
+    if x.ndim == 4:
+        return x.flatten(1, 2) if tuple(x.shape[1:3]) == grid else rearrange(x, "b d h w -> b (h w) d")
+    return x
+
+
+def mixes_rope(network: Any) -> bool:
     """Whether every block has rotary embeddings of its own (Heo et al. 2024, RoPE-Mixed)."""
     return bool(getattr(network, "rope_mixed", False))
