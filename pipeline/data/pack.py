@@ -4,6 +4,7 @@ cache/photos-3f2a91c07be4/train.beton   with what `pipeline.data.packed` keeps b
                           val.beton     where there is a validation part
                           done.json     written last: without it, the folder is packed again
 cache/photos-3f2a91c07be4.lock          held while packing, released by the kernel when the process ends
+cache/photos-3f2a91c07be4.rejected.csv  where too much was broken: path, reason
 """
 
 import contextlib
@@ -14,12 +15,13 @@ import hashlib
 import heapq
 import io
 import json
+import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 from pipeline.data.beton import BetonError, BetonReader, BetonWriter
 from pipeline.data.decode import DecodedImage
@@ -30,12 +32,16 @@ from pipeline.data.source import open_source
 from pipeline.data.workers import Decoders, Task, cores
 from pipeline.errors import UserError
 
-VERSION = 1  # of what packing does; a new one packs anew
+VERSION = 2  # of what packing does; a new one packs anew
 CHUNK = 32  # files that a decoding process is given at a time
+CHUNK_BYTES = 16 << 20  # or fewer, where the files are large
 HELD_OUT = 10  # without a validation part, one image in so many is held out
 MAX_REJECTED = 0.5
 
 Progress = Callable[[int, int], None]
+Choice = Literal["split", "train", "val", "all"]  # of a source: divided, one part of an existing division, all of it
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
 class Split(NamedTuple):
@@ -76,18 +82,27 @@ def open_split(
         UserError: nothing is there, nothing in it is an image, too much of it is broken, or the disk is full.
     """
     options = _Options(limit, resize, workers or cores(), max_rejected, on_progress)
-    whole = val_data is not None
-    train, val, note = _packed(data, Path(cache).expanduser(), options, split=not whole)
-    if val_data is not None:
-        plain = options._replace(limit=None)
-        val = _packed(val_data, Path(cache).expanduser(), plain, split=False).train
-        note = f"from {val_data}"
-    return Split(train, val, note)
+    folder = Path(cache).expanduser()
+    if val_data is None:
+        return _packed(data, folder, options, "split")
+    train = _packed(data, folder, options, "train").train
+    val = _packed(val_data, folder, options._replace(limit=None), "val").train
+    return Split(train, val, f"from {val_data}" + (", the training images themselves" if val_data == data else ""))
 
 
-def pack(address: str, cache: str | Path, **options: Any) -> Packed:
+def pack(
+    address: str,
+    cache: str | Path,
+    *,
+    limit: int | None = None,
+    resize: int | None = None,
+    workers: int | None = None,
+    max_rejected: float = MAX_REJECTED,
+    on_progress: Progress | None = None,
+) -> Packed:
     """All images of one source as one packed set; arguments as of `open_split`."""
-    return open_split(address, address, cache, **options).train
+    options = _Options(limit, resize, workers or cores(), max_rejected, on_progress)
+    return _packed(address, Path(cache).expanduser(), options, "all").train
 
 
 class _Options(NamedTuple):
@@ -98,89 +113,109 @@ class _Options(NamedTuple):
     on_progress: Progress | None
 
 
-def _packed(address: str, cache: Path, options: _Options, *, split: bool) -> Split:
-    """The packed parts of one source: from the cache, or packed now."""
+def _packed(address: str, cache: Path, options: _Options, choice: Choice) -> Split:
+    """The packed parts of one source: from the cache, or packed now. Without a division there is only `train`."""
+    source: Source | Packed
     if address.split("?")[0].endswith(".beton"):
-        beton = _beton_here(address, cache)
-        if not split and options.limit is None:
-            return Split(beton, None, "")
-        source: Source | Packed = beton
-        identity = [beton.fingerprint]
+        if options.resize:
+            raise UserError(f"{address}: is packed already; --resize needs the images it was made of")
+        source = _beton_here(address, cache)
+        if choice != "split" and options.limit is None:
+            return Split(source, None, "")
+        identity = [source.fingerprint]
     else:
         source = open_source(address)
         identity = list(source.identity())
     key = hashlib.blake2b(digest_size=6)
-    for word in (VERSION, options.limit, options.resize, split, *identity):
+    for word in (VERSION, options.limit, options.resize, choice, *identity):
         key.update(f"{word}\n".encode(errors="surrogateescape"))
     name = "".join(c if c.isalnum() or c in "._-" else "_" for c in Path(address.rstrip("/")).stem)[:40]
     folder = cache / f"{name}-{key.hexdigest()}"
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        cache.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_name(folder.name + ".lock")):
-            if not (folder / "done.json").is_file():
-                shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
-                folder.mkdir()
-                note = _fill(folder, address, source, options, split)
-                write_atomically(folder / "done.json", json.dumps({"source": address, "note": note}) + "\n")
-            return _read(folder)
+            return _read(folder) or _fill_anew(folder, address, source, options, choice)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            shutil.rmtree(folder, ignore_errors=True)
+        if error.errno in _FULL:
             raise UserError(f"{cache}: the disk is full; free some space, or give --cache another place") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and str(cache) in str(error):
+        if error.errno in _UNWRITABLE and str(cache) in str(error):
             raise UserError(f"{cache}: cannot be written ({error.strerror}); give --cache another place") from error
         raise
 
 
-def _read(folder: Path) -> Split:
+def _read(folder: Path) -> Split | None:
+    """What was packed into a folder, or None where packing did not end or its result was damaged since."""
     try:
         note = json.loads((folder / "done.json").read_text())["note"]
         val = folder / "val.beton"
         return Split(read_packed(folder / "train.beton"), read_packed(val) if val.exists() else None, note)
-    except (BetonError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: a packed set was damaged ({error}); delete the folder and start again") from error
+    except (BetonError, FileNotFoundError, ValueError, KeyError):
+        return None
+
+
+def _fill_anew(folder: Path, address: str, source: Source | Packed, options: _Options, choice: Choice) -> Split:
+    """Pack into an empty folder, which is gone again unless that succeeds."""
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
+    folder.mkdir()
+    try:
+        note = _fill(folder, address, source, options, choice)
+        write_atomically(folder / "done.json", json.dumps({"source": address, "note": note}) + "\n")
+        done = _read(folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if done is None:
+        raise UserError(f"{folder}: what was packed cannot be read back; give --cache another place")
+    return done
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock; a second process waits here, and a dead one's lock is gone with it."""
     with open(path, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logging.getLogger(__name__).warning("another process packs the same images; waiting for it …")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def _fill(folder: Path, address: str, source: Source | Packed, options: _Options, split: bool) -> str:
+def _fill(folder: Path, address: str, source: Source | Packed, options: _Options, choice: Choice) -> str:
     """Write the parts of a source into a folder; returns the note on its validation part."""
+    rejected: list[tuple[str, str]] = []
+    divided = False
     if isinstance(source, Packed):
         entries, labels, part_of = _entries_of_beton(source, options.limit)
-        rejected: list[tuple[str, str]] = []
-        total = len(labels)
-        divided = False
     else:
-        parts = source.parts() if split else {}
-        divided = bool(parts)
-        train = _limited(source, parts.get("train", source.wanted()), options, spare=split and not divided)
-        val = parts.get("val", [])
+        parts = source.parts() if choice != "all" else {}
+        divided = choice == "split" and bool(parts)
+        chosen = parts.get("val" if choice == "val" else "train", source.wanted())
+        train = _limited(source, chosen, options, spare=choice == "split" and not divided)
+        val = parts["val"] if divided else []
         part_of = dict.fromkeys(train, "train") | dict.fromkeys(val, "val")
         labels = dict(zip(train, source.labels(train))) | dict(zip(val, source.labels(val)))
-        rejected = [(item.key, item.skip) for item in source.items if item.skip and not item.skip.startswith("hidden")]
-        total = len(part_of)
+        rejected += [(item.key, item.skip) for item in source.items if item.skip and not item.skip.startswith("hidden")]
         entries = _entries_of_source(source, sorted(part_of), options)
-    held_out = split and not divided and any(label is not None for label in labels.values())
+    total = len(part_of)
     if not total:
         raise UserError(f"{address}: no image found in it")
+    held_out = choice == "split" and not divided and any(label is not None for label in labels.values())
 
     writers: dict[str, _Part] = {}
     broken: Counter[str] = Counter()
+    first = b""  # the first image stays in train, with its copies, so that train is never empty
     with contextlib.ExitStack() as stack:
         for done, entry in enumerate(entries, 1):
             if entry.image is None:
                 rejected.append((entry.name, entry.reason))
                 broken[entry.reason.split(":")[0]] += not entry.reason.startswith("not an image")
-                _refuse_ruin(address, broken, done, total, options.max_rejected)
+                if broken.total() > options.max_rejected * total:
+                    _refuse(address, folder, rejected, broken, done, total, options.max_rejected)
             else:
                 part = part_of[entry.index]
-                if held_out and int.from_bytes(entry.digest[:8]) % HELD_OUT == 0:
+                first = first or entry.digest
+                if held_out and entry.digest != first and int.from_bytes(entry.digest[:8]) % HELD_OUT == 0:
                     part = "val"
                 if part not in writers:
                     writers[part] = _Part(stack.enter_context(BetonWriter(folder / f"{part}.beton", total)))
@@ -192,14 +227,22 @@ def _fill(folder: Path, address: str, source: Source | Packed, options: _Options
         if "train" not in writers:
             reasons = "; ".join(f"{n} × {reason}" for reason, n in Counter(r for _, r in rejected).most_common(3))
             raise UserError(f"{address}: none of its {total:,} files is an image that can be read ({reasons})")
+        classes = _ordered(label for writer in writers.values() for label in writer.labels)
         for writer in writers.values():
-            writer.label()
+            writer.label(classes)
     csv_path = _write_rejected(folder / "rejected.csv", rejected) if rejected else None
     for part, writer in writers.items():
         writer.describe(folder / f"{part}.beton", address, csv_path, len(rejected))
     if divided:
         return "its own validation part"
     return f"1 image in {HELD_OUT} held out by a hash of its content" if "val" in writers else "nothing held out"
+
+
+def _ordered(labels: Iterable[str | None]) -> tuple[str, ...]:
+    """The classes among these labels, in the order of their names; numbers in the order of their values."""
+    classes = {label for label in labels if label is not None}
+    numbers = all(label.isdecimal() for label in classes)
+    return tuple(sorted(classes, key=int) if numbers else sorted(classes))
 
 
 class _Entry(NamedTuple):
@@ -231,10 +274,10 @@ class _Part:
         self.warnings += [(entry.name, warning) for warning in entry.image.warnings]
         self.content.update(entry.digest + f"{label}\n".encode(errors="surrogateescape"))
 
-    def label(self) -> None:
-        """Number the classes in the order of their names, and every image accordingly."""
-        self.classes = tuple(sorted({label for label in self.labels if label is not None}))
-        number = {name: i for i, name in enumerate(self.classes)}
+    def label(self, classes: tuple[str, ...]) -> None:
+        """Give every image the number of its class."""
+        self.classes = classes
+        number = {name: i for i, name in enumerate(classes)}
         self.writer.set_labels([-1 if label is None else number[label] for label in self.labels])
 
     def describe(self, path: Path, address: str, rejected: Path | None, rejected_count: int) -> None:
@@ -255,11 +298,13 @@ def _entries_of_source(source: Source, wanted: Sequence[int], options: _Options)
 
     def chunks() -> Iterator[list[Task]]:
         chunk: list[Task] = []
+        size = 0
         for index, payload in source.payloads(wanted):
             chunk.append(Task(index, payload))
-            if len(chunk) == CHUNK:
+            size += len(payload) if isinstance(payload, bytes) else source.items[index].size
+            if len(chunk) == CHUNK or size >= CHUNK_BYTES:
                 yield chunk
-                chunk = []
+                chunk, size = [], 0
         if chunk:
             yield chunk
 
@@ -301,15 +346,22 @@ def _limited(source: Source, wanted: list[int], options: _Options, *, spare: boo
     return sorted(heapq.nsmallest(count, wanted, key=drawn))
 
 
-def _refuse_ruin(address: str, broken: Counter[str], done: int, total: int, most: float) -> None:
-    """Stop where more than the permitted share of all files is broken."""
-    bad = broken.total()
-    if bad > most * total or (done == total and bad > most * done):
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in broken.most_common(3))
-        raise UserError(
-            f"{address}: {bad:,} of the first {done:,} files are broken ({reasons}), more than {most:.0%} of all "
-            f"{total:,}; mend them, or pack them with python -m pipeline.pack --max-rejected 1"
-        )
+def _refuse(
+    address: str,
+    folder: Path,
+    rejected: Sequence[tuple[str, str]],
+    broken: Counter[str],
+    done: int,
+    total: int,
+    most: float,
+) -> None:
+    """Stop because more than the permitted share of all files is broken."""
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in broken.most_common(3) if count)
+    listed = _write_rejected(folder.with_name(f"{folder.name}.rejected.csv"), rejected)
+    raise UserError(
+        f"{address}: {broken.total():,} of the first {done:,} files are broken ({reasons}), more than {most:.0%} of "
+        f"all {total:,}; see {listed}, or pack what is left with python -m pipeline.pack --max-rejected 1"
+    )
 
 
 def _write_rejected(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
