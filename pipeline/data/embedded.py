@@ -40,11 +40,11 @@ FACTORS = MappingProxyType(
 """Every factor and the names of its values, each equally likely."""
 
 PARTS = ("train", "val")
-LABEL = "texture"
+LABEL = "colour"
 CHUNK = 64  # images drawn together: what stays inside a core's cache at 64 pixels
 
 _HUES = np.array([0.0, 0.075, 0.15, 0.33, 0.5, 0.62, 0.76, 0.9])  # of FACTORS["colour"], in turns
-_RADII = np.array([0.21, 0.27, 0.34])  # of a disc of the object's area, in image sides
+_RADII = np.array([0.16, 0.2, 0.25])  # of a disc of the object's area, in image sides
 _FIRST_FIELD = 64  # hash words below it are one image's scalars, from it on its noise fields
 
 
@@ -374,8 +374,8 @@ def _background(draw: _Draws, kind: NDArray[np.int64], x: Floats, y: Floats) -> 
     x, y = (np.broadcast_to(one, (n, side, side)) for one in (x, y))
     pattern = _by_value(kind, _BACKGROUNDS, x, y, _wide(draw(0, 1)), _wide(draw(0, 1)), field)[..., None]
     hue = draw(0, 1)
-    first = _colour(hue, draw(0.05, 0.5), draw(0.2, 0.5))
-    second = _colour(hue + draw(-0.2, 0.2), draw(0.05, 0.5), draw(0.5, 0.9))
+    first = _colour(hue, draw(0.05, 0.7), draw(0.2, 0.5))
+    second = _colour(hue + draw(-0.3, 0.3), draw(0.05, 0.7), draw(0.5, 0.9))
     rough = np.roll(field, side // 3, axis=(1, 2))[..., None]  # the same spectrum, elsewhere
     return (first + (second - first) * pattern) * (1.0 + 0.06 * rough)
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 BATCH = 256
 MOMENTUM = 0.9
-LEAST_STEPS = 2_000
+LEAST_STEPS = 1_000
 LEAST_EPOCHS = 10
 HELD_OUT = 0.1
 MOST_HELD_OUT = 10_000
@@ -83,7 +83,7 @@ def fit(
 
     Args:
         lrs: learning rates to choose from, for batches of at most 256.
-        epochs: passes over the features; by default 10, or more where those are fewer than 2,000 steps.
+        epochs: passes over the features; by default 10, or more where those are fewer than 1,000 steps.
 
     Raises:
         ValueError: fewer than two images, or a label outside the classes.

@@ -1,0 +1,176 @@
+"""From packed sets to numbers: order, floors, missing labels, and no way for validation images to leak."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from backbones.contract import Features
+from pipeline.data.beton import BetonWriter
+from pipeline.data.packed import Packed, write_facts
+from pipeline.evaluation import NAMES, evaluate_backbone, with_floors
+from pipeline.evaluation.feature_set import FeatureSet, in_classes_of
+from pipeline.evaluation.features import evaluation_view, extract, extract_all
+from pipeline.evaluation.floors import pixels, untrained
+from pipeline.evaluation.protocols import PROTOCOLS
+
+SIDE = 16
+
+
+class MeanColour(nn.Module):
+    """A backbone whose features are known: mean red, green, blue. Counts its calls in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.trained = 0
+
+    def forward(self, images: Tensor) -> Features:
+        self.trained += self.training or torch.is_grad_enabled()
+        return Features(images.mean((2, 3)), images.flatten(2).transpose(1, 2))
+
+
+def pack(
+    folder: Path, name: str, images: int, seed: int, classes: tuple[str, ...] = ("dark", "red", "green", "blue")
+) -> Packed:
+    """Noise images of four kinds, labelled by kind; image i has label i % 4."""
+    rng = np.random.default_rng(seed)
+    path = folder / f"{name}.beton"
+    tint = np.array([[0, 0, 0], [80, 0, 0], [0, 80, 0], [0, 0, 80]])
+    with BetonWriter(path, n_max=images) as writer:
+        for i in range(images):
+            noise = rng.integers(0, 120, (SIDE, SIDE, 3)) + tint[i % 4]
+            writer.write(noise.astype(np.uint8), i % 4 if classes else -1)
+    packed = Packed(path, images, classes, f"{name} {seed}")
+    write_facts(packed, (str(i) for i in range(images)))
+    return packed
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Packed, Packed]:
+    folder = tmp_path_factory.mktemp("sets")
+    return pack(folder, "train", 240, 0), pack(folder, "val", 80, 1)
+
+
+def test_features_come_in_the_order_of_the_file(sets: tuple[Packed, Packed]) -> None:
+    x, y = extract(MeanColour(), sets[0].path, image_size=SIDE, batch_size=32)
+    assert (x.shape, x.dtype, y.dtype, x.device.type) == ((240, 3), torch.float32, torch.int64, "cpu")
+    assert y.tolist() == [i % 4 for i in range(240)]
+    assert x[:, 0].view(-1, 4).argmax(1).tolist() == [1] * 60  # red is reddest in every round of four
+    again, _ = extract(MeanColour(), sets[0].path, image_size=SIDE, batch_size=7)
+    torch.testing.assert_close(x, again)
+
+
+def test_a_limit_draws_the_same_images_every_time_and_keeps_their_order(sets: tuple[Packed, Packed]) -> None:
+    whole, _ = extract(MeanColour(), sets[0].path, image_size=SIDE)
+    few, labels = extract(MeanColour(), sets[0].path, image_size=SIDE, limit=50, batch_size=32)
+    again, _ = extract(MeanColour(), sets[0].path, image_size=SIDE, limit=50, batch_size=50)
+    torch.testing.assert_close(few, again)
+    where = torch.cdist(few, whole).argmin(1)
+    torch.testing.assert_close(few, whole[where])
+    assert where.tolist() == sorted(set(where.tolist()))
+    assert labels.tolist() == (where % 4).tolist()
+    assert where.max() > 200  # not merely the first of the file
+
+
+def test_several_backbones_see_the_same_images(sets: tuple[Packed, Packed]) -> None:
+    both, _ = extract_all({"a": MeanColour(), "b": pixels()}, sets[1].path, image_size=SIDE)
+    assert both["b"].shape == (80, 432)
+    cells = both["b"].view(80, 144, 3)
+    torch.testing.assert_close(cells.mean(1), both["a"], atol=0.1, rtol=0.1)
+
+
+def test_the_backbone_is_evaluated_without_gradients_and_put_back(sets: tuple[Packed, Packed]) -> None:
+    backbone = MeanColour().train()
+    backbone.norm.eval()
+    extract(backbone, sets[1].path, image_size=SIDE)
+    assert backbone.trained == 0
+    assert backbone.training
+    assert not backbone.norm.training
+
+
+def test_the_crop_of_an_evaluation() -> None:
+    assert evaluation_view(224).crop_pct == 0.875
+    assert evaluation_view((128, 160)) == replace(evaluation_view(128), size=(128, 160))
+    small = evaluation_view(64)
+    assert (small.size, small.scale, small.flip_p, small.crop_pct, small.photometric) == (
+        (64, 64),
+        None,
+        0.0,
+        1.0,
+        None,
+    )
+
+
+def test_numbers_floors_and_their_names(sets: tuple[Packed, Packed]) -> None:
+    results = with_floors(MeanColour(), MeanColour(), *sets, image_size=SIDE)
+    assert results["knn_top1"] == results["knn_k20"] > 0.95
+    assert results["linear_top1"] > 0.95
+    assert results["knn_low"] <= results["knn_top1"] <= results["knn_high"]
+    assert {"knn_k10", "knn_k100", "knn_k200", "linear_lr", "linear_low", "linear_high"} <= set(results)
+    assert (results["train_images"], results["val_images"]) == (240, 80)
+    assert results["untrained"]["knn_top1"] == results["knn_top1"]
+    assert results["pixels"]["knn_top1"] > 0.5
+    assert all(
+        0 <= value <= 1 for floor in ("untrained", "pixels") for key, value in results[floor].items() if "top1" in key
+    )
+    json.dumps(results)
+
+
+def test_without_labels_there_are_no_accuracies(tmp_path: Path, sets: tuple[Packed, Packed]) -> None:
+    bare = pack(tmp_path, "bare", 12, 2, classes=())
+    for train, val in ((bare, sets[1]), (sets[0], bare), (sets[0], None)):
+        results = evaluate_backbone(MeanColour(), train, val, image_size=SIDE)
+        assert (results["knn_top1"], results["linear_top1"]) == (None, None)
+
+
+def test_images_without_a_label_are_left_out() -> None:
+    features = torch.tensor([[1.0, 0], [0, 1], [1, 0], [0, 1]])
+    train = FeatureSet(features, torch.tensor([0, 1, -1, -1]), ("a", "b"))
+    val = FeatureSet(features, torch.tensor([-1, -1, 0, 0]), ("a", "b"))
+    for protocol in PROTOCOLS.values():
+        found = protocol(train, val, seed=0)
+        assert found is not None
+        assert found["top1"] == 0.5
+        assert protocol(train, FeatureSet(features, torch.full((4,), -1), ()), seed=0) is None
+
+
+def test_classes_meet_by_name() -> None:
+    labels = torch.tensor([0, 1, 2, -1])
+    assert in_classes_of(("cat", "dog"), labels, ("dog", "cat", "eel")).tolist() == [1, 0, 4, -1]
+    assert in_classes_of(("cat", "dog"), labels, ("cat", "dog")) is labels
+
+
+def test_an_unknown_class_counts_as_wrong(sets: tuple[Packed, Packed]) -> None:
+    renamed = replace(sets[1], classes=("dark", "red", "green", "ultraviolet"))
+    results = evaluate_backbone(MeanColour(), sets[0], renamed, image_size=SIDE)
+    assert results["knn_top1"] == pytest.approx(0.75, abs=0.03)
+    assert results["val_images"] == 80
+
+
+def test_the_training_images_are_refused_as_validation_set(sets: tuple[Packed, Packed]) -> None:
+    with pytest.raises(ValueError, match="holds the training images"):
+        evaluate_backbone(MeanColour(), sets[0], sets[0], image_size=SIDE)
+    with pytest.raises(ValueError, match="holds the training images"):
+        evaluate_backbone(MeanColour(), sets[0], replace(sets[1], fingerprint=sets[0].fingerprint), image_size=SIDE)
+
+
+def test_an_unknown_protocol_is_named(sets: tuple[Packed, Packed]) -> None:
+    with pytest.raises(ValueError, match="unknown protocol fourier; there are knn, linear"):
+        evaluate_backbone(MeanColour(), *sets, image_size=SIDE, protocols=("fourier",))
+    assert tuple(PROTOCOLS) == NAMES
+
+
+def test_the_untrained_floor_is_fresh_reproducible_and_leaves_the_seed_alone() -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    config = {"name": "lenet5", "image_size": 32}
+    one, two, other = untrained(config, 1), untrained(config, 1), untrained(config, 2)
+    assert torch.equal(torch.get_rng_state(), state)
+    first = next(iter(one.state_dict()))
+    assert torch.equal(one.state_dict()[first], two.state_dict()[first])
+    assert any(not torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values()))
