@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 GREY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, torchvision's digits
-SOLARIZE_FROM = 128 / 255
+SOLARIZE_FROM = 0.5  # between levels 127 and 128 of 255, so that no rounding moves the published threshold of 128
 
 
 class Draws(NamedTuple):
@@ -45,7 +45,7 @@ def draw(photometric: "Photometric | None", keys: np.ndarray) -> Draws:
     factors = np.tile(np.array([1, 1, 1, 0], np.float32), (b, 1))
     none = np.zeros(b, np.bool_)
     if p is None:
-        return Draws(np.tile(np.arange(4), (b, 1)), factors, none, none.astype(np.float32), none)
+        return Draws(np.tile(np.arange(4), (b, 1)), factors, none, none.astype(np.float32), none.copy())
     u = np.stack([crops.uniforms(keys, k) for k in range(13)], axis=1)
     jittered = u[:, 0] < p.jitter_p
     for op, strength in enumerate((p.brightness, p.contrast, p.saturation)):
@@ -134,6 +134,13 @@ class Photometrics:
         """Each view uint8 [B, C, h, w] on any device, `index` [B] (best on the host) to float32 [B, C, h, w]."""
         if len(views) != len(self.views):
             raise ValueError(f"got {len(views)} views, but {len(self.views)} were declared")
+        for view in views:
+            if view.dtype != torch.uint8:
+                raise ValueError(f"a view is {view.dtype}: photometric changes start from uint8")
+            if view.shape[1] != len(self.mean):
+                raise ValueError(
+                    f"a view has {view.shape[1]} channels, but mean and std are given for {len(self.mean)}"
+                )
         host = index.cpu().numpy()
         changed: list[Tensor] = [torch.empty(0)] * len(views)
         for shape in dict.fromkeys((v.shape, v.device) for v in views):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 RED, GREEN, BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
 ZERO, ONE = np.float32(0), np.float32(1)
-SOLARIZE_FROM = np.float32(128 / 255)
+SOLARIZE_FROM = np.float32(0.5)
 FAINTEST = 1e-5  # taps of a Gaussian below this share of its middle are left out: 1/400 of a level
 
 

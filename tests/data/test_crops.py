@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from objectives.views import View
 from PIL import Image
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
+from objectives.views import View
 from pipeline.data import crops
 
 pytestmark = pytest.mark.timeout(120)
@@ -79,7 +79,9 @@ def test_draws_differ_between_seeds_epochs_images_and_views_and_repeat_otherwise
 
 
 def test_one_view_says_nothing_about_another():
-    u = np.stack([crops.uniforms(crops.sample_keys(crops.stream(crops.CROP, 0, 0), np.arange(5000), v), 0) for v in range(4)])
+    u = np.stack(
+        [crops.uniforms(crops.sample_keys(crops.stream(crops.CROP, 0, 0), np.arange(5000), v), 0) for v in range(4)]
+    )
     off_diagonal = np.abs(np.corrcoef(u) - np.eye(4)).max()
     assert off_diagonal < 0.05
 
