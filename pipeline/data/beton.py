@@ -135,6 +135,7 @@ class BetonWriter:
     def _finish(self) -> None:
         allocations = self._allocations[: self.images]
         self._file.seek(self._end)
+        self._file.truncate()  # makes room where no image was written
         self._file.write(allocations.tobytes())
         header = np.zeros(1, HEADER)
         header[0] = (VERSION, len(self._descriptors), self._page, self.images, self._end)

@@ -213,7 +213,7 @@ def _fill(folder: Path, address: str, source: Source | Packed, options: _Options
                 if broken.total() > options.max_rejected * total:
                     _refuse(address, folder, rejected, broken, done, total, options.max_rejected)
             else:
-                part = part_of[entry.index]
+                part = part_of[entry.item]
                 first = first or entry.digest
                 if held_out and entry.digest != first and int.from_bytes(entry.digest[:8]) % HELD_OUT == 0:
                     part = "val"
@@ -221,7 +221,7 @@ def _fill(folder: Path, address: str, source: Source | Packed, options: _Options
                     writers[part] = _Part(stack.enter_context(BetonWriter(folder / f"{part}.beton", total)))
                 full = part == "train" and options.limit is not None and writers[part].writer.images >= options.limit
                 if not full:
-                    writers[part].add(entry, labels[entry.index])
+                    writers[part].add(entry, labels[entry.item])
             if options.on_progress:
                 options.on_progress(done, total)
         if "train" not in writers:
@@ -246,7 +246,7 @@ def _ordered(labels: Iterable[str | None]) -> tuple[str, ...]:
 
 
 class _Entry(NamedTuple):
-    index: int
+    item: int  # its number in the source
     name: str
     image: DecodedImage | None
     reason: str
