@@ -138,9 +138,7 @@ class Photometrics:
             if view.dtype != torch.uint8:
                 raise ValueError(f"a view is {view.dtype}: photometric changes start from uint8")
             if view.shape[1] != len(self.mean):
-                raise ValueError(
-                    f"a view has {view.shape[1]} channels, but mean and std are given for {len(self.mean)}"
-                )
+                raise ValueError(f"a view has {view.shape[1]} channels, but there are means for {len(self.mean)}")
         host = index.cpu().numpy()
         changed: list[Tensor] = [torch.empty(0)] * len(views)
         for shape in dict.fromkeys((v.shape, v.device) for v in views):

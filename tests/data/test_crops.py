@@ -114,8 +114,8 @@ def test_an_epochs_order_is_a_permutation_of_its_own():
 
 @pytest.mark.parametrize("window", [(0, 0, 300, 400), (13, 40, 200, 150), (5, 6, 60, 70), (0, 0, 1, 1), (7, 9, 3, 250)])
 @pytest.mark.parametrize("size", [(224, 224), (96, 48), (1, 1), (5, 300)])
-def test_resampling_equals_pillows_bicubic(window, size, rng=np.random.default_rng(0)):  # noqa: B008
-    smooth = rng.integers(0, 256, (20, 26, 3), dtype=np.uint8)
+def test_resampling_equals_pillows_bicubic(window, size):
+    smooth = np.random.default_rng(0).integers(0, 256, (20, 26, 3), dtype=np.uint8)
     image = np.asarray(Image.fromarray(smooth).resize((400, 300), Image.Resampling.BICUBIC))
     top, left, h, w = window
     ours = np.empty((*size, 3), np.uint8)

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import os
 import subprocess
 import sys
 import threading
@@ -171,7 +172,7 @@ def test_a_foreign_state_is_refused(betons):
 
 
 @pytest.mark.skipif(not has_ffcv(), reason="FFCV is not installed")
-@pytest.mark.parametrize(("kind", "level"), [("raw", 0), ("jpg", 8)])
+@pytest.mark.parametrize(("kind", "level"), [("raw", 0), ("jpg", 16)])
 def test_both_backends_cut_the_same(betons, kind, level):
     ours, theirs = (take(8, betons[kind], backend=backend) for backend in ("ffcv", "opencv"))
     for a, b in zip(ours, theirs, strict=True):
@@ -179,7 +180,7 @@ def test_both_backends_cut_the_same(betons, kind, level):
         for x, y in zip(a.views, b.views):
             difference = (x.int() - y.int()).abs()
             assert difference.max() <= level
-            assert difference.float().mean() <= level / 4
+            assert difference.float().mean() <= level / 8
 
 
 @pytest.mark.skipif(not has_ffcv(), reason="FFCV is not installed")
@@ -363,7 +364,14 @@ def test_a_program_that_never_closes_its_loader_ends(betons):
         f"loader = make_loader({str(betons['raw'])!r}, [View('v', (16, 16), (0.3, 1.0))], batch_size=8)\n"
         "print(len(next(iter(loader)).index))"
     )
-    done = subprocess.run([sys.executable, "-c", program], timeout=60, capture_output=True, text=True, check=True,
-                          env={"PYTHONPATH": ".:ssl", "PATH": "/usr/bin:/bin"}, cwd=Path(__file__).parents[2])  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        timeout=90,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": ".:ssl"},
+        cwd=Path(__file__).parents[2],
+    )
     assert done.stdout.strip() == "8"
     assert "Error" not in done.stderr

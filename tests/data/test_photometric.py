@@ -211,9 +211,9 @@ def test_what_was_not_declared_is_refused():
     photometrics = Photometrics([View("v", (40, 50), None)], 0)
     with pytest.raises(ValueError, match="got 2 views, but 1"):
         photometrics([images(2), images(2)], torch.arange(2), 0)
-    with pytest.raises(ValueError, match="5 channels.*3"):
+    with pytest.raises(ValueError, match=r"5 channels.*3"):
         photometrics([images(2, channels=5)], torch.arange(2), 0)
-    with pytest.raises(ValueError, match="float32.*uint8"):
+    with pytest.raises(ValueError, match=r"float32.*uint8"):
         photometrics([images(2).float()], torch.arange(2), 0)
 
 
