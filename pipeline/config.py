@@ -127,7 +127,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "python -m pipeline.pre
     )
     Options.__doc__ = f"Options of {objective}; left open, the recipe's."
     open_fields = [
-        (f.name, tyro.conf.Suppress[f.type] if f.name == "recipe" else _argument(f.type), None)
+        (f.name, _hidden(f.type) if f.name == "recipe" else _argument(f.type), None)
         for f in dataclasses.fields(Config)
         if f.default is None
     ]
@@ -202,15 +202,14 @@ def resolve(config: Config, *, images: int, side: int) -> Config:
     recipe = recipes.find(config.objective, names.family(config.backbone), scale)
     batch = config.batch_size or recipe.batch_size
     parts = config.workers * config.accumulate
-    if batch > images:
-        batch = images
+    batch = min(batch, images)
     batch -= batch % parts
     if batch < 1:
         raise UserError(
             f"--data {config.data}: {images} images are too few for {config.workers} workers "
             f"times {config.accumulate} accumulated parts"
         )
-    filled = {
+    filled: dict[str, Any] = {
         "epochs": recipe.epochs,
         "image_size": recipe.image_size,
         "lr": recipe.base_lr * batch / 256,
@@ -233,11 +232,6 @@ def resolve(config: Config, *, images: int, side: int) -> Config:
         recipe=f"{config.objective}/{names.family(config.backbone)}/{scale}: {recipe.source}",
         **filled,
     )
-
-
-def save(config: Config, path: Path) -> None:
-    """Write a configuration as YAML, in the order of the command line."""
-    path.write_text(dump(config))
 
 
 def dump(config: Config) -> str:
@@ -319,6 +313,13 @@ def _argument(kind: Any, text: str | None = None) -> Any:
         for k in kinds
     )
     return Annotated[kind | None, tyro.conf.arg(metavar=words, help=text, help_behavior_hint="")]
+
+
+def _hidden(kind: Any) -> Any:
+    """An option that the command line does not show."""
+    import tyro
+
+    return Annotated[kind, tyro.conf.Suppress]
 
 
 def _kind(value: Any) -> Any:

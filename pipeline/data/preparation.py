@@ -12,7 +12,7 @@ from pipeline.data.beton import BetonReader
 from pipeline.data.pack import Split, open_split
 from pipeline.data.packed import Packed
 
-EMBEDDED = {"train": 4096, "val": 1024}  # images of the generated set
+EMBEDDED = {"train": 2048, "val": 1024}  # images of the generated set
 EMBEDDED_SIZE = 64  # their side in pixels
 
 

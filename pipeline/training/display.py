@@ -5,6 +5,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Display:
         self.every = every
         self._last = -math.inf
         self._interval = min(5.0, every)
-        self._bar = None
+        self._bar: Any = None
 
     def show(self, status: Status) -> None:
         """Show a status; messages in it are printed once."""

@@ -121,7 +121,8 @@ def begin(job: Job, folder: RunFolder, uri: str, argv: Sequence[str]) -> str:
         folder.write("rejected.csv", train.rejected.read_bytes())
     if folder.exists("mlflow_run_id"):
         kept = folder.checkpoints()
-        return tracking.resume_run(uri, folder.read("mlflow_run_id").decode(), kept[-1] if kept else 0)
+        if earlier := tracking.resume_run(uri, folder.read("mlflow_run_id").decode(), kept[-1] if kept else 0):
+            return earlier
     data = data_name(config)
     with folder.local_copy("config.yaml") as config_path:
         run_id = tracking.start_run(

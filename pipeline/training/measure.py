@@ -56,7 +56,7 @@ class OnlineKnn:
             backbone, self.train, self.val, image_size=int(self.config.image_size or 0), protocols=("knn",),
             device=self.device, limit=ONLINE_IMAGES, precision=precision(self.config, self.device),
         )  # fmt: skip
-        return float(result["knn_top1"])
+        return float(result["knn_top1"] or 0.0)
 
 
 def finish(

@@ -56,7 +56,7 @@ def build(groups: list[dict[str, Any]], config: Config, device: torch.device) ->
     lr = float(config.lr or 0.0)
     groups = [{**group, "trust": group["wd_scale"] > 0} for group in groups]
     if config.optimiser == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=True)
+        return torch.optim.AdamW(groups, lr=lr, betas=config.betas or (0.9, 0.999), fused=True)
     if config.optimiser == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=0.9, foreach=True)
     return LARS(groups, lr=lr)
@@ -75,11 +75,11 @@ def set_rates(optimiser: torch.optim.Optimizer, config: Config, progress: float)
 
 def learning_rate(config: Config, progress: float) -> float:
     """Linear warm-up, then half a cosine from the peak to `lr_end` times the peak (Loshchilov & Hutter 2017)."""
-    peak, warmup = float(config.lr or 0.0), float(config.warmup or 0.0)
+    peak, warmup, end = float(config.lr or 0.0), float(config.warmup or 0.0), float(config.lr_end or 0.0)
     if progress < warmup:
         return peak * progress / warmup
     along = (progress - warmup) / (1 - warmup)
-    return peak * (config.lr_end + (1 - config.lr_end) * (1 + math.cos(math.pi * along)) / 2)
+    return peak * (end + (1 - end) * (1 + math.cos(math.pi * along)) / 2)
 
 
 def clip(module: nn.Module, largest: float) -> Tensor:

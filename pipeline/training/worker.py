@@ -149,7 +149,7 @@ def parts(batch: Batch, count: int, model: nn.Module) -> Iterator[tuple[Batch, A
         zip(batch.index.chunk(count), batch.label.chunk(count), *(v.chunk(count) for v in batch.views))
     ):
         last = i == count - 1 or not isinstance(model, nn.parallel.DistributedDataParallel)
-        yield Batch(views, index, label, batch.epoch), contextlib.nullcontext() if last else model.no_sync()
+        yield Batch(views, index, label, batch.epoch), contextlib.nullcontext() if last else model.no_sync()  # type: ignore[operator]
 
 
 def step_seed(seed: int, seen: int, rank: int) -> int:
