@@ -32,7 +32,7 @@ def test_it_predicts_what_scikit_learn_predicts(k: int) -> None:
 
 
 def test_the_vote_by_hand() -> None:
-    """Two neighbours of class 1 at 60 degrees lose to one of class 0 at 30: exp(.866 / T) > 2 exp(.5 / T) for T = .07."""
+    """Two neighbours of class 1 at 60 degrees lose to one of class 0 at 30: exp(.866 / .07) > 2 exp(.5 / .07)."""
     angle = torch.tensor([30.0, 60.0, -60.0, 180.0]).deg2rad()
     bank = torch.stack([angle.cos(), angle.sin()], dim=1)
     labels, query = torch.tensor([0, 1, 1, 2]), torch.tensor([[3.0, 0.0]])
