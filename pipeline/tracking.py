@@ -30,6 +30,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from pipeline.redaction import SECRET_NAME, redact
+
 log = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -38,6 +40,7 @@ PARAM_LENGTH = 500  # what servers of every version store; the whole configurati
 TAG_LENGTH = 5000
 METRICS_PER_REQUEST = 1000
 PARAMS_PER_REQUEST = 100
+MOST_WAITING = 1_000_000  # entries, some 350 MB: a day without a server at ten a second
 BUSY = frozenset(
     {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"}
 )
@@ -70,7 +73,7 @@ class TrackingError(ValueError):
     """The store cannot take runs, and waiting would not change that; the message is one sentence."""
 
 
-# --- addresses and secrets ------------------------------------------------------------------------------------------
+# --- addresses ------------------------------------------------------------------------------------------------------
 
 
 def default_uri(runs_dir: str | Path) -> str:
@@ -91,23 +94,6 @@ def default_uri(runs_dir: str | Path) -> str:
 
 def _sqlite_file(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-
-
-_SECRET_NAME = r"[\w.-]*(?:passw(?:or)?d|secret|token|credentials?|signature|api[_-]?key|access[_-]?key)"
-_SECRETS = (
-    (re.compile(r"(\w://)[^/\s@]+@"), r"\1***@"),
-    (re.compile(r"(?i)(\bauthorization\b\W+(?:basic|bearer)\s+|\bbearer\s+)[\w.~+/=-]+"), r"\1***"),
-    (re.compile(rf"(?i)({_SECRET_NAME}[\"']?\s*[=:]\s*[\"']?|--{_SECRET_NAME}\s+)[^\s\"'&,;}}]+"), r"\1***"),
-    (re.compile(r"(?i)([?&](?:sig|key|x-amz-[\w-]+|x-goog-[\w-]+)=)[^\s\"'&]+"), r"\1***"),
-    (re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\b(?:gh[pousr]|glpat|hf|sk|xox[abp])[_-][\w-]{16,}"), "***"),
-)
-
-
-def redact(text: str) -> str:
-    """`text` without credentials: those in URLs, `password=…` and its kin, bearer tokens, keys of well-known form."""
-    for pattern, replacement in _SECRETS:
-        text = pattern.sub(replacement, text)
-    return text
 
 
 # --- the store ------------------------------------------------------------------------------------------------------
@@ -405,7 +391,7 @@ def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
             continue
-        text = "***" if value and re.fullmatch(_SECRET_NAME, str(key), re.IGNORECASE) else redact(str(value))
+        text = "***" if value and re.fullmatch(SECRET_NAME, str(key), re.IGNORECASE) else redact(str(value))
         name = re.sub(r"[^\w\-./ :]", "_", f"{prefix}{key}")[:250]
         flat[name] = text if len(text) <= PARAM_LENGTH else text[: PARAM_LENGTH - 1] + "…"
     return flat
@@ -500,6 +486,7 @@ class Tracker:
         self._step = 0
         self._silent = False  # whether the store failed to answer last time
         self._refused = False
+        self._full = False
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
 
@@ -513,7 +500,12 @@ class Tracker:
         ]
         with self._changed:
             self._step = max(self._step, int(step))
-            self._waiting.extend(entries)
+            full = len(self._waiting) >= MOST_WAITING
+            if not full:
+                self._waiting.extend(entries)
+            elif not self._full:
+                log.warning("MLflow at %s is away too long: metrics from step %d on are lost.", redact(self.uri), step)
+            self._full = full
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Keep a file, or a local folder, with the run, below `folder`; it must stay until it is sent."""

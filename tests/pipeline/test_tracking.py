@@ -374,6 +374,18 @@ def test_server_down_at_the_start_and_a_kill(server: Server, tmp_path: Path, cap
     assert len(client.search_runs([run.info.experiment_id])) == 1
 
 
+def test_memory_is_bounded_while_nothing_is_taken(
+    server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "MOST_WAITING", 100)
+    tracker = Tracker(server.uri, "0" * 32, system_metrics=0, interval=0.1)
+    for step in range(1000):
+        tracker.log({"loss": 1.0}, step)
+    tracker.close(0.1)
+    assert len(tracker._waiting) == 100
+    assert len([warning for warning in warnings_in(caplog) if "metrics from step 100 on are lost" in warning]) == 1
+
+
 def test_server_that_stays_away_ends_no_run(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     tracker = Tracker(server.uri, "0" * 32, system_metrics=0, interval=0.1)
     tracker.log({"loss": 1.0}, 1)
