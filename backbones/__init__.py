@@ -5,12 +5,17 @@ from typing import TYPE_CHECKING, Any
 from backbones.names import UnknownBackbone
 
 if TYPE_CHECKING:
-    from backbones.build import create
+    from backbones.build import create, load
     from backbones.contract import Backbone, Features
 
-__all__ = ["Backbone", "Features", "UnknownBackbone", "create"]
+__all__ = ["Backbone", "Features", "UnknownBackbone", "create", "load"]
 
-_HOME = {"create": "backbones.build", "Backbone": "backbones.contract", "Features": "backbones.contract"}
+_HOME = {
+    "create": "backbones.build",
+    "load": "backbones.build",
+    "Backbone": "backbones.contract",
+    "Features": "backbones.contract",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -109,8 +109,8 @@ def _avg_pool(masked: VisibleOnly, func: Callable, /, x: Tensor, *args: Any, **k
     if mask is None:
         return func(x, *args, **kwargs)
     # Sum over visible / number of visible; the ratio keeps the operator's own rule for padding at the border.
-    everything, seen = (func(m.float(), *args, **kwargs) for m in (torch.ones_like(mask), mask))
-    return func(x * mask, *args, **kwargs) * (everything / seen.clamp_min(1e-6)).to(x.dtype)
+    everything, seen = (func(m, *args, **kwargs) for m in (torch.ones_like(mask), mask))
+    return func(x * mask, *args, **kwargs) * (everything / seen.clamp_min(1e-6))
 
 
 def _adaptive_avg_pool(masked: VisibleOnly, func: Callable, /, x: Tensor, output_size: Any, **kwargs: Any) -> Tensor:
@@ -230,17 +230,18 @@ def masked_group_norm(
     x: Tensor, mask: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """Group norm (Wu & He 2018, equation 1) of x [B, C, H, W], statistics over the positions where `mask` [B, 1, H, W]
-    is 1, in float32."""
-    grouped = x.float().reshape(x.shape[0], groups, -1, *x.shape[2:])
-    m = mask.float().unsqueeze(2)
+    is 1, in float32 at least."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    grouped = x.to(exact).reshape(x.shape[0], groups, -1, *x.shape[2:])
+    m = mask.to(exact).unsqueeze(2)
     count = (m.sum((2, 3, 4), keepdim=True) * grouped.shape[2]).clamp_min(1)
     mean = (grouped * m).sum((2, 3, 4), keepdim=True) / count
     var = ((grouped - mean).square() * m).sum((2, 3, 4), keepdim=True) / count
     out = ((grouped - mean) * torch.rsqrt(var + eps)).reshape(x.shape)
     if weight is not None:
-        out = out * weight.float().view(1, -1, 1, 1)
+        out = out * weight.to(exact).view(1, -1, 1, 1)
     if bias is not None:
-        out = out + bias.float().view(1, -1, 1, 1)
+        out = out + bias.to(exact).view(1, -1, 1, 1)
     return out.to(x.dtype)
 
 
@@ -257,12 +258,12 @@ def masked_batch_norm(
 ) -> Tensor:
     """Training-mode batch norm of x [B, C, H, W] with statistics over the positions where `mask` [B, 1, H, W] is 1.
 
-    Statistics are float32 whatever the dtype of `x`; with a process `group` they run over all its ranks. Running
+    Statistics are in float32, or float64 where `x` is; with a process `group` they run over all its ranks. Running
     statistics move by `momentum`, the variance unbiased (n − 1), as torch's own do. Every position is normalised, so
     with everything visible this is torch's batch norm.
     """
-    weight = x.new_ones(x.shape[1], dtype=torch.float32) if weight is None else weight
-    bias = x.new_zeros(x.shape[1], dtype=torch.float32) if bias is None else bias
+    weight = torch.ones_like(x[0, :, 0, 0]) if weight is None else weight
+    bias = torch.zeros_like(x[0, :, 0, 0]) if bias is None else bias
     out, mean, var, count = _MaskedBatchNorm.apply(x, mask, weight, bias, eps, group)
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
@@ -283,17 +284,18 @@ class _MaskedBatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, eps: float, group: dist.ProcessGroup | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x32, m = x.float(), mask.float()
-        total = torch.cat([(x32 * m).sum((0, 2, 3)), m.sum().view(1)])
+        exact = torch.promote_types(x.dtype, torch.float32)
+        values, m = x.to(exact), mask.to(exact)
+        total = torch.cat([(values * m).sum((0, 2, 3)), m.sum().view(1)])
         _sum_over_ranks(total, group)
         count = total[-1].clamp_min(1)
         mean = total[:-1] / count
-        var = ((x32 - mean.view(1, -1, 1, 1)).square() * m).sum((0, 2, 3))
+        var = ((values - mean.view(1, -1, 1, 1)).square() * m).sum((0, 2, 3))
         _sum_over_ranks(var, group)
         var = var / count
         ctx.save_for_backward(x, mask, weight, mean, torch.rsqrt(var + eps), count)
         ctx.group = group
-        out = torch.batch_norm(x, weight.float(), bias.float(), mean, var, False, 0.0, eps, False)
+        out = torch.batch_norm(x, weight.to(exact), bias.to(exact), mean, var, False, 0.0, eps, False)
         ctx.mark_non_differentiable(mean, var, count)
         return out, mean, var, count
 
@@ -301,15 +303,15 @@ class _MaskedBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, mask, weight, mean, inverse_std, count = ctx.saved_tensors
         shape = (1, -1, 1, 1)
-        normalised = (x.float() - mean.view(shape)) * inverse_std.view(shape)
-        g = grad.float()
+        normalised = (x.to(mean.dtype) - mean.view(shape)) * inverse_std.view(shape)
+        g = grad.to(mean.dtype)
         bias_grad = g.sum((0, 2, 3))
         weight_grad = (g * normalised).sum((0, 2, 3))
         over_ranks = torch.stack([bias_grad, weight_grad])  # DDP averages these gradients itself: sum only for ∂x
         _sum_over_ranks(over_ranks, ctx.group)
         shift, slope = (over_ranks / count).unbind()
-        through_statistics = mask.float() * (shift.view(shape) + normalised * slope.view(shape))
-        scale = (weight.float() * inverse_std).view(shape)
+        through_statistics = mask.to(mean.dtype) * (shift.view(shape) + normalised * slope.view(shape))
+        scale = (weight.to(mean.dtype) * inverse_std).view(shape)
         x_grad = ((g - through_statistics) * scale).to(x.dtype)
         return x_grad, None, weight_grad.to(weight.dtype), bias_grad.to(weight.dtype), None, None
 

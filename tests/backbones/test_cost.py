@@ -20,7 +20,7 @@ PAPERS = [
     ("vgg13", 224, 133, 11.3, 0.002),
     ("vgg16", 224, 138, 15.5, 0.004),
     ("vgg19", 224, 144, 19.6, 0.004),
-    # Szegedy et al. 2015, table 1: columns sum to 6.8 M and 1.5 G, each row rounded; section 5: "about 5 million" without.
+    # Szegedy et al. 2015, table 1: columns sum to 6.8 M and 1.5 G, each row rounded.
     ("googlenet", 224, 6.8, 1.5, 0.06),
     # He et al. 2016, table 1 gives multiply-adds; parameters as its authors' Caffe models have.
     ("resnet18", 224, 11.69, 1.8, 0.02),
@@ -127,9 +127,17 @@ def test_receptive_field_of_a_backbone_is_what_perturbing_pixels_shows() -> None
 
 @pytest.mark.parametrize(
     ("name", "field"),
-    [("lenet5", 32), ("alexnet", 163), ("vgg16", 196), ("resnet18", 435), ("resnet50", 427), ("vit_ti16", None), ("fc", None)],
+    [
+        ("lenet5", 32),
+        ("alexnet", 163),
+        ("vgg16", 196),
+        ("resnet18", 435),
+        ("resnet50", 427),
+        ("vit_ti16", None),
+        ("fc", None),
+    ],
 )
 def test_receptive_fields_known_from_the_recursion(name: str, field: int | None) -> None:
-    """VGG-16 to conv5_3: 196; ResNet-18: 435 (Araujo et al. 2019); AlexNet to conv5: 163; LeNet-5: the whole 32 x 32 digit."""
+    """VGG-16 to conv5_3: 196; ResNet-18: 435 (Araujo et al. 2019); AlexNet to conv5: 163; LeNet-5: all 32 pixels."""
     with torch.device("meta"):
         assert cost.receptive_field(create(name)) == field

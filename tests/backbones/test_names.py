@@ -7,7 +7,9 @@ from backbones import UnknownBackbone, names
 
 
 def test_short_names_resolve_and_have_a_family() -> None:
-    assert {"fc", "lenet5", "alexnet", "googlenet", "vgg19_bn", "resnet110", "plain56", "efficientnet_b7"} <= set(names.SHORT)
+    assert {"fc", "lenet5", "alexnet", "googlenet", "vgg19_bn", "resnet110", "plain56", "efficientnet_b7"} <= set(
+        names.SHORT
+    )
     assert {"convnext_tiny", "vit_ti16", "vit_s16", "vit_s8", "vit_b16", "vit_l16", "vit_h14"} <= set(names.SHORT)
     for name in names.SHORT:
         assert names.resolve(name) == name
@@ -36,7 +38,13 @@ def test_timm_names_have_a_family_too(name: str, family: str) -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "meant"),
-    [("resnet5O", "resnet50"), ("ResNet18", "resnet18"), ("vit_s_16", "vit_s16"), ("lenet-5", "lenet5"), ("vit_x16", "vit_")],
+    [
+        ("resnet5O", "resnet50"),
+        ("ResNet18", "resnet18"),
+        ("vit_s_16", "vit_s16"),
+        ("lenet-5", "lenet5"),
+        ("vit_x16", "vit_"),
+    ],
 )
 def test_a_wrong_name_lists_the_nearest(wrong: str, meant: str) -> None:
     with pytest.raises(UnknownBackbone, match=r"did you mean .*" + meant):

@@ -141,7 +141,7 @@ def test_a_killed_run_resumes_to_the_last_bit(command, tmp_path, objective):
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'ssl'}"}
     process = subprocess.Popen(
-        [*program, "--checkpoint-every", "0.0001"],
+        [*program, "--checkpoint-every", "0.005"],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
