@@ -6,10 +6,23 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from backbones import create
+from backbones import Backbone, create
 from backbones.contract import gather_cells
 
 SMALL = {"image_size": 64}
+
+
+def lively(backbone: Backbone) -> Backbone:
+    """With weights as after training: at first attention is nearly uniform and layer scales nearly zero, which would
+    hide a position that went missing."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, p in backbone.named_parameters():
+            if p.ndim == 1 and p.requires_grad:
+                p.add_(0.3 * torch.randn_like(p))
+            elif "attn" in name or "pos_embed" in name:
+                p.mul_(5)
+    return backbone.eval()
 
 
 def flops(run: Any) -> int:
@@ -23,12 +36,12 @@ def flops(run: Any) -> int:
 )
 def test_it_is_timms_own_forward(name: str) -> None:
     """The same weights in timm's model give the same tokens, at its own size and (dynamic positions) at another."""
-    backbone = create(name, image_size=224).eval()
-    reference = timm.create_model(name, num_classes=0, img_size=224, dynamic_img_size=True).eval()
+    backbone = lively(create(name, image_size=64))
+    reference = timm.create_model(name, num_classes=0, img_size=64, dynamic_img_size=True).eval()
     ours = backbone.state_dict()
     theirs = {k: ours.get(f"network.{k}", ours.get(f"norm.{k.split('.')[-1]}")) for k in reference.state_dict()}
     reference.load_state_dict(theirs)
-    for size in ((224, 224), (96, 160)):
+    for size in ((64, 64), (32, 96)):
         images = torch.randn(1, 3, *size)
         with torch.no_grad():
             expected, got = reference.forward_features(images), backbone(images)
@@ -42,25 +55,27 @@ def test_it_is_timms_own_forward(name: str) -> None:
 def test_visible_is_attention_over_the_gathered_tokens_alone(name: str) -> None:
     """With all cells visible in any order it is the plain forward, so position and content travel together; and with
     some visible, the pixels of the others do not matter."""
-    torch.manual_seed(0)
-    backbone = create(name, image_size=112).eval()
-    size = 8 * backbone.stride
+    backbone = lively(create(name, image_size=112))
+    size = 6 * backbone.stride
     images = torch.randn(2, 3, size, size)
-    order = torch.stack([torch.randperm(64) for _ in range(2)])
+    order = torch.stack([torch.randperm(36) for _ in range(2)])
     with torch.no_grad():
         plain, shuffled = backbone(images), backbone(images, visible=order)
     torch.testing.assert_close(shuffled.cells, gather_cells(plain.cells, order), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(shuffled.pooled, plain.pooled, rtol=1e-4, atol=1e-4)
 
     some = order[:, :16]
-    seen = torch.zeros(2, 64).scatter(1, some, 1).view(2, 1, 8, 8)
+    seen = torch.zeros(2, 36).scatter(1, some, 1).view(2, 1, 6, 6)
     seen = torch.nn.functional.interpolate(seen, size=(size, size)) > 0
     with torch.no_grad():
         one = backbone(images, visible=some)
         other = backbone(torch.where(seen, images, torch.nan), visible=some)
     assert one.cells.shape == (2, 16, backbone.width)
     assert torch.equal(one.cells, other.cells)
-    assert not torch.allclose(one.cells, gather_cells(plain.cells, some), atol=1e-3)
+    assert not torch.allclose(one.cells, gather_cells(plain.cells, some), atol=0.1)
+    with torch.no_grad():  # the same content at other places is something else: positions do matter here
+        elsewhere = backbone(images.flip(-1)).pooled
+    assert not torch.allclose(elsewhere, plain.pooled, atol=0.01)
 
 
 def test_visible_equals_the_blocks_on_gathered_tokens() -> None:
