@@ -1,0 +1,525 @@
+"""Sources: what is listed, in which order, with which labels and parts, and what is read, here and remote."""
+
+import csv
+import io
+import json
+import os
+import socket
+import tarfile
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipeline.data import remote
+from pipeline.data.beton import BetonReader
+from pipeline.data.listing import Source, labels_from_folders
+from pipeline.data.pack import open_split, pack
+from pipeline.data.packed import read_names
+from pipeline.data.source import open_source
+from pipeline.data.workers import Extent, Unreadable
+from pipeline.errors import UserError
+
+
+def jpeg(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 255, (3, 4, 3), np.uint8)
+    Image.fromarray(pixels).resize((24, 20)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def write(root: Path, names: list[str]) -> dict[str, bytes]:
+    contents = {name: jpeg(number) for number, name in enumerate(names)}
+    for name, content in contents.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return contents
+
+
+def read(source: Source) -> dict[str, tuple[str | None, bytes]]:
+    """{key: (label, bytes)} of everything wanted."""
+    wanted = source.wanted()
+    labels = dict(zip(wanted, source.labels(wanted)))
+    found = {}
+    for index, payload in source.payloads(wanted):
+        if isinstance(payload, Extent):
+            with open(payload.path, "rb") as file:
+                file.seek(payload.start)
+                payload = file.read(payload.size)
+        found[source.items[index].key] = labels[index], payload
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- folders
+
+
+def test_a_folder_of_any_depth_is_listed_in_order(tmp_path):
+    names = [
+        "b/2.jpg",
+        "b/deep/er/1.PNG",
+        "a/x.jpeg",
+        "a/ünï côdé 图 (1).jpg",
+        "b/dir.jpg/inside.jpg",
+        "a/no_extension",
+    ]
+    contents = write(tmp_path, names)
+    source = open_source(str(tmp_path))
+    assert [item.key for item in source.items] == sorted(names)
+    assert read(source) == {name: (name[0], content) for name, content in contents.items()}
+    assert list(source.identity()) == list(open_source(str(tmp_path) + "/").identity())
+
+
+def test_what_is_hidden_or_no_image_is_listed_with_its_reason(tmp_path):
+    write(tmp_path, ["good.jpg", ".hidden.jpg", ".git/x.jpg", "__MACOSX/y.jpg", "notes.txt", "movie.mp4", "label.cls"])
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "dangling.jpg").symlink_to("nowhere.jpg")
+    reasons = {item.key: item.skip for item in open_source(str(tmp_path)).items}
+    assert reasons == {
+        ".git/": "hidden: the name begins with a dot",
+        ".hidden.jpg": "hidden: the name begins with a dot",
+        "__MACOSX/": "hidden: a macOS side file",
+        "dangling.jpg": "unreadable: No such file or directory",
+        "good.jpg": "",
+        "label.cls": "not an image: by its name (.cls)",
+        "movie.mp4": "not an image: by its name (.mp4)",
+        "notes.txt": "not an image: by its name (.txt)",
+        "pipe.jpg": "not an image: not a regular file",
+    }
+
+
+def test_links_are_followed_once_and_never_round(tmp_path):
+    write(tmp_path / "set", ["real/1.jpg", "other/2.jpg"])
+    write(tmp_path / "elsewhere", ["3.jpg"])
+    (tmp_path / "set" / "real" / "up").symlink_to("..")
+    (tmp_path / "set" / "real" / "self").symlink_to(".")
+    (tmp_path / "set" / "a_copy").symlink_to("real")
+    (tmp_path / "set" / "outside").symlink_to(tmp_path / "elsewhere")
+    keys = [item.key for item in open_source(str(tmp_path / "set")).items]
+    assert keys == ["other/2.jpg", "outside/3.jpg", "real/1.jpg"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_read_is_named(tmp_path):
+    write(tmp_path, ["a/1.jpg", "b/2.jpg"])
+    (tmp_path / "b").chmod(0)
+    reasons = {item.key: item.skip for item in open_source(str(tmp_path)).items}
+    assert reasons["b/"].startswith("unreadable: a folder")
+
+
+def test_a_name_that_is_no_text_survives(tmp_path):
+    write(tmp_path / "set", ["a.jpg"])
+    odd = os.fsencode(str(tmp_path / "set")) + b"/\xff\xfe.jpg"
+    try:
+        with open(odd, "wb") as file:
+            file.write(jpeg(7))
+    except OSError:
+        pytest.skip("this file system wants names that are text")
+    with open(os.fsencode(str(tmp_path / "set")) + b"/\xfd.jpg", "wb") as file:
+        file.write(b"\xff\xd8\xff broken")
+    packed = pack(str(tmp_path / "set"), tmp_path / "cache")
+    assert packed.images == 2
+    assert os.fsencode(read_names(packed.path)[1]) == b"\xff\xfe.jpg"
+    assert b"\xfd.jpg" in packed.rejected.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["cat/1.jpg", "dog/2.jpg"], ["cat", "dog"]),
+        (["set/cat/1.jpg", "set/dog/2.jpg"], ["cat", "dog"]),
+        (["cat/tabby/1.jpg", "dog/2.jpg"], ["cat", "dog"]),
+        (["cat/1.jpg", "dog/2.jpg", "README"], ["cat", "dog", None]),
+        (["cat/1.jpg", "2.jpg"], [None, None]),
+        (["cat/1.jpg", "cat/2.jpg"], [None, None]),
+        (["1.jpg"], [None]),
+        ([], []),
+    ],
+)
+def test_labels_from_folders(names, labels):
+    assert labels_from_folders(names) == labels
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "val"),
+    [
+        (["train/c/1.jpg", "val/c/2.jpg", "test/c/3.jpg"], ["train/c/1.jpg"], ["val/c/2.jpg"]),
+        (["s/Train/1.jpg", "s/validation/2.jpg"], ["s/Train/1.jpg"], ["s/validation/2.jpg"]),
+        (["train/1.jpg", "test/2.jpg", "extra/3.jpg"], ["train/1.jpg"], ["test/2.jpg"]),
+        (["train/1.jpg", "other/2.jpg"], [], []),
+        (["training_day/1.jpg", "val/2.jpg"], [], []),
+    ],
+)
+def test_an_existing_division_is_recognised(tmp_path, names, train, val):
+    write(tmp_path, names)
+    source = open_source(str(tmp_path))
+    parts = source.parts()
+    assert [source.items[i].key for i in parts.get("train", [])] == train
+    assert [source.items[i].key for i in parts.get("val", [])] == val
+
+
+def test_held_out_images_given_apart_are_never_trained_on(tmp_path):
+    write(tmp_path / "set", [f"{part}/{c}/{i}.jpg" for part in ("train", "val") for c in "ab" for i in range(3)])
+    train, val, note = open_split(str(tmp_path / "set"), str(tmp_path / "set" / "val"), tmp_path / "cache")
+    assert all(name.startswith("train/") for name in read_names(train.path))
+    assert (train.images, val.images, train.classes, val.classes) == (6, 6, ("a", "b"), ("a", "b"))
+    assert note.startswith("from ")
+
+
+def test_all_parts_share_one_list_of_classes(tmp_path):
+    names = [f"{part}/{c}/{i}.jpg" for part, cs in (("train", "02468"), ("val", "48")) for c in cs for i in range(2)]
+    write(tmp_path / "set", [*names, "train/10/0.jpg"])
+    train, val, _ = open_split(str(tmp_path / "set"), None, tmp_path / "cache")
+    assert train.classes == val.classes == ("0", "2", "4", "6", "8", "10")
+    assert BetonReader(val.path).metadata["label"].tolist() == [2, 2, 4, 4]
+
+
+# ---------------------------------------------------------------------------------------------------------------- tar
+
+
+def tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mode"), [(".tar", "w"), (".tar.gz", "w:gz"), (".tgz", "w:gz"), (".tar.xz", "w:xz")]
+)
+def test_a_tar_is_read_in_its_own_order(tmp_path, suffix, mode):
+    members = {f"./set/{c}/{i}.jpg": jpeg(i) for i in range(3) for c in "ba"}
+    members["set/b/notes.txt"] = b"hello"
+    source = open_source(str(tar(tmp_path / f"photos{suffix}", members, mode)))
+    keys = [item.key for item in source.items if not item.skip]
+    assert keys == [name[2:] for name in members if name.endswith("jpg")]
+    assert read(source) == {n[2:]: (n[6], c) for n, c in members.items() if n.endswith("jpg")}
+    assert [item.skip for item in source.items if item.key.endswith("txt")] == ["not an image: by its name (.txt)"]
+
+
+def test_a_tar_never_reaches_outside(tmp_path):
+    path = tmp_path / "evil.tar"
+    with tarfile.open(path, "w") as archive:
+        for name in ("../../outside.jpg", "/absolute.jpg", "good.jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = len(jpeg(0))
+            archive.addfile(info, io.BytesIO(jpeg(0)))
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
+            info = tarfile.TarInfo(f"link{ord(kind)}.jpg")
+            info.type, info.linkname = kind, "/etc/passwd"
+            archive.addfile(info)
+    before = set(tmp_path.rglob("*"))
+    source = open_source(str(path))
+    assert list(read(source)) == ["outside.jpg", "absolute.jpg", "good.jpg"]
+    assert sum("not a regular file" in item.skip for item in source.items) == 4
+    assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("companion", "label"),
+    [
+        ("cls", lambda c: c.encode()),
+        ("json", lambda c: json.dumps({"label": c, "caption": "x"}).encode()),
+        ("txt", lambda c: c.encode()),
+    ],
+)
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_webdataset_companions_are_labels(tmp_path, companion, label, mode):
+    members = {}
+    for i in range(8):
+        members[f"{i:06}.jpg"] = jpeg(i)
+        members[f"{i:06}.{companion}"] = label("cat" if i % 2 else "dog")
+    source = open_source(str(tar(tmp_path / ("a.tar" if mode == "w" else "a.tar.gz"), members, mode)))
+    found = read(source)
+    assert [label for label, _ in found.values()] == ["dog", "cat"] * 4
+    assert len(source.items) == 8
+
+
+def test_captions_are_no_labels(tmp_path):
+    members = {f"{i}.{kind}": content for i in range(8) for kind, content in (("jpg", jpeg(i)), ("txt", b"a %d" % i))}
+    assert {label for label, _ in read(open_source(str(tar(tmp_path / "a.tar", members)))).values()} == {None}
+
+
+def test_a_folder_of_shards_and_their_division(tmp_path):
+    for part in ("train", "val"):
+        for n in range(2):
+            tar(tmp_path / f"{part}-{n:03}.tar", {f"{c}/{part}{n}.jpg": jpeg(n) for c in "ab"})
+    source = open_source(str(tmp_path))
+    parts = source.parts()
+    assert [source.items[i].key for i in parts["val"]] == [
+        f"val-{n:03}.tar/{c}/val{n}.jpg" for n in range(2) for c in "ab"
+    ]
+    assert source.labels(parts["val"]) == ["a", "b", "a", "b"]
+    train, val, _ = open_split(str(tmp_path), None, tmp_path / "cache")
+    assert (train.images, val.images, train.classes) == (4, 4, ("a", "b"))
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_a_damaged_archive_is_a_sentence(tmp_path, suffix):
+    members = {f"{i}.jpg": os.urandom(20_000) for i in range(9)}
+    whole = tar(tmp_path / f"a{suffix}", members, "w:gz" if "gz" in suffix else "w").read_bytes()
+    (tmp_path / f"cut{suffix}").write_bytes(whole[: len(whole) // 2 - 300])
+    (tmp_path / f"no{suffix}").write_bytes(b"junk" * 1000)
+    for name in ("cut", "no"):
+        with pytest.raises(UserError, match=rf"{name}{suffix}: a damaged archive"):
+            read(open_source(str(tmp_path / f"{name}{suffix}")))
+
+
+# ------------------------------------------------------------------------------------------------------------- parquet
+
+
+def test_parquet_images_in_every_shape(tmp_path):
+    contents = [jpeg(i) for i in range(150)]
+    (tmp_path / "files").mkdir()
+    for i, content in enumerate(contents):
+        (tmp_path / "files" / f"{i}.jpg").write_bytes(content)
+    labels = [f"c{i % 3}" for i in range(150)]
+    shapes = {
+        "bytes": {"id": range(150), "jpg": contents, "label": labels},
+        "struct": {"image": [{"bytes": c, "path": None} for c in contents], "label": labels},
+        "struct_path": {"image": [{"bytes": None, "path": f"files/{i}.jpg"} for i in range(150)], "label": labels},
+        "path": {"file_name": [f"files/{i}.jpg" for i in range(150)], "label": labels},
+        "unnamed": {"text": labels, "blob": contents, "label": labels},
+    }
+    for name, columns in shapes.items():
+        schema = None
+        if name == "struct_path":  # pyarrow would take a column of None for one of no type
+            image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+            schema = pa.schema([("image", image), ("label", pa.string())])
+        table = pa.table({k: list(v) for k, v in columns.items()}, schema=schema)
+        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=64)
+        found = read(open_source(str(tmp_path / f"{name}.parquet")))
+        assert list(found) == [f"{name}.parquet/{i}" for i in range(150)], name
+        assert list(found.values()) == list(zip(labels, contents)), name
+
+
+def test_only_wanted_rows_are_read_and_an_empty_one_is_named(tmp_path):
+    images = [{"bytes": jpeg(i), "path": None} for i in range(200)]
+    images[70] = None
+    pq.write_table(pa.table({"image": images}), tmp_path / "a.parquet", row_group_size=50)
+    source = open_source(str(tmp_path / "a.parquet"))
+    wanted = [3, 49, 50, 70, 199]
+    found = dict(source.payloads(wanted))
+    assert list(found) == wanted
+    assert found[70] == Unreadable("empty: no image in this row")
+    assert all(found[i] == jpeg(i) for i in wanted if i != 70)
+
+
+def test_hugging_face_names_its_classes_and_parts(tmp_path):
+    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["ant", "bee"]}}
+    metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    (tmp_path / "data").mkdir()
+    for part, rows in (("train", 6), ("validation", 4)):
+        table = pa.table(
+            {"image": [{"bytes": jpeg(i), "path": ""} for i in range(rows)], "label": [0, 1] * (rows // 2)}
+        )
+        path = tmp_path / "data" / f"{part}-00000-of-00001.parquet"
+        pq.write_table(table.replace_schema_metadata(metadata), path)
+    train, val, note = open_split(str(tmp_path), None, tmp_path / "cache")
+    assert (train.images, val.images, note) == (6, 4, "its own validation part")
+    assert train.classes == ("ant", "bee")
+
+
+def test_integer_labels_keep_their_order_and_minus_one_is_none(tmp_path):
+    pd.DataFrame({"image": [jpeg(i) for i in range(14)], "label": [*range(12), -1, 3]}).to_parquet(
+        tmp_path / "a.parquet"
+    )
+    packed = pack(str(tmp_path / "a.parquet"), tmp_path / "cache")
+    assert BetonReader(packed.path).metadata["label"].tolist() == [*range(12), -1, 3]
+    assert packed.classes == tuple(map(str, range(12)))
+
+
+def test_a_parquet_without_images_is_a_sentence(tmp_path):
+    pd.DataFrame({"a": [1], "b": ["x"]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="no column of images among a, b"):
+        read(open_source(str(tmp_path / "a.parquet")))
+    (tmp_path / "b.parquet").write_bytes(b"junk" * 100)
+    with pytest.raises(UserError, match=r"b\.parquet: a parquet file that cannot be read"):
+        read(open_source(str(tmp_path / "b.parquet")))
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "path,label\nx/1.jpg,cat\nx/2.jpg,dog\n",
+        "Label;id;File_Name\ncat;7;x/1.jpg\ndog;8;x/2.jpg\n",
+        "x/1.jpg\tcat\r\nx/2.jpg\tdog\r\n",
+        '﻿image,class\n"x/1.jpg",cat\n\n"x/2.jpg",dog',
+    ],
+)
+def test_a_table_of_paths_and_labels(tmp_path, text):
+    contents = write(tmp_path, ["x/1.jpg", "x/2.jpg"])
+    (tmp_path / "list.csv").write_text(text, encoding="utf-8")
+    found = read(open_source(str(tmp_path / "list.csv")))
+    assert found == {"x/1.jpg": ("cat", contents["x/1.jpg"]), "x/2.jpg": ("dog", contents["x/2.jpg"])}
+
+
+def test_a_table_whose_files_are_missing_says_so(tmp_path):
+    write(tmp_path, ["1.jpg", "2.jpg"])
+    (tmp_path / "list.csv").write_text("path\n1.jpg\n2.jpg\ngone.jpg\n")
+    packed = pack(str(tmp_path / "list.csv"), tmp_path / "cache")
+    assert (packed.images, packed.classes) == (2, ())
+    with packed.rejected.open(newline="") as file:
+        assert [*csv.DictReader(file)] == [{"path": "gone.jpg", "reason": "unreadable: No such file or directory"}]
+    (tmp_path / "list.csv").write_text("who,what\na,b\n")
+    with pytest.raises(UserError, match="no column of paths among who, what"):
+        read(open_source(str(tmp_path / "list.csv")))
+
+
+def test_a_table_changes_its_identity_with_its_files(tmp_path):
+    write(tmp_path, ["1.jpg"])
+    (tmp_path / "list.csv").write_text("path\n1.jpg\n")
+    before = list(open_source(str(tmp_path / "list.csv")).identity())
+    (tmp_path / "1.jpg").write_bytes(jpeg(9) + b"more")
+    assert list(open_source(str(tmp_path / "list.csv")).identity()) != before
+
+
+# ------------------------------------------------------------------------------------------------------ remote places
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def memory():
+    files = fsspec.filesystem("memory")
+    files.store.clear()
+    files.pseudo_dirs[:] = [""]
+    yield files
+    files.store.clear()
+    files.pseudo_dirs[:] = [""]
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An S3 server on this machine; the value is s3fs's view of it, with an empty bucket `photos`."""
+    server_module = pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    server = server_module.ThreadedMotoServer("127.0.0.1", free_port(), verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    fsspec.filesystem("s3").clear_instance_cache()
+    files = fsspec.filesystem("s3")
+    files.mkdir("photos")
+    yield files
+    server.stop()
+    files.clear_instance_cache()
+
+
+def fill(files: fsspec.AbstractFileSystem, root: str, tmp_path: Path) -> None:
+    """One set of 12 labelled images in every form below a remote root."""
+    names = [f"{'cat' if i % 2 else 'dog'}/{i:02}[1].jpg" for i in range(12)]
+    contents = write(tmp_path / "set", names)
+    for name, content in contents.items():
+        files.pipe(f"{root}/set/{name}", content)
+    files.pipe(f"{root}/set/notes.txt", b"x")
+    for suffix, mode in ((".tar", "w"), (".tar.gz", "w:gz")):
+        files.pipe(f"{root}/set{suffix}", tar(tmp_path / f"set{suffix}", contents, mode).read_bytes())
+    rows = {"image": list(contents.values()), "label": [name[:3] for name in names]}
+    pd.DataFrame(rows).to_parquet(tmp_path / "set.parquet")
+    files.pipe(f"{root}/set.parquet", (tmp_path / "set.parquet").read_bytes())
+    table = "path,label\n" + "".join(f"set/{name},{name[:3]}\n" for name in names)
+    files.pipe(f"{root}/set.csv", table.encode())
+    whole = pack(str(tmp_path / "set"), tmp_path / "cache")
+    files.pipe(f"{root}/set.beton", whole.path.read_bytes())
+
+
+def check_every_form(files: fsspec.AbstractFileSystem, root: str, protocol: str, tmp_path: Path) -> None:
+    fill(files, root, tmp_path)
+    expected = sorted(jpeg(i) for i in range(12))
+    for name in ("set", "set.tar", "set.tar.gz", "set.parquet", "set.csv", "set.beton"):
+        packed = pack(f"{protocol}://{root}/{name}", tmp_path / "cache")
+        assert sorted(content for content, *_ in BetonReader(packed.path)) == expected, name
+        assert packed.classes == (("cat", "dog") if name != "set.beton" else ("0", "1")), name
+        assert pack(f"{protocol}://{root}/{name}", tmp_path / "cache") == packed, name
+    first = pack(f"{protocol}://{root}/set", tmp_path / "cache")
+    files.pipe(f"{root}/set/dog/new.jpg", jpeg(99))
+    files.invalidate_cache()
+    assert pack(f"{protocol}://{root}/set", tmp_path / "cache").images == first.images + 1
+    with pytest.raises(UserError, match="no such file or folder"):
+        open_source(f"{protocol}://{root}/nowhere")
+
+
+def test_every_form_from_memory(memory, tmp_path):
+    check_every_form(memory, "/photos", "memory", tmp_path)
+
+
+def test_every_form_from_s3(bucket, tmp_path):
+    check_every_form(bucket, "photos", "s3", tmp_path)
+
+
+def test_a_place_out_of_reach_is_a_sentence(monkeypatch):
+    pytest.importorskip("s3fs")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    fsspec.filesystem("s3").clear_instance_cache()
+    with pytest.raises(UserError, match=r"s3://photos/set: cannot be reached"):
+        open_source("s3://photos/set")
+    fsspec.filesystem("s3").clear_instance_cache()
+    with pytest.raises(UserError, match="nosuch"):
+        open_source("nosuch://photos")
+
+
+def test_what_fails_to_arrive_is_tried_again_then_told(monkeypatch, memory):
+    memory.pipe("/a/1.jpg", b"one")
+    memory.pipe("/a/2.jpg", b"two")
+    calls = []
+    real = type(memory).cat_ranges
+
+    def flaky(self, paths, *arguments, **options):
+        calls.append(list(paths))
+        results = real(self, paths, *arguments, **options)
+        return [TimeoutError("slow") if len(calls) < 3 and p.endswith("2.jpg") else r for p, r in zip(paths, results)]
+
+    monkeypatch.setattr(type(memory), "cat_ranges", flaky)
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    paths = [(0, "/a/1.jpg"), (1, "/a/2.jpg"), (2, "/a/gone.jpg")]
+    got = dict(remote.fetch(memory, paths))
+    assert (got[0], got[1]) == (b"one", b"two")
+    assert isinstance(got[2], Unreadable)
+    assert [len(paths) for paths in calls] == [3, 1, 1]
+    calls[:] = []
+    monkeypatch.setattr(remote, "TRIES", 2)
+    with pytest.raises(UserError, match="cannot be fetched"):
+        list(remote.fetch(memory, paths))
+
+
+# ------------------------------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("make", "address", "sentence"),
+    [
+        (lambda p: (p / "photos").mkdir(), "photo", "no such file or folder; did you mean .*photos"),
+        (lambda p: (p / "x.jpg").write_bytes(b"x"), "x.jpg", "a single image; give the folder"),
+        (lambda p: (p / "x.zip").write_bytes(b"x"), "x.zip", "unzip it first"),
+        (
+            lambda p: write(p / "s", ["a.txt", "b.csv"]),
+            "s",
+            r"no image found below it \(looked for .*; 2 files of other",
+        ),
+    ],
+)
+def test_a_mistake_is_a_sentence(tmp_path, make, address, sentence):
+    make(tmp_path)
+    with pytest.raises(UserError, match=sentence):
+        open_source(str(tmp_path / address))
