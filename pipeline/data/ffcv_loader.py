@@ -9,9 +9,11 @@ lists of views and kept on disk).
 """
 
 import ctypes
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -53,20 +55,34 @@ def decode(data, height, width, out):
     )
 
 
-@compiled
-def _cut_rows(first, last, indices, file, pointer, size, mode, height, width, scratch, key, table, out, failed):
-    """Decode and cut samples first..last of a batch; one that does not decode is black and marked in `failed`."""
-    for row in range(first, last):
-        index = indices[row]
-        data = file[pointer[index] : pointer[index] + size[index]]
-        h, w = height[index], width[index]
-        pixels = data
-        if mode[index] == JPEG:
-            pixels = scratch
-            if decode(data, h, w, scratch) != 0:
-                failed[row] = True
-                scratch[: 3 * h * w] = 0
-        cut(pixels[: 3 * h * w].reshape(h, w, 3), key, index, table, row, indices.size, out)
+def _cutting(sources: int) -> Any:
+    """The compiled loop over samples, stored on disk under `sources`.
+
+    numba looks stored code up by the file that defines it, and does not notice that `cut`, of another file, has
+    changed; values that a closure uses count as well.
+    """
+
+    @compiled
+    def cut_rows(first, last, indices, file, pointer, size, mode, height, width, scratch, key, table, out, failed):
+        """Decode and cut samples first..last of a batch; one that does not decode is black and marked in `failed`."""
+        if sources < 0:
+            return
+        for row in range(first, last):
+            index = indices[row]
+            data = file[pointer[index] : pointer[index] + size[index]]
+            h, w = height[index], width[index]
+            pixels = data
+            if mode[index] == JPEG:
+                pixels = scratch
+                if decode(data, h, w, scratch) != 0:
+                    failed[row] = True
+                    scratch[: 3 * h * w] = 0
+            cut(pixels[: 3 * h * w].reshape(h, w, 3), key, index, table, row, indices.size, out)
+
+    return cut_rows
+
+
+_cut_rows = _cutting(zlib.crc32(Path(crops.__file__).read_bytes()))
 
 
 class _MultiCrop(Operation):

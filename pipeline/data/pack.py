@@ -155,7 +155,8 @@ def _read(folder: Path) -> Split | None:
 
 def _fill_anew(folder: Path, address: str, source: Source | Packed, options: _Options, choice: Choice) -> Split:
     """Pack into an empty folder, which is gone again unless that succeeds."""
-    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
+    shutil.rmtree(folder, ignore_errors=True)
+    _sweep(folder.parent)
     folder.mkdir()
     try:
         note = _fill(folder, address, source, options, choice)
@@ -167,6 +168,16 @@ def _fill_anew(folder: Path, address: str, source: Source | Packed, options: _Op
     if done is None:
         raise UserError(f"{folder}: what was packed cannot be read back; give --cache another place")
     return done
+
+
+def _sweep(cache: Path) -> None:
+    """Remove what interrupted runs left: folders that are not done and that no living process holds the lock of."""
+    for path in cache.glob("*.lock"):
+        folder = path.with_suffix("")
+        if folder.is_dir() and not (folder / "done.json").is_file():
+            with open(path) as lock, contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
