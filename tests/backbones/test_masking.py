@@ -236,7 +236,7 @@ def test_bfloat16_autocast_costs_a_masked_network_no_more_than_a_plain_one(name:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             got = rounded(images.to(memory_format=torch.channels_last), **options).cells.float()
         got.sum().backward()
-        return float((got - expected).norm() / expected.norm()), exact, rounded
+        return ((got - expected).norm() / expected.norm()).item(), exact, rounded
 
     plain, _, _ = error()
     masked, exact, rounded = error(visible=visible)
