@@ -199,7 +199,7 @@ RECIPES: Mapping[tuple[str, str, str], Recipe] = MappingProxyType(
             ),
         ),
         ("dino", "vit", "embedded"): Recipe(
-            "chosen here for minutes on 2 CPU cores, its last epoch not yet measured: a teacher that is sharp (0.02, as "
+            "chosen here for 2 CPU cores, its last epoch not yet measured: a teacher that is sharp (0.02, as "
             "the authors advise where the loss stalls: facebookresearch/dino issue 43) and follows fast (EMA 0.9)",
             epochs=3,
             batch_size=32,
