@@ -23,6 +23,10 @@ class Staged(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         return self.stages(x)
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """timm's description of depth: one number a stage, or a module within it."""
+        return {"stem": r"^$", "blocks": r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)(?:\.(\d+))?"}
+
     def forward_intermediates(self, x: Tensor, output_fmt: str = "NCHW") -> tuple[Tensor, list[Tensor]]:
         """The last map, and the map after every stage."""
         maps = []

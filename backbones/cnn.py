@@ -3,15 +3,17 @@
 Also `fc`, the yardstick: one fully connected layer, whose single cell is the whole image.
 """
 
+from math import inf
 from typing import Any
 
 import torch
 from einops import rearrange
 from timm.layers import LayerNorm2d
+from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbones.contract import Backbone, Features, gather_cells, replace_pixels, show_only
+from backbones.contract import Backbone, Features, gather_cells, number_depths, replace_pixels, show_only
 from backbones.masking import visible_only
 
 
@@ -77,6 +79,12 @@ class FeatureMap(Backbone):
             cells = gather_cells(rearrange(last, "b d h w -> b (h w) d"), visible)
         return Features(cells.mean(1), cells, tuple(rearrange(m, "b d h w -> b (h w) d") for m in stages))
 
+    def depths(self) -> dict[str, int]:
+        groups = self.network.group_matcher(coarse=False)  # type: ignore[operator]
+        inside = group_parameters(self.network, groups, reverse=True)
+        found = {f"network.{name}": depth for name, depth in inside.items()}
+        return number_depths({name: found.get(name, inf if name.startswith("norm.") else -1) for name in _names(self)})
+
     def _maps(self, images: Tensor, grid: tuple[int, int], layers: bool) -> tuple[Tensor, list[Tensor]]:
         """The last map [B, D, h, w], and that of every stage when asked for."""
         if self.border:
@@ -95,6 +103,10 @@ def as_map(out: Tensor, width: int, grid: tuple[int, int], prefix_tokens: int = 
     if out.shape[1] != width and out.shape[-1] == width:
         return rearrange(out, "b h w d -> b d h w")
     return out
+
+
+def _names(backbone: Backbone) -> list[str]:
+    return [name for name, _ in backbone.named_parameters()]
 
 
 def take_cell_norm(network: nn.Module) -> nn.Module:
@@ -128,6 +140,9 @@ class FullyConnected(Backbone):
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         return 1, 1
+
+    def depths(self) -> dict[str, int]:
+        return dict.fromkeys(_names(self), 0)
 
     def forward(
         self,

@@ -1,5 +1,6 @@
 """What every backbone takes and gives. Objectives and evaluations know this and nothing more."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +67,12 @@ class Backbone(nn.Module):
             )
         return height // self.stride, width // self.stride
 
+    def depths(self) -> dict[str, int]:
+        """How deep each parameter lies, by name: 0 the stem (patch embedding, tokens, positions; a CNN's first layers),
+        then one number a block, to the final norm. What layer-wise learning-rate decay goes by (Clark et al. 2020,
+        ELECTRA, appendix A), and what freezing a stem means."""
+        raise NotImplementedError
+
     def learn_mask_token(self) -> None:
         """Let the mask token train. Call it before making the optimiser; then pass `replaced` in every step."""
         self.mask_token.requires_grad_(True)
@@ -93,6 +100,12 @@ class Backbone(nn.Module):
                 "call backbone.learn_mask_token() before making the optimiser."
             )
         return h, w
+
+
+def number_depths(order: Mapping[str, float]) -> dict[str, int]:
+    """Depths 0, 1, 2, … in place of any numbers in the same order."""
+    number = {value: depth for depth, value in enumerate(sorted({max(value, 0) for value in order.values()}))}
+    return {name: number[max(value, 0)] for name, value in order.items()}
 
 
 def gather_cells(cells: Tensor, indices: Tensor) -> Tensor:

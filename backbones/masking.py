@@ -25,10 +25,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from backbones.batch_norm import masked_batch_norm, over_ranks
 
 NCHW, NHWC = (2, 3), (1, 2)
 
@@ -245,82 +246,6 @@ def masked_group_norm(
     return out.to(x.dtype)
 
 
-def masked_batch_norm(
-    x: Tensor,
-    mask: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float,
-    eps: float,
-    group: dist.ProcessGroup | None = None,
-) -> Tensor:
-    """Training-mode batch norm of x [B, C, H, W] with statistics over the positions where `mask` [B, 1, H, W] is 1.
-
-    Statistics are in float32, or float64 where `x` is; with a process `group` they run over all its ranks. Running
-    statistics move by `momentum`, the variance unbiased (n − 1), as torch's own do. Every position is normalised, so
-    with everything visible this is torch's batch norm.
-    """
-    weight = torch.ones_like(x[0, :, 0, 0]) if weight is None else weight
-    bias = torch.zeros_like(x[0, :, 0, 0]) if bias is None else bias
-    out, mean, var, count = _MaskedBatchNorm.apply(x, mask, weight, bias, eps, group)
-    if running_mean is not None and running_var is not None:
-        with torch.no_grad():
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_((var * (count / (count - 1).clamp_min(1))).to(running_var.dtype), momentum)
-    return out
-
-
-class _MaskedBatchNorm(torch.autograd.Function):
-    """Normalise by statistics over visible positions, keeping only what torch's batch norm keeps for the backward.
-
-    With g the gradient at the normalised value x̂, v the mask and n the number of visible positions,
-    ∂x = (g − v (Σ g + x̂ Σ g x̂) / n) / σ: Ioffe & Szegedy 2015, section 3, the statistics' terms confined to the
-    positions they were taken over.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, eps: float, group: dist.ProcessGroup | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        exact = torch.promote_types(x.dtype, torch.float32)
-        values, m = x.to(exact), mask.to(exact)
-        total = torch.cat([(values * m).sum((0, 2, 3)), m.sum().view(1)])
-        _sum_over_ranks(total, group)
-        count = total[-1].clamp_min(1)
-        mean = total[:-1] / count
-        var = ((values - mean.view(1, -1, 1, 1)).square() * m).sum((0, 2, 3))
-        _sum_over_ranks(var, group)
-        var = var / count
-        ctx.save_for_backward(x, mask, weight, mean, torch.rsqrt(var + eps), count)
-        ctx.group = group
-        out = torch.batch_norm(x, weight.to(exact), bias.to(exact), mean, var, False, 0.0, eps, False)
-        ctx.mark_non_differentiable(mean, var, count)
-        return out, mean, var, count
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, mask, weight, mean, inverse_std, count = ctx.saved_tensors
-        shape = (1, -1, 1, 1)
-        normalised = (x.to(mean.dtype) - mean.view(shape)) * inverse_std.view(shape)
-        g = grad.to(mean.dtype)
-        bias_grad = g.sum((0, 2, 3))
-        weight_grad = (g * normalised).sum((0, 2, 3))
-        over_ranks = torch.stack([bias_grad, weight_grad])  # DDP averages these gradients itself: sum only for ∂x
-        _sum_over_ranks(over_ranks, ctx.group)
-        shift, slope = (over_ranks / count).unbind()
-        through_statistics = mask.to(mean.dtype) * (shift.view(shape) + normalised * slope.view(shape))
-        scale = (weight.to(mean.dtype) * inverse_std).view(shape)
-        x_grad = ((g - through_statistics) * scale).to(x.dtype)
-        return x_grad, None, weight_grad.to(weight.dtype), bias_grad.to(weight.dtype), None, None
-
-
-def _sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> None:
-    if group is not None and dist.get_world_size(group) > 1:
-        dist.all_reduce(values, group=group)
-
-
 class _SyncForward:
     """What a SyncBatchNorm does while masked: statistics over visible positions of all ranks."""
 
@@ -331,14 +256,4 @@ class _SyncForward:
         bn, mask = self.module, self.mode.at(x)
         if mask is None or not (bn.training or bn.running_mean is None):
             return type(bn).forward(bn, x)
-        momentum = 0.0 if bn.momentum is None else bn.momentum
-        tracks = bn.training and bn.track_running_stats
-        if tracks and bn.num_batches_tracked is not None:
-            bn.num_batches_tracked.add_(1)
-            momentum = 1.0 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
-        group = (bn.process_group or dist.group.WORLD) if dist.is_available() and dist.is_initialized() else None
-        running = (bn.running_mean, bn.running_var) if tracks else (None, None)
-        out = masked_batch_norm(x, mask, *running, bn.weight, bn.bias, momentum, bn.eps, group)
-        for after in ("drop", "act"):  # timm's SyncBatchNormAct carries these
-            out = getattr(bn, after)(out) if hasattr(bn, after) else out
-        return out
+        return over_ranks(bn, x, mask)

@@ -5,6 +5,7 @@ forward: it takes any size divisible by the patch, embeds only the patches that 
 """
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -75,6 +76,14 @@ class Transformer(Backbone):
         x = self.norm(x)
         cells = x[:, prefix:]
         return Features(x[:, 0] if self.pool == "cls" else cells.mean(1), cells, tuple(stages))
+
+    def depths(self) -> dict[str, int]:
+        def depth(name: str) -> int:
+            if block := re.match(r"network\.blocks\.(\d+)\.", name):
+                return int(block[1]) + 1
+            return len(self.network.blocks) + 1 if name.startswith("norm.") else 0
+
+        return {name: depth(name) for name, _ in self.named_parameters()}
 
     def _embed(self, images: Tensor, visible: Tensor | None, grid: tuple[int, int]) -> Tensor:
         """Patch embeddings [B, N or K, D] before positions; with `visible`, no other patch is even multiplied."""

@@ -43,7 +43,8 @@ class Config:
     """Pixels per side of the (global) views."""
     lr: float | None = None
     """Peak learning rate, as it is; left open: the recipe's, scaled linearly with the batch."""
-    optimiser: Literal["adamw", "sgd", "lars"] | None = None
+    optimiser: Literal["adamw", "sgd", "lars", "larc"] | None = None
+    """larc: LARS with trust coefficient 0.02 whose local rate never exceeds the learning rate."""
     weight_decay: float | None = None
     """At the start; norms, biases and tokens never decay."""
     weight_decay_end: float | None = None
@@ -187,16 +188,17 @@ def check(config: Config) -> None:
             raise UserError(f"--{name.replace('_', '-')} {address}: no such file or folder")
 
 
-def resolve(config: Config, *, images: int, side: int) -> Config:
+def resolve(config: Config, *, images: int, side: int, classes: int = 0) -> Config:
     """Fill what is open from the recipe.
 
     Args:
         config: as parsed.
         images: training images there are.
         side: their median shorter side, pixels.
+        classes: how many they are labelled by; 0 without labels.
 
     Raises:
-        UserError: where the batch cannot be made to fit the data.
+        UserError: where labels are needed and there are none, or the batch cannot be made to fit the data.
     """
     scale = recipes.scale_of(config.data, images, side)
     recipe = recipes.find(config.objective, names.family(config.backbone), scale)
@@ -223,12 +225,17 @@ def resolve(config: Config, *, images: int, side: int) -> Config:
         "drop_path": recipe.drop_path,
     }
     filled = {key: value for key, value in filled.items() if getattr(config, key) is None}
+    options = dict(recipe.options) | config.options
+    if "classes" in options:  # a labelled objective
+        if not classes:
+            raise UserError(f"--data {config.data}: has no labels, which --objective {config.objective} learns from")
+        options["classes"] = classes
     if config.weight_decay is not None and config.weight_decay_end is None:
         filled["weight_decay_end"] = config.weight_decay
     return dataclasses.replace(
         config,
         batch_size=batch,
-        options=dict(recipe.options) | config.options,
+        options=options,
         recipe=f"{config.objective}/{names.family(config.backbone)}/{scale}: {recipe.source}",
         **filled,
     )

@@ -56,7 +56,8 @@ def launch(config: Config, argv: Sequence[str]) -> int:
     if config.resume and earlier is None:
         raise UserError(f"--resume {address}: no run is there (it has no config.yaml)")
     train, val, note = preparation.prepare(config)
-    config = configuration.resolve(config, images=train.images, side=preparation.median_side(train))
+    side = preparation.median_side(train)
+    config = configuration.resolve(config, images=train.images, side=side, classes=len(train.classes))
     if earlier and (changes := configuration.differences(earlier, config)):
         raise UserError(
             f"{address}: is a run with another configuration ({'; '.join(changes)}); "

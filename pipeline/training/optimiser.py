@@ -17,6 +17,8 @@ class LARS(torch.optim.Optimizer):
 
     Args:
         trust_coefficient: η, the local rate is lr · η · ‖w‖ / ‖g + wd·w‖.
+        clipped: the local rate is min(η · ‖w‖ / (‖g‖ + wd ‖w‖), lr) instead, the clipping mode of NVIDIA's LARC that
+            solo-learn trains its CNNs with.
     """
 
     def __init__(
@@ -26,9 +28,10 @@ class LARS(torch.optim.Optimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         trust_coefficient: float = 0.001,
+        clipped: bool = False,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": True,
-                    "trust_coefficient": trust_coefficient}  # fmt: skip
+                    "trust_coefficient": trust_coefficient, "clipped": clipped}  # fmt: skip
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -40,9 +43,15 @@ class LARS(torch.optim.Optimizer):
                     continue
                 update = p.grad.add(p, alpha=group["weight_decay"])
                 if group["trust"]:
-                    weight_norm, update_norm = p.norm(), update.norm()
+                    weight_norm = p.norm()
+                    if group["clipped"]:
+                        update_norm = p.grad.norm() + group["weight_decay"] * weight_norm
+                    else:
+                        update_norm = update.norm()
                     usable = (weight_norm > 0) & (update_norm > 0)
                     ratio = group["trust_coefficient"] * weight_norm / update_norm
+                    if group["clipped"]:
+                        ratio = (ratio / group["lr"]).clamp(max=1) if group["lr"] else torch.zeros_like(ratio)
                     update = update * torch.where(usable, ratio, torch.ones_like(ratio))
                 state = self.state[p]
                 if "momentum" not in state:
@@ -59,16 +68,18 @@ def build(groups: list[dict[str, Any]], config: Config, device: torch.device) ->
         return torch.optim.AdamW(groups, lr=lr, betas=config.betas or (0.9, 0.999), fused=True)
     if config.optimiser == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=0.9, foreach=True)
+    if config.optimiser == "larc":
+        return LARS(groups, lr=lr, trust_coefficient=0.02, clipped=True)
     return LARS(groups, lr=lr)
 
 
 def set_rates(optimiser: torch.optim.Optimizer, config: Config, progress: float) -> float:
     """Write this step's learning rate and weight decay into every group; returns the learning rate."""
-    lr = learning_rate(config, progress)
+    lr, peak = learning_rate(config, progress), float(config.lr or 0.0)
     start, end = float(config.weight_decay or 0.0), float(config.weight_decay_end or 0.0)
     decay = end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
     for group in optimiser.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = (peak if group.get("constant_lr") else lr) * group["lr_scale"]
         group["weight_decay"] = decay * group["wd_scale"]
     return lr
 

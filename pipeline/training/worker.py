@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import backbones
 import objectives
+from backbones.batch_norm import synchronise
 from objectives.contract import Objective
 from pipeline import config as configuration
 from pipeline.config import Config
@@ -93,7 +94,8 @@ def work(job: Job, links: Links) -> dict[str, Any]:
             views = photometrics([v.to(device, non_blocking=True) for v in part.views], part.index, part.epoch)
             with sync:
                 with autocast():
-                    loss, scalars = model(views, progress)
+                    labels = (part.label.to(device),) if objective.labelled else ()
+                    loss, scalars = model(views, progress, *labels)
                 (loss / config.accumulate).backward()
         objective.after_backward(progress)
         norm = optimiser.clip(objective, config.clip or 0.0)
@@ -138,6 +140,8 @@ def prepare(objective: Objective, config: Config, device: torch.device, world: i
         for module in objective.modules():
             if isinstance(module, backbones.Backbone):
                 module.compile()
+    if world > 1:
+        synchronise(objective)
     model = nn.parallel.DistributedDataParallel(objective) if world > 1 else objective
     half = measure.precision(config, device) == "bf16"
     return model, lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)

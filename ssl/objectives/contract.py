@@ -34,6 +34,8 @@ class Objective(nn.Module):
     """Authors, year and arXiv number."""
     pool: ClassVar[str | None] = None
     """The pooling the backbone should be created with, "cls" or "mean"; None leaves the backbone its own."""
+    labelled: ClassVar[bool] = False
+    """Whether `forward` is given labels too, int64 [B], -1 for none; then the option `classes` is their number."""
 
     views: tuple[View, ...]
     """The views `forward` expects, in this order."""
@@ -61,7 +63,10 @@ class Objective(nn.Module):
         """Move what follows the optimiser: teachers, centres, queues."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Trainable parameters in groups with `lr_scale` and `wd_scale`; no decay on biases and 1-D parameters."""
+        """Trainable parameters in groups with `lr_scale` and `wd_scale`; no decay on biases and 1-D parameters.
+
+        A group with `constant_lr` keeps the peak learning rate throughout.
+        """
         decayed: list[nn.Parameter] = []
         plain: list[nn.Parameter] = []
         for name, parameter in self.named_parameters():

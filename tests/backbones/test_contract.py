@@ -140,7 +140,7 @@ def test_replaced_cells_of_a_cnn_show_one_learned_colour(name: str) -> None:
 @pytest.mark.parametrize("name", ["resnet18", "vit_ti8"])
 def test_the_mask_token_learns_once_asked_to(name: str) -> None:
     backbone = create(name, image_size=32)
-    images, replaced = torch.randn(2, 3, 32, 32), torch.ones(2, 16, dtype=torch.bool)
+    images, replaced = torch.randn(2, 3, 32, 32), torch.arange(16).repeat(2, 1) % 2 == 0
     with pytest.raises(ValueError, match=r"call backbone\.learn_mask_token"):
         backbone(images, replaced=replaced)
     backbone.learn_mask_token()
@@ -248,3 +248,24 @@ def test_the_result_is_a_named_tuple_whatever_the_make() -> None:
         return features.pooled.mean()
 
     assert mean_of(create("fc", image_size=32)).ndim == mean_of(create("vit_ti8", image_size=32)).ndim == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "deepest"),
+    [
+        ("lenet5", 5, "network.stages.2.0.weight"),
+        ("resnet18", 9, "network.layer4.1.bn2.weight"),
+        ("efficientnet_b0", 17, "network.bn2.weight"),
+        ("convnext_atto", 14, "norm.weight"),
+        ("vit_ti8", 14, "norm.weight"),
+    ],
+)
+def test_depths_rise_from_the_stem_to_the_last_norm(name: str, count: int, deepest: str) -> None:
+    backbone = create(name, image_size=64)
+    depths = backbone.depths()
+    assert set(depths) == {key for key, _ in backbone.named_parameters()}
+    assert sorted(set(depths.values())) == list(range(count))
+    assert depths[deepest] == count - 1
+    stem = {"lenet5": "stages.0.0", "resnet18": "conv1", "vit_ti8": "patch_embed.proj"}.get(name)
+    assert depths["mask_token"] == 0
+    assert stem is None or depths[f"network.{stem}.weight"] == 0

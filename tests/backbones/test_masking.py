@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbones import Backbone, create
+from backbones.batch_norm import SyncBatchNorm, masked_batch_norm, synchronise
 from backbones.contract import gather_cells
-from backbones.masking import VisibleOnly, masked_batch_norm, visible_only
+from backbones.masking import VisibleOnly, visible_only
 
 # They differ in what mixes positions: LRN, plain and strided pooling, concatenation, shortcuts, squeeze-excite,
 # depthwise convolutions and layer norm, global response norm, average pooling, "same" padding, unpadded convolutions.
@@ -317,13 +318,16 @@ def test_it_compiles_in_training_too() -> None:
 def _sync_rank(rank: int, port: int, state: dict[str, Tensor], x: Tensor, seen: Tensor, queue: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    bn = nn.SyncBatchNorm(x.shape[1])
-    bn.load_state_dict(state)
+    holder = nn.Sequential(nn.BatchNorm2d(x.shape[1]), nn.BatchNorm1d(x.shape[1]))
+    holder[0].load_state_dict(state)
+    synchronise(holder)
+    bn, flat = holder
+    assert isinstance(bn, SyncBatchNorm)
     mine = x[rank::2].clone().requires_grad_()
     with visible_only(bn, seen[rank::2]):
         out = bn(mine)
     (out * seen[rank::2] * torch.arange(1.0, 9).view(8, 1)).square().sum().backward()
-    result = (out, mine.grad, bn.weight.grad, bn.running_mean, bn.running_var)
+    result = (out, mine.grad, bn.weight.grad, bn.running_mean, bn.running_var, flat(mine.mean((2, 3))))
     queue.put((rank, [t.detach().numpy().copy() for t in result if t is not None]))
     dist.destroy_process_group()
 
@@ -352,10 +356,11 @@ def test_synchronised_batch_norm_sees_the_visible_positions_of_all_ranks() -> No
         p.join(60)
     weight_grad = torch.zeros(3)
     for rank, values in results.items():
-        got_out, got_grad, got_weight, mean, var = (torch.from_numpy(v) for v in values)
+        got_out, got_grad, got_weight, mean, var, flat = (torch.from_numpy(v) for v in values)
         torch.testing.assert_close(got_out, out[rank::2].detach(), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(got_grad, whole.grad[rank::2], rtol=1e-3, atol=1e-3)  # type: ignore[index]
         torch.testing.assert_close(mean, bn.running_mean)
         torch.testing.assert_close(var, bn.running_var)
+        torch.testing.assert_close(flat, nn.BatchNorm1d(3)(x.mean((2, 3)))[rank::2].detach())
         weight_grad += got_weight
     torch.testing.assert_close(weight_grad, bn.weight.grad, rtol=1e-4, atol=1e-3)

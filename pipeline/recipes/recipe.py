@@ -1,0 +1,38 @@
+"""What a recipe is: hyper-parameters as data, with the source they come from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a bare command trains with.
+
+    Args:
+        source: the publication, or the measurement, the numbers come from.
+        epochs, batch_size, image_size: length, global batch and pixels per side.
+        optimiser: "adamw", "sgd", "lars" or "larc" (LARS that never exceeds the learning rate itself).
+        base_lr: peak learning rate per 256 images of global batch.
+        weight_decay, weight_decay_end: cosine from the first to the second (None: constant).
+        warmup: share of the run over which the learning rate rises linearly.
+        lr_end: learning rate at the end as a share of the peak.
+        clip: largest norm of the gradient of all parameters together; None clips nothing.
+        drop_path: stochastic depth of the student (Huang et al. 2016), for backbones that have it.
+        options: keyword options of the objective, all of them.
+    """
+
+    source: str
+    epochs: int
+    batch_size: int
+    image_size: int
+    optimiser: str
+    base_lr: float
+    weight_decay: float
+    weight_decay_end: float | None = None
+    warmup: float = 0.1
+    lr_end: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float | None = None
+    drop_path: float = 0.0
+    options: Mapping[str, Any] = field(default_factory=dict)
