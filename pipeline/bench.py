@@ -1,4 +1,4 @@
-"""`python -m pipeline.bench loader --data PHOTOS`: what the parts cost here, measured against their alternatives.
+"""`python -m pipeline.bench loader`: what the parts cost here, measured against their alternatives.
 
 Every contender runs in a process of its own, under a time limit, several times by turns; its best round counts, since
 whatever else a machine does can only slow a round down.
@@ -12,12 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.blocks import around, write
 from pipeline.command import guarded
 from pipeline.errors import UserError
 
@@ -33,7 +34,8 @@ class Arguments:
     """Measure a part of the pipeline on this machine: images of the source per second."""
 
     bench: str
-    """loader: JPEG files to views. photometric: views to what the network reads, on this machine's CPU."""
+    """loader: JPEG files to views. photometric: views to what the network reads, on this machine's CPU. engine: whole
+    training steps, with Ray and without."""
     data: str | None = None
     """Images to measure with: anything `pipeline.pack` takes; left open: photographs drawn for the purpose."""
     batch_size: int = 32
@@ -58,14 +60,37 @@ class Contender(NamedTuple):
     title: str
     batches: Callable[[Path, Arguments], Iterator[int]]
 
+    def figure(self, path: Path, arguments: Arguments) -> float:
+        """Images per second."""
+        return rate(self.batches(path, arguments), arguments.seconds)
+
+
+class Training(NamedTuple):
+    """A whole pretraining run on one engine."""
+
+    title: str
+    options: tuple[str, ...]
+
+    def figure(self, path: Path, arguments: Arguments) -> float:
+        """Images per second of its steps, from the first to the last."""
+        from pipeline import pretrain
+
+        with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+            run = str(Path(folder) / "run")
+            fixed = ("--limit", "1024", "--batch-size", str(arguments.batch_size), "--knn-every", "0", "--run", run)
+            if pretrain.main([*TRAINING, *fixed, "--storage", folder, *self.options]):
+                raise RuntimeError("the run failed")
+            return float(json.loads((Path(run) / "summary.json").read_text())["images_per_second"])
+
 
 class Bench(NamedTuple):
     """Contenders for one job, the first of which is the yardstick of the ratios."""
 
     job: str
-    contenders: dict[str, Contender]
+    contenders: Mapping[str, Contender | Training]
 
 
+TRAINING = ("--backbone", "vit_ti16", "--image-size", "64", "--epochs", "2")
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "gray_p": 0.2}
 
 
@@ -304,6 +329,14 @@ BENCHES: dict[str, Bench] = {
             "compiled": Contender("this project, compiled", photometrics(compiled=True)),
         },
     ),
+    "engine": Bench(
+        "training steps of DINO with ViT-Ti/16 at 64 pixels",
+        {
+            "local": Training("`--engine local`", ("--engine", "local")),
+            "ray": Training("Ray Train, one worker", ("--engine", "ray")),
+            "ray2": Training("Ray Train, two workers, half the batch and of the cores each", ("--workers", "2")),
+        },
+    ),
 }
 
 
@@ -399,18 +432,6 @@ def table(bench: Bench, rates: dict[str, float | str], caption: str) -> str:
     return "\n".join([*lines, "", caption])
 
 
-def around(file: Path, name: str) -> tuple[str, str]:
-    """A file's text down to its marker `<!-- bench:name -->`, and from `<!-- /bench:name -->` on."""
-    start, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--write {file}: cannot be read ({error.strerror})") from error
-    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
-        raise UserError(f"--write {file}: needs one line {start} and, below it, one line {end}")
-    return text[: text.index(start) + len(start)], text[text.index(end) :]
-
-
 def draw_photographs(path: Path, images: int = SYNTHETIC) -> None:
     """JPEG files of the size and the detail of photographs, for a machine that has none."""
     import cv2
@@ -450,11 +471,10 @@ def run(arguments: Arguments) -> int:
     if arguments.only is not None:
         if arguments.only not in bench.contenders:
             raise UserError(f"--only {arguments.only}: choose one of {', '.join(bench.contenders)}")
-        batches = bench.contenders[arguments.only].batches(Path(arguments.data or ""), arguments)
-        print(json.dumps(rate(batches, arguments.seconds)))
+        print(json.dumps(bench.contenders[arguments.only].figure(Path(arguments.data or ""), arguments)))
         return 0
     if arguments.write:
-        around(Path(arguments.write), arguments.bench)  # a wrong file is told before measuring
+        around(Path(arguments.write), f"bench:{arguments.bench}")  # a wrong file is told before measuring
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         path, caption = Path(folder) / "photographs.beton", ""
         if arguments.bench == "loader":
@@ -466,12 +486,11 @@ def run(arguments: Arguments) -> int:
                 path = pack(arguments.data, folder).path
             caption = describe(path) + "; "
         rates = best_rates(path, arguments)
-    rounds = f"best of {arguments.rounds} rounds of {arguments.seconds:g} s"
+    rounds = f"best of {arguments.rounds} rounds" + f" of {arguments.seconds:g} s" * (arguments.bench != "engine")
     text = table(bench, rates, f"{caption}batches of {arguments.batch_size}, {rounds}; {machine()}.")
     print(text)
     if arguments.write:
-        before, after = around(Path(arguments.write), arguments.bench)
-        Path(arguments.write).write_text(f"{before}\n{text}\n{after}", encoding="utf-8")
+        write(Path(arguments.write), f"bench:{arguments.bench}", text)
     return 1 if all(isinstance(figure, str) for figure in rates.values()) else 0
 
 

@@ -19,16 +19,18 @@ def guarded(command: Callable[[], int], *, debug: bool = False) -> int:
     """
     try:
         return command()
-    except KeyboardInterrupt:
-        status, line = 130, "stopped"
-    except UserError as error:
-        status, line = 2, f"error: {error}"
-    except Exception as error:
-        status, line = 1, f"failed: {error or type(error).__name__}{'' if debug else ' (--debug shows where)'}"
-    if debug:
-        traceback.print_exc()
-    print(line, file=sys.stderr, flush=True)
-    return status
+    except (KeyboardInterrupt, Exception) as error:
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, KeyboardInterrupt):
+            status, line = 130, "stopped"
+        elif isinstance(error, UserError):
+            status, line = 2, f"error: {error}"
+        else:
+            name = type(error).__name__
+            status, line = 1, f"failed: {str(error) or name}{'' if debug else ' (--debug shows where)'}"
+        print(line, file=sys.stderr, flush=True)
+        return status
 
 
 class Stop(threading.Event):

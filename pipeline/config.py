@@ -75,7 +75,7 @@ class Config:
     loader: Literal["auto", "ffcv", "opencv"] = "auto"
     """What decodes and crops; auto: ffcv where it is installed."""
     knn_every: float | None = None
-    """Epochs between measurements of k-NN accuracy while training; 0 for none, left open: ten over the run."""
+    """Epochs between measurements of k-NN accuracy while training; 0 for none, left open: ten over a long run."""
     checkpoint_every: float = 5.0
     """Minutes between checkpoints."""
     keep: int = 2

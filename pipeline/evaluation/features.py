@@ -47,6 +47,9 @@ def extract(
 
     Returns:
         float32 features [N, D] and int64 labels [N] (-1 for none), both on the CPU.
+
+    Raises:
+        FloatingPointError: features that are not finite, on which no accuracy could stand.
     """
     features, labels = extract_all(
         {"": backbone}, path, image_size=image_size, batch_size=batch_size, device=device, backend=backend,
@@ -89,7 +92,14 @@ def extract_all(
             index.append(batch.index)
             labels.append(batch.label)
     order = torch.cat(index)[:wanted].argsort()
-    return {name: torch.cat(parts)[:wanted][order] for name, parts in found.items()}, torch.cat(labels)[:wanted][order]
+    features = {name: torch.cat(parts)[:wanted][order] for name, parts in found.items()}
+    for name, rows in features.items():
+        if broken := int((~rows.isfinite().all(dim=1)).sum()):
+            raise FloatingPointError(
+                f"{broken:,} of {len(rows):,} images of {path} have features of {name or 'the backbone'} that are NaN "
+                "or infinite; --precision fp32 or an earlier checkpoint may have none"
+            )
+    return features, torch.cat(labels)[:wanted][order]
 
 
 def _first(batches: Iterable[Batch], images: int) -> Iterator[Batch]:

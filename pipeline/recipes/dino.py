@@ -136,16 +136,17 @@ RECIPES = {
         ),
     ),
     ("vit", "embedded"): Recipe(
-        "chosen here for 2 CPU cores, its last epoch not yet measured: a teacher that is sharp (0.02, as "
-        "the authors advise where the loss stalls: facebookresearch/dino issue 43) and follows fast (EMA 0.9)",
+        "chosen here for minutes on 2 CPU cores: a small head with batch norm and few prototypes, and a teacher that "
+        "follows fast (EMA from 0.9), since there are but 192 steps; colour of the generated images, last epoch, "
+        "seed 0: k-NN 32.4, linear 40.1 (untrained 14.5, 29.7)",
         epochs=3,
         batch_size=32,
         image_size=64,
         optimiser="adamw",
-        base_lr=4e-3,
+        base_lr=8e-3,
         weight_decay=0.04,
         lr_end=2e-3,
         clip=3.0,
-        options=options(local_views=0, out_dim=2048, teacher_temp=0.02, teacher_temp_start=0.02, ema_start=0.9),
+        options=options(local_views=0, out_dim=256, ema_start=0.9, head_norm="batch"),
     ),
 }

@@ -16,6 +16,7 @@ from pipeline.evaluation import floors
 from pipeline.training.run_folder import RunFolder
 
 ONLINE_IMAGES = 5_000  # of the training set, the bank of the online k-NN
+SHORT = 6  # and no more than this part of all images a run sees: measuring must stay cheap in a short run
 MEASUREMENTS = 10  # of k-NN over a run, where --knn-every is left open
 
 
@@ -30,6 +31,9 @@ def fresh_backbone(config: Config) -> Backbone:
 class OnlineKnn:
     """k-NN accuracy while training, at every `--knn-every` epochs.
 
+    Where that is left open, ten times over the run, but no sooner than after as many images as a measurement takes:
+    a forward pass of each costs an eighth of a training step with two views and a teacher.
+
     Args:
         train, val: packed sets on this machine; without labels, or without `val`, nothing is ever due.
         planned: images of the whole run.
@@ -38,10 +42,13 @@ class OnlineKnn:
     def __init__(self, config: Config, train: Packed, val: Packed | None, device: torch.device, planned: int) -> None:
         self.config, self.train, self.val, self.device = config, train, val, device
         epochs = int(config.epochs or 1)
-        every = epochs / MEASUREMENTS if config.knn_every is None else config.knn_every
-        self.every = every * planned / epochs
-        if not every or val is None or not train.classes or not val.classes:
+        self.bank = min(ONLINE_IMAGES, max(planned // SHORT, 1), train.images)
+        if val is None or not train.classes or not val.classes:
             self.every = 0.0
+        elif config.knn_every is None:
+            self.every = float(max(planned / MEASUREMENTS, self.bank + val.images))
+        else:
+            self.every = config.knn_every * planned / epochs
         self._last = 0
 
     def due(self, seen: int) -> bool:
@@ -49,12 +56,12 @@ class OnlineKnn:
         return bool(self.every) and int(seen / self.every) > self._last
 
     def __call__(self, backbone: Backbone, seen: int) -> float:
-        """The accuracy now, on at most `ONLINE_IMAGES` of the training set as bank."""
+        """The accuracy now, with `bank` images of the training set to learn from."""
         self._last = int(seen / self.every)
         assert self.val is not None
         result = evaluation.evaluate_backbone(
             backbone, self.train, self.val, image_size=int(self.config.image_size or 0), protocols=("knn",),
-            device=self.device, limit=ONLINE_IMAGES, precision=precision(self.config, self.device),
+            device=self.device, limit=self.bank, precision=precision(self.config, self.device),
         )  # fmt: skip
         return float(result["knn_top1"] or 0.0)
 

@@ -93,6 +93,16 @@ def test_the_backbone_is_evaluated_without_gradients_and_put_back(sets: tuple[Pa
     assert not backbone.norm.training
 
 
+def test_features_that_are_not_finite_are_no_ground_for_an_accuracy(sets: tuple[Packed, Packed]) -> None:
+    class Broken(MeanColour):
+        def forward(self, images: Tensor) -> Features:
+            pooled, cells, _ = super().forward(images)
+            return Features(torch.where(pooled == pooled.max(), torch.nan, pooled), cells)
+
+    with pytest.raises(FloatingPointError, match=r"[1-9]\d* of 240 images .* NaN or infinite"):
+        evaluate_backbone(Broken(), *sets, image_size=SIDE)
+
+
 def test_the_crop_of_an_evaluation() -> None:
     assert evaluation_view(224).crop_pct == 0.875
     assert evaluation_view((128, 160)) == replace(evaluation_view(128), size=(128, 160))

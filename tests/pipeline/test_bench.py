@@ -91,12 +91,12 @@ def test_a_file_without_markers_is_refused_before_measuring(tmp_path, text, monk
     assert main(["loader", "--write", str(tmp_path / "README.md")]) == 2
     assert "needs one line <!-- bench:loader -->" in capsys.readouterr().err
     with pytest.raises(UserError, match="cannot be read"):
-        around(tmp_path / "absent.md", "loader")
+        around(tmp_path / "absent.md", "bench:loader")
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(["loadr"], "choose one of loader, photometric"), (["loader", "--only", "dali"], "torchvision")],
+    [(["loadr"], "choose one of loader, photometric, engine"), (["loader", "--only", "dali"], "torchvision")],
 )
 def test_a_wrong_name_is_one_line(options, words, capsys):
     assert main(options) == 2

@@ -1,0 +1,101 @@
+"""`python -m pipeline.results RUN RUN …`: what finished runs measured, as a Markdown table."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+
+from pipeline.blocks import around, write
+from pipeline.command import guarded
+from pipeline.errors import UserError
+
+COLUMNS = ("data", "backbone", "objective", "px", "epochs", "images/s", "k-NN", "linear")
+SCORES = ("knn_top1", "linear_top1")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Put finished runs into one Markdown table: accuracy of the trained backbone, of the untrained one, of pixels."""
+
+    runs: tuple[str, ...]
+    """Run folders."""
+    write: str | None = None
+    """A file whose block `<!-- results -->` … `<!-- /results -->` takes the table."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def row(run: str) -> tuple[list[str], str]:
+    """A run's cells, and the device it trained on.
+
+    Raises:
+        UserError: the run has not finished.
+    """
+    try:
+        summary = json.loads(Path(run, "summary.json").read_text())
+        config = yaml.safe_load(Path(run, "config.yaml").read_text())
+    except OSError:
+        raise UserError(f"{run}: is no finished run (it has no summary.json beside a config.yaml)") from None
+    floors = (summary["untrained"], summary["pixels"])
+    images = f"{summary['train_images']:,}" if summary.get("train_images") else "unlabelled"
+    cells = [
+        f"{Path(config['data']).stem or config['data']} ({images})",
+        summary["backbone"],
+        summary["objective"],
+        str(config["image_size"]),
+        str(config["epochs"]),
+        f"{summary['images_per_second']:.0f}",
+        *(accuracy(name, summary, floors) for name in SCORES),
+    ]
+    workers = f", {config['workers']} workers" if config["workers"] > 1 else ""
+    return cells, f"{summary['device']}{workers}, torch {summary['versions']['torch']}"
+
+
+def accuracy(name: str, trained: Mapping[str, Any], floors: Sequence[Mapping[str, Any]]) -> str:
+    """ "**43.1** / 21.0 / 35.5" in per cent: trained, untrained, pixels."""
+    shown = ["–" if scores[name] is None else f"{100 * scores[name]:.1f}" for scores in (trained, *floors)]
+    return " / ".join([f"**{shown[0]}**", *shown[1:]])
+
+
+def table(runs: Sequence[str]) -> str:
+    """The table of some runs, and under it where they ran."""
+    rows, devices = zip(*map(row, runs))
+    lines = [f"| {' | '.join(cells)} |" for cells in (COLUMNS, ("---",) * 5 + ("---:",) * 3, *rows)]
+    where = "; ".join(dict.fromkeys(devices))
+    return "\n".join(
+        [*lines, "", f"Top-1 in per cent at the last epoch: trained / the same untrained / raw pixels. {where}."]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0, or 1 failed, 2 a user's mistake, 130 Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+
+    def command() -> int:
+        import tyro
+
+        arguments = tyro.cli(
+            Annotated[Arguments, tyro.conf.arg(name="")],
+            args=argv,
+            prog="python -m pipeline.results",
+            config=(tyro.conf.PositionalRequiredArgs,),
+        )
+        if not arguments.runs:
+            raise UserError("name at least one run folder")
+        if arguments.write:
+            around(Path(arguments.write), "results")
+        text = table(arguments.runs)
+        print(text)
+        if arguments.write:
+            write(Path(arguments.write), "results", text)
+        return 0
+
+    return guarded(command, debug="--debug" in argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
