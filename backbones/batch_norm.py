@@ -8,9 +8,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
+class SyncBatchNorm(_BatchNorm):
     """Batch norm whose statistics run over the batches of all ranks: torch's own on a GPU, and the same on a CPU,
-    where torch has none. `drop` and `act` are what timm's networks carry in a batch norm."""
+    where torch has none (so it is no `nn.SyncBatchNorm`, which DDP refuses there). `drop` and `act` are what timm's
+    networks carry in a batch norm."""
+
+    process_group = None
 
     def __init__(self, like: _BatchNorm) -> None:
         super().__init__(like.num_features, like.eps, like.momentum, like.affine, like.track_running_stats)
@@ -21,21 +24,27 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda or not (self.training or self.running_mean is None) or not dist.is_initialized():
-            return self.act(self.drop(super().forward(x)))
+            return self.act(self.drop(nn.SyncBatchNorm.forward(self, x)))  # type: ignore[arg-type]
         flat = x if x.ndim == 4 else x.reshape(*x.shape[:2], -1, 1)
         return over_ranks(self, flat, flat.new_ones(len(flat), 1, *flat.shape[2:])).view_as(x)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any number of dimensions will do."""
+
+    def _check_non_zero_input_channels(self, input: Tensor) -> None:
+        """Asked for by torch's forward."""
 
 
 def synchronise(module: nn.Module) -> None:
     """Let every batch norm in `module` take its statistics over all ranks; its parameters stay the same objects."""
     for name, child in module.named_children():
-        if isinstance(child, _BatchNorm) and not isinstance(child, nn.SyncBatchNorm):
+        if isinstance(child, _BatchNorm) and not isinstance(child, (SyncBatchNorm, nn.SyncBatchNorm)):
             setattr(module, name, SyncBatchNorm(child))
         else:
             synchronise(child)
 
 
-def over_ranks(bn: nn.SyncBatchNorm, x: Tensor, mask: Tensor) -> Tensor:
+def over_ranks(bn: nn.SyncBatchNorm | SyncBatchNorm, x: Tensor, mask: Tensor) -> Tensor:
     """`bn` of x [B, C, H, W], its statistics over the positions of all ranks where `mask` [B, 1, H, W] is 1."""
     momentum = 0.0 if bn.momentum is None else bn.momentum
     tracks = bn.training and bn.track_running_stats

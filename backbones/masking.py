@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from backbones.batch_norm import masked_batch_norm, over_ranks
+from backbones.batch_norm import SyncBatchNorm, masked_batch_norm, over_ranks
 
 NCHW, NHWC = (2, 3), (1, 2)
 
@@ -38,9 +38,9 @@ NCHW, NHWC = (2, 3), (1, 2)
 def visible_only(network: nn.Module, visible: Tensor) -> Iterator[None]:
     """Within, `network` computes from visible positions only. visible [B, 1, h, w] bool, over its coarsest map."""
     mode = VisibleOnly(visible)
-    synchronised = [m for m in network.modules() if isinstance(m, nn.SyncBatchNorm)]
+    synchronised = [m for m in network.modules() if isinstance(m, (SyncBatchNorm, nn.SyncBatchNorm))]
     for module in synchronised:  # its forward calls no torch function a mode could see, so it is shadowed for a while
-        module.forward = _SyncForward(module, mode)  # type: ignore[method-assign, assignment]
+        module.forward = _SyncForward(module, mode)  # type: ignore[method-assign]
     try:
         with mode:
             yield
@@ -249,7 +249,7 @@ def masked_group_norm(
 class _SyncForward:
     """What a SyncBatchNorm does while masked: statistics over visible positions of all ranks."""
 
-    def __init__(self, module: nn.SyncBatchNorm, mode: VisibleOnly) -> None:
+    def __init__(self, module: Any, mode: VisibleOnly) -> None:
         self.module, self.mode = module, mode
 
     def __call__(self, x: Tensor) -> Tensor:

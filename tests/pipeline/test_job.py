@@ -62,6 +62,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
     environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "PYTHONPATH")}
     environment |= {"PATH": f"{RAY.parent}:{environment['PATH']}", "HOME": str(base), "SSL_NODE_CACHE": str(other)}
     environment |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
+    environment["RAY_worker_niceness"] = "0"
     start = [str(RAY), "start", "--block", "--num-cpus", "1", "--object-store-memory", str(100 << 20)]
     head = [f"--port={port}", "--head", f"--dashboard-port={dashboard}", f"--temp-dir=/tmp/ray-{port}"]
     unpacked = f"/tmp/ray-{port}/session_latest/runtime_resources"  # where a node of this machine would unpack jobs too
