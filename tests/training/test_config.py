@@ -14,8 +14,8 @@ from pipeline.config import Config
 from pipeline.errors import UserError
 
 
-def resolved(*argv: str, images: int = 5000, side: int = 160) -> Config:
-    return config.resolve(config.parse(list(argv)), images=images, side=side)
+def resolved(*argv: str, images: int = 5000, side: int = 160, classes: int = 0) -> Config:
+    return config.resolve(config.parse(list(argv)), images=images, side=side, classes=classes)
 
 
 def test_the_bare_command_is_complete():
@@ -49,9 +49,15 @@ def test_the_published_options_are_the_defaults_of_the_objective(objective):
 @pytest.mark.parametrize(("images", "side"), [(500, 32), (2000, 300), (1_300_000, 400)])
 def test_every_objective_has_a_recipe_for_any_data(objective, backbone, images, side, tmp_path):
     asked = ["--objective", objective, "--backbone", backbone, "--data", str(tmp_path)]
-    filled = resolved(*asked, images=images, side=side)
+    filled = resolved(*asked, images=images, side=side, classes=7)
     assert filled.recipe
     assert 1 <= filled.batch_size <= images
+    assert filled.options.get("classes", 7) == 7
+
+
+def test_an_objective_that_learns_from_labels_is_refused_without(tmp_path):
+    with pytest.raises(UserError, match="has no labels, which --objective supervised learns from"):
+        resolved("--objective", "supervised", "--data", str(tmp_path))
 
 
 def test_the_learning_rate_scales_with_the_batch_unless_given(tmp_path):
