@@ -64,7 +64,7 @@ def refuse_one_image(objective: nn.Module, views: Sequence[Tensor]) -> None:
 
 VITAL_SIGNS = (
     VitalSign("embedding_spread", 0.1, 1.0, "all images have the same embedding: complete collapse"),
-    VitalSign("embedding_rank", 1.5, 1e6, "all embeddings lie on one line: dimensional collapse"),
+    VitalSign("embedding_rank", 1.2, 1e6, "all embeddings lie on one line: dimensional collapse"),
     VitalSign("feature_spread", 0.02, 1.0, "the backbone gives every image the same features"),
 )
 

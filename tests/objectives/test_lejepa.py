@@ -96,7 +96,7 @@ def test_a_whole_step_equals_the_papers() -> None:
     torch.manual_seed(3)
     ours, scalars = objective(views, 0.5)
     gaussian = np.mean([paper_sigreg(view, slices)[0] for view in z])
-    assert relative(ours, 0.9 * paper_prediction(z, 2) + 0.1 * gaussian) <= 1e-6
+    assert relative(ours, 0.9 * paper_prediction(z, 2) + 0.1 * gaussian) <= 1e-12
     assert scalars["deviation"].item() == pytest.approx(math.sqrt(z.var(1).mean()))
 
 
@@ -140,9 +140,11 @@ def test_what_every_objective_keeps() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vit", "cnn"])
-def test_it_lifts_knn_above_the_untrained_floor(kind: str) -> None:
-    before, after = check.lifts_knn(lambda backbone, **size: LeJEPA(backbone, **size, **HEALTHY), kind, steps=100)
-    assert after > before + 0.1
+def test_it_halves_the_untrained_floors_errors_in_knn(kind: str) -> None:
+    before, after = check.lifts_knn(
+        lambda backbone, **size: LeJEPA(backbone, **size, **HEALTHY), kind, steps=120, lr=3e-3
+    )
+    assert 1 - after < (1 - before) / 2
 
 
 @pytest.mark.slow
