@@ -46,7 +46,7 @@ def train(name: str, rank: int, world: int) -> dict[str, Tensor]:
         optimiser.zero_grad()
         loss.backward()
         learned = [p for p in objective.parameters() if p.grad is not None]
-        for p in learned:  # what DDP does, which refuses synchronised batch norms on a CPU
+        for p in learned:  # what DDP does
             p.grad = mean_over_ranks(p.grad)
         gradients.append(torch.cat([p.grad.flatten() for p in learned]))
         optimiser.step()
