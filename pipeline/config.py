@@ -150,6 +150,8 @@ def parse(argv: Sequence[str] | None = None, prog: str = "python -m pipeline.pre
     )
     values = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(Config)}
     values["options"] = {k: v for k, v in dataclasses.asdict(parsed.options).items() if v is not None}
+    if "teacher" in published:
+        values["options"]["teacher"] = _teacher(values["options"].get("teacher"))
     config = Config(**values)
     check(config)
     return config
@@ -352,6 +354,28 @@ def _nearest(word: str, known: Sequence[str]) -> str:
     """ "; did you mean …?" or "; there are …"."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
+
+
+def _teacher(address: str | None) -> str:
+    """A teacher's address, absolute: workers run in other folders.
+
+    Raises:
+        UserError: there is none, or what there is can be no teacher.
+    """
+    if not address:
+        raise UserError(
+            "--options.teacher: left open; name a run folder, a checkpoint, a backbone.safetensors, or a backbone that "
+            "timm has weights for"
+        )
+    if "://" in address:
+        return address
+    if Path(address).exists():
+        return str(Path(address).resolve())
+    try:
+        names.resolve(address.removeprefix("random:"))
+    except names.UnknownBackbone as error:
+        raise UserError(f"--options.teacher {address}: no such run folder or file, and {error}") from None
+    return address
 
 
 def _refuse_unknown(argv: Sequence[str], known: Sequence[str]) -> None:

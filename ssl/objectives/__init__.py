@@ -1,4 +1,4 @@
-"""Self-supervised objectives: one file each, one contract (`objectives.contract.Objective`).
+"""Objectives, self-supervised but for the yardstick: one file each, one contract (`objectives.contract.Objective`).
 
     backbone = backbones.create("vit_s16", pool=objectives.objective("mae").pool)
     objective = objectives.create("mae", backbone, image_size=224, mask_ratio=0.6)
@@ -12,16 +12,46 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from backbones import Backbone
+    from objectives.barlow_twins import BarlowTwins
+    from objectives.byol import BYOL
     from objectives.contract import Objective
     from objectives.dino import DINO
+    from objectives.distillation import Distillation
+    from objectives.lejepa import LeJEPA
     from objectives.mae import MAE
+    from objectives.simsiam import SimSiam
+    from objectives.supervised import Supervised
+    from objectives.vicreg import VICReg
 
-_CLASSES = {"dino": "DINO", "mae": "MAE"}
+_CLASSES = {
+    "barlow_twins": "BarlowTwins",
+    "byol": "BYOL",
+    "dino": "DINO",
+    "distillation": "Distillation",
+    "lejepa": "LeJEPA",
+    "mae": "MAE",
+    "simsiam": "SimSiam",
+    "supervised": "Supervised",
+    "vicreg": "VICReg",
+}
 
 NAMES: tuple[str, ...] = tuple(_CLASSES)
 """Every objective there is; `objectives.<name>` is its module."""
 
-__all__ = ["DINO", "MAE", "NAMES", "create", "objective"]
+__all__ = [
+    "BYOL",
+    "DINO",
+    "MAE",
+    "NAMES",
+    "BarlowTwins",
+    "Distillation",
+    "LeJEPA",
+    "SimSiam",
+    "Supervised",
+    "VICReg",
+    "create",
+    "objective",
+]
 
 
 def objective(name: str) -> "type[Objective]":

@@ -1,6 +1,7 @@
 """`python -m objectives`: every objective, what family it is of, the views it asks for, and its paper."""
 
 from collections import Counter
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -19,12 +20,17 @@ def describe(views: tuple[View, ...]) -> str:
     )
 
 
+NEEDED: dict[str, dict[str, Any]] = {"distillation": {"teacher": "random:vit_ti16"}, "supervised": {"classes": 1000}}
+"""Options without which an objective cannot be made."""
+
+
 def main() -> None:
     """Print the table, with the published defaults on a ViT at 224 pixels."""
     table = Table("name", "family", "views at 224 pixels", "vital signs", "paper", box=None, padding=(0, 2, 1, 0))
     for name in objectives.NAMES:
         cls = objectives.objective(name)
-        made = objectives.create(name, backbones.create("vit_ti16", pool=cls.pool), image_size=224)
+        backbone, options = backbones.create("vit_ti16", pool=cls.pool), NEEDED.get(name, {})
+        made = objectives.create(name, backbone, image_size=224, **options)
         signs = "\n".join(sign.name for sign in made.vital_signs)
         table.add_row(name, cls.family, describe(made.views), signs, cls.paper.replace(", ", "\n"))
     Console().print(table)

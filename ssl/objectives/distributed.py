@@ -26,6 +26,24 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     return sum_over_ranks(x) / world_size()
 
 
+@torch.no_grad()
+def from_first_rank(x: Tensor) -> Tensor:
+    """Rank 0's `x` (same shape on all), without gradient: what is drawn at random and must be the same everywhere."""
+    x = x.detach().clone()
+    if world_size() > 1:
+        dist.broadcast(x, src=0)
+    return x
+
+
+def mean_with_gradient(x: Tensor) -> Tensor:
+    """The mean of every rank's `x` (same shape on all), with gradient to all of them.
+
+    The gradient that reaches a rank's `x` is the mean of what all ranks' losses send back. Where a loss is a
+    function of such means, the same on every rank, DDP's averaging leaves the gradient of the joined batch.
+    """
+    return _Average.apply(x) if world_size() > 1 else x
+
+
 def gather(x: Tensor) -> Tensor:
     """Every rank's `x [B, ...]`, joined in rank order as `[world * B, ...]`, with gradient to all of them.
 
@@ -34,6 +52,16 @@ def gather(x: Tensor) -> Tensor:
     B must be the same on all ranks.
     """
     return _Gather.apply(x) if world_size() > 1 else x
+
+
+class _Average(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return mean_over_ranks(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return mean_over_ranks(gradient)
 
 
 class _Gather(torch.autograd.Function):

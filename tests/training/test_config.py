@@ -14,8 +14,8 @@ from pipeline.config import Config
 from pipeline.errors import UserError
 
 
-def resolved(*argv: str, images: int = 5000, side: int = 160) -> Config:
-    return config.resolve(config.parse(list(argv)), images=images, side=side)
+def resolved(*argv: str, images: int = 5000, side: int = 160, classes: int = 0) -> Config:
+    return config.resolve(config.parse(list(argv)), images=images, side=side, classes=classes)
 
 
 def test_the_bare_command_is_complete():
@@ -49,9 +49,17 @@ def test_the_published_options_are_the_defaults_of_the_objective(objective):
 @pytest.mark.parametrize(("images", "side"), [(500, 32), (2000, 300), (1_300_000, 400)])
 def test_every_objective_has_a_recipe_for_any_data(objective, backbone, images, side, tmp_path):
     asked = ["--objective", objective, "--backbone", backbone, "--data", str(tmp_path)]
-    filled = resolved(*asked, images=images, side=side)
+    if objective == "distillation":
+        asked += ["--options.teacher", "vit_s16"]
+    filled = resolved(*asked, images=images, side=side, classes=7)
     assert filled.recipe
     assert 1 <= filled.batch_size <= images
+    assert filled.options.get("classes", 7) == 7
+
+
+def test_an_objective_that_learns_from_labels_is_refused_without(tmp_path):
+    with pytest.raises(UserError, match="has no labels, which --objective supervised learns from"):
+        resolved("--objective", "supervised", "--data", str(tmp_path))
 
 
 def test_the_learning_rate_scales_with_the_batch_unless_given(tmp_path):
@@ -70,6 +78,14 @@ def test_options_of_the_objective_are_set_on_the_command_line():
     filled = resolved("--options.out-dim", "77", "--options.global-scale", "0.3", "0.9")
     assert filled.options["out_dim"] == 77
     assert filled.options["global_scale"] == (0.3, 0.9)
+
+
+def test_a_teachers_address_holds_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    for given, kept in (("run", str(tmp_path / "run")), ("s3://runs/a", "s3://runs/a"), ("random:lenet5",) * 2):
+        parsed = config.parse(["--objective", "distillation", "--options.teacher", given])
+        assert parsed.options["teacher"] == kept
 
 
 def test_a_saved_configuration_comes_back(tmp_path):
@@ -95,6 +111,8 @@ def test_a_saved_configuration_comes_back(tmp_path):
         (["--batch-size", "9", "--workers", "2"], "must divide"),
         (["--workers", "2", "--engine", "local"], "use --engine ray"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["--objective", "distillation"], "--options.teacher: left open; name a run folder"),
+        (["--objective", "distillation", "--options.teacher", "vit_x"], "vit_x: no such run folder or file, and"),
     ],
 )
 def test_a_mistake_is_one_sentence_with_the_way_out(argv, sentence):
