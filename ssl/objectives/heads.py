@@ -12,20 +12,33 @@ from objectives.precision import full_precision
 NORMS = ("none", "batch")
 
 
-def mlp(widths: Sequence[int], *, norm: str = "none", activation: Callable[[], nn.Module] = nn.GELU) -> nn.Sequential:
+def mlp(
+    widths: Sequence[int],
+    *,
+    norm: str = "none",
+    activation: Callable[[], nn.Module] = nn.GELU,
+    last_norm: str = "none",
+    last_bias: bool = True,
+) -> nn.Sequential:
     """Fully connected layers `widths[0] -> ... -> widths[-1]`; norm and activation after each but the last.
 
-    A layer that a batch norm follows has no bias of its own.
+    `last_norm` follows the last layer: "batch", or "standardise" for a batch norm without learned scale and shift.
+    A layer that a batch norm follows has no bias of its own; `last_bias` is whether the last has one otherwise.
     """
     if norm not in NORMS:
         raise ValueError(f"head norm {norm!r} is not known; choose one of {', '.join(NORMS)}")
+    if last_norm not in (*NORMS, "standardise"):
+        raise ValueError(f"last head norm {last_norm!r} is not known; choose one of {', '.join(NORMS)}, standardise")
     layers: list[nn.Module] = []
     for n_in, n_out in pairwise(widths[:-1]):
         layers.append(nn.Linear(n_in, n_out, bias=norm == "none"))
         if norm == "batch":
             layers.append(nn.BatchNorm1d(n_out))
         layers.append(activation())
-    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
+    layers.append(nn.Linear(widths[-2], widths[-1], bias=last_bias and last_norm == "none"))
+    if last_norm != "none":
+        layers.append(nn.BatchNorm1d(widths[-1], affine=last_norm == "batch"))
+    return nn.Sequential(*layers)
 
 
 class WeightNormLinear(nn.Module):
