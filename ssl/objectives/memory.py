@@ -1,11 +1,10 @@
 """A memory of past embeddings: negatives for MoCo (He et al. 2020), company for SwAV's small batches."""
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from objectives.distributed import gather, world_size
+from objectives.distributed import gather, rank, world_size
 from objectives.precision import full_precision
 
 
@@ -33,7 +32,7 @@ class Queue(nn.Module):
 
     def share(self) -> Tensor:
         """This rank's part of the rows; those of all ranks together are the queue."""
-        return self.rows[dist.get_rank() :: world_size()] if world_size() > 1 else self.rows
+        return self.rows[rank() :: world_size()]
 
     def observe(self, embeddings: Tensor) -> None:
         """Let this rank's `embeddings` [B, D] join at the next update; B is the same on all ranks."""
