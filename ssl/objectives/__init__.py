@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from objectives.dino import DINO
     from objectives.mae import MAE
     from objectives.simclr import SimCLR
+    from objectives.swav import SwAV
 
-_CLASSES = {"dino": "DINO", "mae": "MAE", "simclr": "SimCLR"}
+_CLASSES = {"dino": "DINO", "mae": "MAE", "simclr": "SimCLR", "swav": "SwAV"}
 
 NAMES: tuple[str, ...] = tuple(_CLASSES)
 """Every objective there is; `objectives.<name>` is its module."""
 
-__all__ = ["DINO", "MAE", "NAMES", "SimCLR", "create", "objective"]
+__all__ = ["DINO", "MAE", "NAMES", "SimCLR", "SwAV", "create", "objective"]
 
 
 def objective(name: str) -> "type[Objective]":

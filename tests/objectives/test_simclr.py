@@ -170,7 +170,7 @@ def test_it_learns_and_stays_healthy(backbone: type[nn.Module], without_positive
     torch.manual_seed(0)
     objective = small(backbone(), decoupled=without_positive)
     gain, history = lift(objective, steps=100, lr=2e-3)
-    assert gain > 0.2
+    assert gain > 0.1
     assert not sick(objective, history)
 
 
