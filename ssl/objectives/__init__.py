@@ -15,15 +15,22 @@ if TYPE_CHECKING:
     from objectives.contract import Objective
     from objectives.dino import DINO
     from objectives.mae import MAE
+    from objectives.moco_v3 import MoCoV3
     from objectives.simclr import SimCLR
     from objectives.swav import SwAV
 
-_CLASSES = {"dino": "DINO", "mae": "MAE", "simclr": "SimCLR", "swav": "SwAV"}
+_CLASSES = {
+    "dino": "DINO",
+    "mae": "MAE",
+    "moco_v3": "MoCoV3",
+    "simclr": "SimCLR",
+    "swav": "SwAV",
+}
 
 NAMES: tuple[str, ...] = tuple(_CLASSES)
 """Every objective there is; `objectives.<name>` is its module."""
 
-__all__ = ["DINO", "MAE", "NAMES", "SimCLR", "SwAV", "create", "objective"]
+__all__ = ["DINO", "MAE", "NAMES", "MoCoV3", "SimCLR", "SwAV", "create", "objective"]
 
 
 def objective(name: str) -> "type[Objective]":

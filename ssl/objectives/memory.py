@@ -13,14 +13,18 @@ class Queue(nn.Module):
 
     `observe` keeps a step's embeddings back until `update`, so that they join after the loss that they made was
     computed and differentiated. A batch accumulated in parts enters whole; of one larger than the queue, its end.
+
+    Args:
+        size: number of rows.
+        shape: of a row: the embedding's width, or (views, width) of what belongs together.
     """
 
     rows: Tensor
     enqueued: Tensor
 
-    def __init__(self, size: int, width: int) -> None:
+    def __init__(self, size: int, *shape: int) -> None:
         super().__init__()
-        self.register_buffer("rows", F.normalize(torch.randn(size, width), dim=-1))
+        self.register_buffer("rows", F.normalize(torch.randn(size, *shape), dim=-1))
         # How many ever came; the next row's place is this modulo the size.
         self.register_buffer("enqueued", torch.zeros((), dtype=torch.int64))
         self.observed: list[Tensor] = []
@@ -35,7 +39,7 @@ class Queue(nn.Module):
         return self.rows[rank() :: world_size()]
 
     def observe(self, embeddings: Tensor) -> None:
-        """Let this rank's `embeddings` [B, D] join at the next update; B is the same on all ranks."""
+        """Let this rank's `embeddings` [B, *shape] join at the next update; B is the same on all ranks."""
         self.observed.append(full_precision(embeddings.detach()))
 
     @torch.no_grad()

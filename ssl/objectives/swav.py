@@ -49,8 +49,8 @@ class SwAV(Objective):
         hidden_dim, out_dim: of the projection to z. prototypes: the number K of rows of C.
         temperature: tau of eq. 2. epsilon, sinkhorn_iterations: of the codes (eq. 3 to 5).
         freeze_prototypes: how long C stays as it is, a share of the run (1 epoch of 100).
-        queue_size: past embeddings of either global view that are assigned along with the batch, for batches that
-            are small beside K; 0 for none. queue_start: share of the run from when on they are collected.
+        queue_size: past images whose global views are assigned along with the batch's, for batches that are small
+            beside K; 0 for none. queue_start: share of the run from when on they are collected.
     """
 
     family = "clustering"
@@ -93,7 +93,7 @@ class SwAV(Objective):
         self.encoder = backbone
         self.head = mlp([backbone.width, hidden_dim, out_dim], norm="batch", activation=nn.ReLU)
         self.prototypes = nn.Parameter(F.normalize(torch.randn(prototypes, out_dim), dim=-1))
-        self.queues = nn.ModuleList(Queue(queue_size, out_dim) for _ in range(2 if queue_size else 0))
+        self.queue = Queue(queue_size, 2, out_dim) if queue_size else None
         self.vital_signs = VITAL_SIGNS
 
     @property
@@ -108,11 +108,11 @@ class SwAV(Objective):
 
     @torch.no_grad()
     def codes(self, scores: Tensor) -> Tensor:
-        """Q of eq. 3 for each global view of its own [2, B, K], among the batches of all ranks and the full queues."""
-        epsilon, iterations = self.sinkhorn
-        past = [self.scores(queue.share()) for queue in self.queues if queue.full] or [scores.new_empty(0)] * 2
-        together = [torch.cat([own, rest]) for own, rest in zip(scores, past)]
-        return torch.stack([sinkhorn_knopp(rows, epsilon, iterations)[: scores.shape[1]] for rows in together])
+        """Q of eq. 3 for each global view of its own [2, B, K], among the batches of all ranks and the full queue."""
+        batch = scores.shape[1]
+        if self.queue and self.queue.full:
+            scores = torch.cat([scores, self.scores(self.queue.share().transpose(0, 1))], dim=1)
+        return torch.stack([sinkhorn_knopp(view, *self.sinkhorn)[:batch] for view in scores])
 
     def forward(self, views: Sequence[Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and signs of the views [B, C, h, w], the two globals first.
@@ -127,9 +127,8 @@ class SwAV(Objective):
         scores = self.scores(z)
         q = self.codes(scores[:2])
         loss = dino_loss(scores, q, self.temperature)
-        if self.training and progress >= self.queue_start:
-            for queue, embeddings in zip(self.queues, z[:2]):
-                queue.observe(embeddings)
+        if self.queue and self.training and progress >= self.queue_start:
+            self.queue.observe(z[:2].transpose(0, 1))
         features = pooled[:2].flatten(0, 1)
         entropy = -torch.xlogy(q, q).sum(-1).mean() / math.log(q.shape[-1])
         spread = {"feature_spread": feature_spread(features), "effective_rank": effective_rank(features)}
@@ -142,7 +141,7 @@ class SwAV(Objective):
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """The prototypes go back to length 1; what was observed enters the queues."""
+        """The prototypes go back to length 1; what was observed enters the queue."""
         self.prototypes.copy_(F.normalize(self.prototypes, dim=-1))
-        for queue in self.queues:
-            queue.update()
+        if self.queue:
+            self.queue.update()
