@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from objectives.contract import Objective
     from objectives.dino import DINO
     from objectives.mae import MAE
+    from objectives.moco_v2 import MoCoV2
     from objectives.moco_v3 import MoCoV3
     from objectives.simclr import SimCLR
     from objectives.swav import SwAV
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _CLASSES = {
     "dino": "DINO",
     "mae": "MAE",
+    "moco_v2": "MoCoV2",
     "moco_v3": "MoCoV3",
     "simclr": "SimCLR",
     "swav": "SwAV",
@@ -30,7 +32,7 @@ _CLASSES = {
 NAMES: tuple[str, ...] = tuple(_CLASSES)
 """Every objective there is; `objectives.<name>` is its module."""
 
-__all__ = ["DINO", "MAE", "NAMES", "MoCoV3", "SimCLR", "SwAV", "create", "objective"]
+__all__ = ["DINO", "MAE", "NAMES", "MoCoV2", "MoCoV3", "SimCLR", "SwAV", "create", "objective"]
 
 
 def objective(name: str) -> "type[Objective]":
