@@ -19,8 +19,12 @@ if TYPE_CHECKING:
     from objectives.distillation import Distillation
     from objectives.lejepa import LeJEPA
     from objectives.mae import MAE
+    from objectives.moco_v2 import MoCoV2
+    from objectives.moco_v3 import MoCoV3
+    from objectives.simclr import SimCLR
     from objectives.simsiam import SimSiam
     from objectives.supervised import Supervised
+    from objectives.swav import SwAV
     from objectives.vicreg import VICReg
 
 _CLASSES = {
@@ -30,8 +34,12 @@ _CLASSES = {
     "distillation": "Distillation",
     "lejepa": "LeJEPA",
     "mae": "MAE",
+    "moco_v2": "MoCoV2",
+    "moco_v3": "MoCoV3",
+    "simclr": "SimCLR",
     "simsiam": "SimSiam",
     "supervised": "Supervised",
+    "swav": "SwAV",
     "vicreg": "VICReg",
 }
 
@@ -46,8 +54,12 @@ __all__ = [
     "BarlowTwins",
     "Distillation",
     "LeJEPA",
+    "MoCoV2",
+    "MoCoV3",
+    "SimCLR",
     "SimSiam",
     "Supervised",
+    "SwAV",
     "VICReg",
     "create",
     "objective",

@@ -38,6 +38,9 @@ class ToyBackbone(nn.Module):
             raise ValueError(f"toy needs multiples of 8 pixels, not {height}x{width}")
         return height // 8, width // 8
 
+    def depths(self) -> dict[str, int]:
+        return {name: int(not name.startswith(("patch", "position"))) for name, _ in self.named_parameters()}
+
     def forward(self, images: Tensor, visible: Tensor | None = None) -> Features:
         h, w = self.grid(*images.shape[-2:])
         x = F.unfold(images, 8, stride=8).transpose(1, 2)
