@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from objectives.contract import Objective
     from objectives.dino import DINO
     from objectives.mae import MAE
+    from objectives.simmim import SimMIM
 
-_CLASSES = {"dino": "DINO", "mae": "MAE"}
+_CLASSES = {"dino": "DINO", "mae": "MAE", "simmim": "SimMIM"}
 
 NAMES: tuple[str, ...] = tuple(_CLASSES)
 """Every objective there is; `objectives.<name>` is its module."""
 
-__all__ = ["DINO", "MAE", "NAMES", "create", "objective"]
+__all__ = ["DINO", "MAE", "NAMES", "SimMIM", "create", "objective"]
 
 
 def objective(name: str) -> "type[Objective]":

@@ -17,3 +17,17 @@ def random_cells(batch: int, cells: int, visible: int, device: torch.device) -> 
     """
     order = torch.rand(batch, cells, device=device).argsort(dim=1)
     return order[:, :visible], order[:, visible:]
+
+
+def take(tokens: Tensor, index: Tensor) -> Tensor:
+    """tokens [B, N, D] at index [B, M] -> [B, M, D]."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def finer(index: Tensor, columns: int, factor: int) -> Tensor:
+    """The positions [B, M * factor^2] that cells `index` [B, M] of a grid of `columns` cover where each is split into
+    factor x factor."""
+    row, column = index // columns, index % columns
+    within = torch.arange(factor, device=index.device)
+    rows = (row * factor)[..., None, None] + within[:, None]
+    return (rows * (columns * factor) + (column * factor)[..., None, None] + within).flatten(1)
