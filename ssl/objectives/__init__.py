@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from objectives.dino import DINO
     from objectives.mae import MAE
     from objectives.simmim import SimMIM
+    from objectives.spark import SparK
 
-_CLASSES = {"dino": "DINO", "mae": "MAE", "simmim": "SimMIM"}
+_CLASSES = {"dino": "DINO", "mae": "MAE", "simmim": "SimMIM", "spark": "SparK"}
 
 NAMES: tuple[str, ...] = tuple(_CLASSES)
 """Every objective there is; `objectives.<name>` is its module."""
 
-__all__ = ["DINO", "MAE", "NAMES", "SimMIM", "create", "objective"]
+__all__ = ["DINO", "MAE", "NAMES", "SimMIM", "SparK", "create", "objective"]
 
 
 def objective(name: str) -> "type[Objective]":
