@@ -14,16 +14,17 @@ if TYPE_CHECKING:
     from backbones import Backbone
     from objectives.contract import Objective
     from objectives.dino import DINO
+    from objectives.ijepa import IJEPA
     from objectives.mae import MAE
     from objectives.simmim import SimMIM
     from objectives.spark import SparK
 
-_CLASSES = {"dino": "DINO", "mae": "MAE", "simmim": "SimMIM", "spark": "SparK"}
+_CLASSES = {"dino": "DINO", "ijepa": "IJEPA", "mae": "MAE", "simmim": "SimMIM", "spark": "SparK"}
 
 NAMES: tuple[str, ...] = tuple(_CLASSES)
 """Every objective there is; `objectives.<name>` is its module."""
 
-__all__ = ["DINO", "MAE", "NAMES", "SimMIM", "SparK", "create", "objective"]
+__all__ = ["DINO", "IJEPA", "MAE", "NAMES", "SimMIM", "SparK", "create", "objective"]
 
 
 def objective(name: str) -> "type[Objective]":
