@@ -13,18 +13,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from backbones import Backbone
     from objectives.contract import Objective
+    from objectives.data2vec import Data2Vec
     from objectives.dino import DINO
     from objectives.ijepa import IJEPA
     from objectives.mae import MAE
     from objectives.simmim import SimMIM
     from objectives.spark import SparK
 
-_CLASSES = {"dino": "DINO", "ijepa": "IJEPA", "mae": "MAE", "simmim": "SimMIM", "spark": "SparK"}
+_CLASSES = {
+    "data2vec": "Data2Vec",
+    "dino": "DINO",
+    "ijepa": "IJEPA",
+    "mae": "MAE",
+    "simmim": "SimMIM",
+    "spark": "SparK",
+}
 
 NAMES: tuple[str, ...] = tuple(_CLASSES)
 """Every objective there is; `objectives.<name>` is its module."""
 
-__all__ = ["DINO", "IJEPA", "MAE", "NAMES", "SimMIM", "SparK", "create", "objective"]
+__all__ = ["DINO", "IJEPA", "MAE", "NAMES", "Data2Vec", "SimMIM", "SparK", "create", "objective"]
 
 
 def objective(name: str) -> "type[Objective]":
