@@ -19,7 +19,7 @@ def options(**changes: Any) -> dict[str, Any]:
 RECIPES = {
     ("cnn", "large"): Recipe(
         "SparK ResNet-50 on ImageNet-1k, 1600 epochs: fine-tuning 80.6 (keyu-tian/SparK, pretrain/utils/arg_util.py); "
-        "AdamW in place of LAMB",
+        "AdamW in place of LAMB, no stochastic depth, which not every CNN has",
         epochs=1600,
         batch_size=4096,
         image_size=224,
@@ -31,7 +31,6 @@ RECIPES = {
         lr_end=1e-3,
         betas=(0.9, 0.95),
         clip=5.0,
-        drop_path=0.05,
         options=options(),
     ),
     ("vit", "large"): Recipe(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from objective_toys import knn, sick, toy_images, train
-from tiny_backbones import TINY
+from tiny_backbones import TINY, tiny_vit
 from torch import Tensor
 
 import objectives
@@ -184,15 +184,17 @@ def test_a_state_dict_is_the_whole_state(kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", TINY)
-def test_it_learns_what_it_never_saw_a_label_of_and_stays_well(kind: str) -> None:
-    objective = small(kind)
+@pytest.mark.parametrize(("kind", "steps", "lr"), [("vit", 1200, 1e-3), ("cnn", 150, 3e-3)])
+def test_it_learns_what_it_never_saw_a_label_of_and_stays_well(kind: str, steps: int, lr: float) -> None:
+    torch.manual_seed(0)
+    backbone = tiny_vit(width=64, depth=3) if kind == "vit" else TINY[kind]()
+    objective = SimMIM(backbone, image_size=32, mask_unit=8, mask_ratio=0.5)
     images, kinds = toy_images(384)
     floor = knn(objective.backbone, images, kinds)
-    history = train(objective, images, steps=150, lr=3e-3)
-    assert history[-1]["loss"] < 0.95 * history[15]["loss"]
+    history = train(objective, images, steps=steps, lr=lr)
+    assert history[-1]["loss"] < 0.95 * history[20]["loss"]
     assert sick(objective, history) == set()
-    assert knn(objective.backbone, images, kinds) > floor + 0.03
+    assert knn(objective.backbone, images, kinds) > floor + 0.05
 
 
 def test_vital_signs_trip_on_each_way_to_learn_nothing() -> None:
