@@ -15,14 +15,18 @@ if TYPE_CHECKING:
     from objectives.barlow_twins import BarlowTwins
     from objectives.byol import BYOL
     from objectives.contract import Objective
+    from objectives.data2vec import Data2Vec
     from objectives.dino import DINO
     from objectives.distillation import Distillation
+    from objectives.ijepa import IJEPA
     from objectives.lejepa import LeJEPA
     from objectives.mae import MAE
     from objectives.moco_v2 import MoCoV2
     from objectives.moco_v3 import MoCoV3
     from objectives.simclr import SimCLR
+    from objectives.simmim import SimMIM
     from objectives.simsiam import SimSiam
+    from objectives.spark import SparK
     from objectives.supervised import Supervised
     from objectives.swav import SwAV
     from objectives.vicreg import VICReg
@@ -30,14 +34,18 @@ if TYPE_CHECKING:
 _CLASSES = {
     "barlow_twins": "BarlowTwins",
     "byol": "BYOL",
+    "data2vec": "Data2Vec",
     "dino": "DINO",
     "distillation": "Distillation",
+    "ijepa": "IJEPA",
     "lejepa": "LeJEPA",
     "mae": "MAE",
     "moco_v2": "MoCoV2",
     "moco_v3": "MoCoV3",
     "simclr": "SimCLR",
+    "simmim": "SimMIM",
     "simsiam": "SimSiam",
+    "spark": "SparK",
     "supervised": "Supervised",
     "swav": "SwAV",
     "vicreg": "VICReg",
@@ -49,15 +57,19 @@ NAMES: tuple[str, ...] = tuple(_CLASSES)
 __all__ = [
     "BYOL",
     "DINO",
+    "IJEPA",
     "MAE",
     "NAMES",
     "BarlowTwins",
+    "Data2Vec",
     "Distillation",
     "LeJEPA",
     "MoCoV2",
     "MoCoV3",
     "SimCLR",
+    "SimMIM",
     "SimSiam",
+    "SparK",
     "Supervised",
     "SwAV",
     "VICReg",

@@ -4,7 +4,7 @@ The outcome is printed as a grid at the end of the test run.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ GRID: dict[tuple[str, str], str] = {}
 
 
 @pytest.fixture(scope="module")
-def fresh() -> Iterator:
+def fresh() -> Callable[[str, str | None], backbones.Backbone]:
     """Backbones are made once and copied."""
     made: dict[tuple[str, str | None], backbones.Backbone] = {}
 
@@ -36,7 +36,7 @@ def fresh() -> Iterator:
             made[name, pool] = backbones.create(name, image_size=BACKBONES[name], pool=pool)
         return copy.deepcopy(made[name, pool])
 
-    yield backbone
+    return backbone
 
 
 def loss_of(objective: Objective, progress: float) -> Tensor:
