@@ -14,14 +14,19 @@ if TYPE_CHECKING:
     from backbones import Backbone
     from objectives.contract import Objective
     from objectives.dino import DINO
+    from objectives.ibot import IBOT
     from objectives.mae import MAE
 
-_CLASSES = {"dino": "DINO", "mae": "MAE"}
+_CLASSES = {
+    "dino": "DINO",
+    "ibot": "IBOT",
+    "mae": "MAE",
+}
 
 NAMES: tuple[str, ...] = tuple(_CLASSES)
 """Every objective there is; `objectives.<name>` is its module."""
 
-__all__ = ["DINO", "MAE", "NAMES", "create", "objective"]
+__all__ = ["DINO", "IBOT", "MAE", "NAMES", "create", "objective"]
 
 
 def objective(name: str) -> "type[Objective]":

@@ -227,8 +227,7 @@ def test_full_precision_keeps_what_is_precise() -> None:
 
 def test_names_come_without_torch() -> None:
     code = (
-        "import sys, objectives, objectives.views; assert 'torch' not in sys.modules; "
-        "assert objectives.NAMES == ('dino', 'mae')"
+        "import sys, objectives, objectives.views; assert 'torch' not in sys.modules; assert 'dino' in objectives.NAMES"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)}, timeout=120)
 
