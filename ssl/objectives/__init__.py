@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from backbones import Backbone
     from objectives.contract import Objective
     from objectives.dino import DINO
+    from objectives.dinov2 import DINOv2
     from objectives.ibot import IBOT
     from objectives.mae import MAE
 
 _CLASSES = {
     "dino": "DINO",
+    "dinov2": "DINOv2",
     "ibot": "IBOT",
     "mae": "MAE",
 }
@@ -26,7 +28,7 @@ _CLASSES = {
 NAMES: tuple[str, ...] = tuple(_CLASSES)
 """Every objective there is; `objectives.<name>` is its module."""
 
-__all__ = ["DINO", "IBOT", "MAE", "NAMES", "create", "objective"]
+__all__ = ["DINO", "IBOT", "MAE", "NAMES", "DINOv2", "create", "objective"]
 
 
 def objective(name: str) -> "type[Objective]":

@@ -12,6 +12,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """This process's place among them, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 @torch.no_grad()
 def sum_over_ranks(x: Tensor) -> Tensor:
     """The sum of every rank's `x` (same shape on all), without gradient. `x` itself stays as it is."""
@@ -47,4 +52,4 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         total = gradient.contiguous().clone()
         dist.all_reduce(total)
-        return total.chunk(world_size())[dist.get_rank()]
+        return total.chunk(world_size())[rank()]
