@@ -17,18 +17,20 @@ if TYPE_CHECKING:
     from objectives.dinov2 import DINOv2
     from objectives.ibot import IBOT
     from objectives.mae import MAE
+    from objectives.msn import MSN
 
 _CLASSES = {
     "dino": "DINO",
     "dinov2": "DINOv2",
     "ibot": "IBOT",
     "mae": "MAE",
+    "msn": "MSN",
 }
 
 NAMES: tuple[str, ...] = tuple(_CLASSES)
 """Every objective there is; `objectives.<name>` is its module."""
 
-__all__ = ["DINO", "IBOT", "MAE", "NAMES", "DINOv2", "create", "objective"]
+__all__ = ["DINO", "IBOT", "MAE", "MSN", "NAMES", "DINOv2", "create", "objective"]
 
 
 def objective(name: str) -> "type[Objective]":
