@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from objectives.contract import Objective
     from objectives.dino import DINO
     from objectives.dinov2 import DINOv2
+    from objectives.gram import GramAnchoring
     from objectives.ibot import IBOT
     from objectives.mae import MAE
     from objectives.msn import MSN
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _CLASSES = {
     "dino": "DINO",
     "dinov2": "DINOv2",
+    "gram": "GramAnchoring",
     "ibot": "IBOT",
     "mae": "MAE",
     "msn": "MSN",
@@ -30,7 +32,7 @@ _CLASSES = {
 NAMES: tuple[str, ...] = tuple(_CLASSES)
 """Every objective there is; `objectives.<name>` is its module."""
 
-__all__ = ["DINO", "IBOT", "MAE", "MSN", "NAMES", "DINOv2", "create", "objective"]
+__all__ = ["DINO", "IBOT", "MAE", "MSN", "NAMES", "DINOv2", "GramAnchoring", "create", "objective"]
 
 
 def objective(name: str) -> "type[Objective]":

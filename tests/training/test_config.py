@@ -49,6 +49,10 @@ def test_the_published_options_are_the_defaults_of_the_objective(objective):
 @pytest.mark.parametrize(("images", "side"), [(500, 32), (2000, 300), (1_300_000, 400)])
 def test_every_objective_has_a_recipe_for_any_data(objective, backbone, images, side, tmp_path):
     asked = ["--objective", objective, "--backbone", backbone, "--data", str(tmp_path)]
+    if "checkpoint" in recipes.options_of(objective):
+        with pytest.raises(UserError, match="goes on from a trained run"):
+            resolved(*asked)
+        asked += ["--options.checkpoint", str(tmp_path)]
     filled = resolved(*asked, images=images, side=side)
     assert filled.recipe
     assert 1 <= filled.batch_size <= images
