@@ -136,7 +136,7 @@ class GramAnchoring(Objective):
             )
         one, two, *locals_ = self.base.views
         self.views = (enlarged(one, large), enlarged(two, large), *locals_)
-        drift = VitalSign("gram", 0.0, 0.1, "cells no longer resemble each other as the Gram teacher's do")
+        drift = VitalSign("gram", 0.0, 0.25, "cells no longer resemble each other as the Gram teacher's do")
         self.vital_signs = (*self.base.vital_signs, drift)
 
     @property

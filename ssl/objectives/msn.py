@@ -35,7 +35,8 @@ VITAL_SIGNS = (
 
 def similarities(z: Tensor, prototypes: Tensor) -> Tensor:
     """Cosines [..., K] of embeddings [..., d] with K prototypes [K, d]."""
-    return F.normalize(full_precision(z), dim=-1) @ F.normalize(full_precision(prototypes), dim=-1).T
+    with torch.autocast(z.device.type, enabled=False):
+        return F.normalize(full_precision(z), dim=-1) @ F.normalize(full_precision(prototypes), dim=-1).T
 
 
 @torch.no_grad()

@@ -237,9 +237,9 @@ def test_a_vit_at_another_size_and_a_single_cell_get_a_sentence(tmp_path: Path) 
 
 def test_it_holds_cells_that_would_drift_and_its_sign_trips_where_they_do(run: str) -> None:
     images, drift = toy_images(256)[0], {}
-    for weight in (0.0, 20.0):
+    for weight in (0.0, 2.0):
         objective = anchored(run, gram_weight=weight, refreshes=0)
         history = train(objective, images, steps=60, lr=5e-3)
         drift[weight] = np.mean([h["gram"] for h in history[-10:]])
         assert ("gram" in sick(objective, history, last=10)) == (weight == 0.0)
-    assert drift[20.0] < 0.5 * drift[0.0]
+    assert drift[2.0] < 0.2 * drift[0.0]
