@@ -200,7 +200,8 @@ def resolve(config: Config, *, images: int, side: int, classes: int = 0) -> Conf
         classes: how many they are labelled by; 0 without labels.
 
     Raises:
-        UserError: where labels are needed and there are none, or the batch cannot be made to fit the data.
+        UserError: where labels or a checkpoint are needed and there are none, or the batch cannot be made to fit the
+            data.
     """
     scale = recipes.scale_of(config.data, images, side)
     recipe = recipes.find(config.objective, names.family(config.backbone), scale)
@@ -232,6 +233,13 @@ def resolve(config: Config, *, images: int, side: int, classes: int = 0) -> Conf
         if not classes:
             raise UserError(f"--data {config.data}: has no labels, which --objective {config.objective} learns from")
         options["classes"] = classes
+    if "checkpoint" in options:  # an objective that goes on from a trained run
+        if not options["checkpoint"] or not Path(options["checkpoint"]).exists():
+            raise UserError(
+                f"--options.checkpoint {options['checkpoint'] or '(none)'}: --objective {config.objective} goes on "
+                "from a trained run; name its folder or a .pt file in it"
+            )
+        options["checkpoint"] = str(Path(options["checkpoint"]).absolute())
     if config.weight_decay is not None and config.weight_decay_end is None:
         filled["weight_decay_end"] = config.weight_decay
     return dataclasses.replace(

@@ -17,12 +17,16 @@ if TYPE_CHECKING:
     from objectives.contract import Objective
     from objectives.data2vec import Data2Vec
     from objectives.dino import DINO
+    from objectives.dinov2 import DINOv2
     from objectives.distillation import Distillation
+    from objectives.gram import GramAnchoring
+    from objectives.ibot import IBOT
     from objectives.ijepa import IJEPA
     from objectives.lejepa import LeJEPA
     from objectives.mae import MAE
     from objectives.moco_v2 import MoCoV2
     from objectives.moco_v3 import MoCoV3
+    from objectives.msn import MSN
     from objectives.simclr import SimCLR
     from objectives.simmim import SimMIM
     from objectives.simsiam import SimSiam
@@ -36,12 +40,16 @@ _CLASSES = {
     "byol": "BYOL",
     "data2vec": "Data2Vec",
     "dino": "DINO",
+    "dinov2": "DINOv2",
     "distillation": "Distillation",
+    "gram": "GramAnchoring",
+    "ibot": "IBOT",
     "ijepa": "IJEPA",
     "lejepa": "LeJEPA",
     "mae": "MAE",
     "moco_v2": "MoCoV2",
     "moco_v3": "MoCoV3",
+    "msn": "MSN",
     "simclr": "SimCLR",
     "simmim": "SimMIM",
     "simsiam": "SimSiam",
@@ -57,12 +65,16 @@ NAMES: tuple[str, ...] = tuple(_CLASSES)
 __all__ = [
     "BYOL",
     "DINO",
+    "IBOT",
     "IJEPA",
     "MAE",
+    "MSN",
     "NAMES",
     "BarlowTwins",
+    "DINOv2",
     "Data2Vec",
     "Distillation",
+    "GramAnchoring",
     "LeJEPA",
     "MoCoV2",
     "MoCoV3",

@@ -37,6 +37,9 @@ class Objective(nn.Module):
     labelled: ClassVar[bool] = False
     """Whether `forward` is given labels too, int64 [B], -1 for none; then the option `classes` is their number."""
 
+    continues: ClassVar[bool] = False
+    """Whether it goes on from a trained run, which its option `checkpoint` must name."""
+
     views: tuple[View, ...]
     """The views `forward` expects, in this order."""
     vital_signs: tuple[VitalSign, ...]

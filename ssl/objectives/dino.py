@@ -5,15 +5,15 @@ Equation numbers are the paper's; what the paper leaves open follows the authors
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from objectives.centring import Centre
 from objectives.contract import Objective, pair
-from objectives.heads import DINOHead
-from objectives.multicrop import crop_size, pooled_features
+from objectives.heads import DINOHead, WeightNormLinear
+from objectives.multicrop import crop_size, multicrop_features
 from objectives.precision import full_precision
 from objectives.schedules import cosine, warmup
 from objectives.spread import effective_rank, feature_spread
@@ -70,6 +70,12 @@ def teacher_signs(p: Tensor) -> dict[str, Tensor]:
     return {"teacher_entropy": entropy, "largest_prototype": p.flatten(0, -2).mean(0).max()}
 
 
+def feature_signs(pooled: Tensor) -> dict[str, Tensor]:
+    """Spread and effective rank of the student's features [V, B, D] over the global views."""
+    features = pooled[:2].flatten(0, 1)
+    return {"feature_spread": feature_spread(features), "effective_rank": effective_rank(features)}
+
+
 class Network(nn.Module):
     """g = h o f (sec. 3.1): a backbone f and a head h, on views of several sizes."""
 
@@ -78,10 +84,10 @@ class Network(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Scores [V, B, K] and pooled features [V, B, D] of V views; one head pass over all of them."""
-        pooled = pooled_features(self.backbone, views)
-        return self.head(pooled.flatten(0, 1)).unflatten(0, pooled.shape[:2]), pooled
+    def forward(self, views: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Scores [V, B, K] of V views in one head pass; their pooled features [V, B, D], the globals' cells."""
+        pooled, cells = multicrop_features(self.backbone, views)
+        return self.head(pooled.flatten(0, 1)).unflatten(0, pooled.shape[:2]), (pooled, cells)
 
 
 class DINO(Objective):
@@ -106,6 +112,8 @@ class DINO(Objective):
 
     family = "self-distillation"
     paper = "Caron et al. 2021, arXiv 2104.14294"
+    network: ClassVar[type[Network]] = Network
+    """What student and teacher are, for objectives that build on this one."""
 
     def __init__(
         self,
@@ -143,7 +151,7 @@ class DINO(Objective):
         head = DINOHead(
             backbone.width, hidden_dim, bottleneck_dim, out_dim, norm=head_norm, norm_last_layer=norm_last_layer
         )
-        self.student = Network(backbone, head)
+        self.student: Any = self.network(backbone, head)
         self.teacher = Teacher(self.student)
         self.centre = Centre(out_dim)
         self.vital_signs = VITAL_SIGNS
@@ -155,22 +163,40 @@ class DINO(Objective):
 
     def forward(self, views: Sequence[Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and scalars of the views [B, C, h, w], the two globals first."""
+        loss, scalars, _ = self.distil(views, progress)
+        return loss, scalars
+
+    def distil(
+        self, views: Sequence[Tensor], progress: float
+    ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor]]:
+        """Loss and scalars, and the student's features, for objectives that add to this one.
+
+        The features are the pooled ones of all views [V, B, D] and the cells of the globals [2, B, N, D].
+        """
         teacher_scores, _ = self.teacher(views[:2])
-        student_scores, pooled = self.student(views)
-        start, end, length = self.teacher_temp
-        p = (self.centre(teacher_scores) / warmup(start, end, progress, length)).softmax(dim=-1)
+        student_scores, features = self.student(views)
+        p = self.targets(teacher_scores, self.centre, progress)
         loss = dino_loss(student_scores, p, self.student_temp)
+        return loss, teacher_signs(p) | feature_signs(features[0]), features
+
+    def targets(self, scores: Tensor, centre: Centre, progress: float) -> Tensor:
+        """P_t of the teacher's scores [..., K] (eq. 1), centred; in training they move the centre of later steps."""
+        p = (centre(scores) / self.target_temp(progress)).softmax(dim=-1)
         if self.training:
-            self.centre.observe(teacher_scores)
-        features = pooled[:2].flatten(0, 1)
-        spread = {"feature_spread": feature_spread(features), "effective_rank": effective_rank(features)}
-        return loss, {**teacher_signs(p), **spread}
+            centre.observe(scores)
+        return p
+
+    def target_temp(self, progress: float) -> float:
+        """The teacher's temperature tau_t."""
+        start, end, length = self.teacher_temp
+        return warmup(start, end, progress, length)
 
     def after_backward(self, progress: float) -> None:
         """Leave the prototypes where they are while the features below them are still random (appendix C)."""
         if progress < self.freeze_last_layer:
-            for parameter in self.student.head.last_layer.parameters():
-                parameter.grad = None
+            for layer in self.student.modules():
+                if isinstance(layer, WeightNormLinear):
+                    layer.direction.grad = layer.scale.grad = None
 
     def after_step(self, progress: float) -> None:
         """Teacher: theta_t <- lambda theta_t + (1 - lambda) theta_s (sec. 3.1). Centre: eq. 4."""

@@ -21,6 +21,18 @@ def pooled_features(backbone: "Backbone", views: Sequence[Tensor]) -> Tensor:
     return pooled.unflatten(0, (len(views), -1))
 
 
+def multicrop_features(backbone: "Backbone", views: Sequence[Tensor], **masking: Tensor) -> tuple[Tensor, Tensor]:
+    """Pooled features [V, B, D] of V views, and the cells [G, B, N, D] of the G = 2 global ones, which come first.
+
+    The global views share one forward pass, to which `masking` applies (`visible` or `replaced`, over [G B] images);
+    the others follow as in `pooled_features`.
+    """
+    globals_, locals_ = views[:2], views[2:]
+    seen = backbone(torch.cat(list(globals_)), **masking)
+    pooled, cells = (x.unflatten(0, (len(globals_), -1)) for x in (seen.pooled, seen.cells))
+    return (torch.cat([pooled, pooled_features(backbone, locals_)]) if locals_ else pooled), cells
+
+
 def crop_size(backbone: "Backbone", height: float, width: float) -> tuple[int, int]:
     """The size (height, width) next to the wished one, in pixels, that the backbone's stride divides.
 

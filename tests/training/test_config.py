@@ -51,6 +51,10 @@ def test_every_objective_has_a_recipe_for_any_data(objective, backbone, images, 
     asked = ["--objective", objective, "--backbone", backbone, "--data", str(tmp_path)]
     if objective == "distillation":
         asked += ["--options.teacher", "vit_s16"]
+    if "checkpoint" in recipes.options_of(objective):
+        with pytest.raises(UserError, match="goes on from a trained run"):
+            resolved(*asked)
+        asked += ["--options.checkpoint", str(tmp_path)]
     filled = resolved(*asked, images=images, side=side, classes=7)
     assert filled.recipe
     assert 1 <= filled.batch_size <= images
