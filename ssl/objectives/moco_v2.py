@@ -58,7 +58,7 @@ class MoCoV2(Objective):
     """
 
     family = "contrastive"
-    paper = "Chen, Fan, Girshick & He 2020, arXiv 2003.04297"
+    paper = "Chen et al. 2020, arXiv 2003.04297"
 
     def __init__(
         self,

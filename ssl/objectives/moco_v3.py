@@ -79,7 +79,7 @@ class MoCoV3(Objective):
     """
 
     family = "contrastive"
-    paper = "Chen, Xie & He 2021, arXiv 2104.02057"
+    paper = "Chen et al. 2021, arXiv 2104.02057"
 
     def __init__(
         self,
