@@ -1,6 +1,6 @@
 """data2vec: a general framework for self-supervised learning (Baevski et al. 2022, arXiv 2202.03555), on images.
 
-Equations and sections are the paper's; what it leaves open follows the authors' code (data2vec_vision).
+Headings and symbols are the paper's; what it leaves open follows the authors' code (data2vec_vision).
 """
 
 from collections.abc import Sequence
@@ -29,21 +29,19 @@ class Data2Vec(Objective):
 
     A layer of a ViT is a block. On a CNN it is a stage, and the mean runs over those of the last K that have the grid
     and the width of the last one, which alone can be averaged cell by cell: often only the last stage itself. Replaced
-    cells show a learned colour there. Defaults are those of the ViT-B/16 run.
-
-    The paper fine-tunes the student. Frozen features are taken from the teacher here: as in evaluation, it is given
-    whole images, while the student's batch norms know masked ones.
+    cells show a learned colour there, and batch norms take running statistics of masked images. Defaults are those of
+    the ViT-B/16 run.
 
     Args:
         backbone: the student's; the teacher is a copy of it. `Data2Vec.pool` names the pooling to create it with: no
             class token takes part in the loss.
         image_size: of the view, in pixels: a side or (height, width).
         scale: area range of the crop.
-        mask_ratio, min_block: share of the cells that is masked, and that of the smallest block (sec. 4.1).
-        target_layers: K of sec. 3.3.
-        beta: of eq. 2.
+        mask_ratio, min_block: share of the cells that is masked, and that of the smallest block (120 and 16 of 196).
+        target_layers: K, the layers a target is the mean of ("Training targets").
+        beta: where the loss turns from squared to absolute ("Objective").
         ema_start, ema_end, ema_warmup: momentum of the teacher, tau_0 to tau_e in a line over this share of the run,
-            then constant (sec. 3.2).
+            then constant ("Teacher parameterization").
 
     Raises:
         ValueError: where the grid leaves no cell to see, or none to predict.
@@ -93,11 +91,11 @@ class Data2Vec(Objective):
 
     @property
     def backbone(self) -> "Backbone":
-        """The teacher's."""
-        return self.teacher.network
+        """The student's, which is the one the paper fine-tunes: at 0.9998 a teacher is long behind."""
+        return self.student
 
     def forward(self, views: Sequence[Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 2 over the masked cells of the images [B, C, H, W] of all ranks, and its signs."""
+        """L(y_t, f_t(x)) over the masked cells of the images [B, C, H, W] of all ranks, and its signs."""
         (images,) = views
         counts = torch.full((len(images),), self.masked)
         masked = block_mask(counts, self.grid, min_block=self.min_block).to(images.device, non_blocking=True)
@@ -111,6 +109,6 @@ class Data2Vec(Objective):
         return loss, signs(predictions, targets, masked, targets, seen.pooled)
 
     def after_step(self, progress: float) -> None:
-        """Delta <- tau Delta + (1 - tau) theta (eq. 1)."""
+        """Delta <- tau Delta + (1 - tau) theta."""
         start, end, length = self.ema
         self.teacher.update(self.student, warmup(start, end, progress, length))

@@ -17,7 +17,7 @@ def normalised(features: Tensor) -> Tensor:
 VITAL_SIGNS = (
     VitalSign("explained", 0.0, 1.0, "predictions are no better than one constant target"),
     VitalSign("prediction_spread", 0.05, 2.0, "the same is predicted for every cell"),
-    VitalSign("target_spread", 0.1, 2.0, "targets hardly differ between images: the teacher has collapsed"),
+    VitalSign("target_spread", 0.05, 2.0, "targets hardly differ between images: the teacher has collapsed"),
     VitalSign("feature_spread", 0.02, 1.0, "the backbone gives every image the same features"),
 )
 

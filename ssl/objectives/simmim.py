@@ -31,7 +31,7 @@ class SimMIM(Objective):
         backbone: the encoder. `SimMIM.pool` names the pooling to create it with: no class token takes part in the loss.
         image_size: of the view, in pixels: a side or (height, width).
         scale: area range of the crop.
-        mask_unit: side in pixels of the squares that are replaced (sec. 4.1.2): as many whole cells as fit into it
+        mask_unit: side in pixels of the squares that are replaced (sec. 3.2): as many whole cells as fit into it
             and tile the grid, at least one.
         mask_ratio: share of the squares that is replaced, rounded up to a whole square.
 

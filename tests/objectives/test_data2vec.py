@@ -31,7 +31,7 @@ def standardise(x: np.ndarray) -> np.ndarray:
 
 
 def paper(predicted: np.ndarray, layers: list[np.ndarray], masked: np.ndarray, beta: float) -> tuple[float, np.ndarray]:
-    """Sec. 3.3: targets from the teacher's layers [B, N, D], eq. 2 over masked cells; its gradient to predictions."""
+    """Targets from the teacher's layers [B, N, D], the loss over masked cells, and its gradient to predictions."""
     loss, gradient, count = 0.0, np.zeros_like(predicted), masked.sum() * predicted.shape[-1]
     for b, n in zip(*masked.nonzero()):
         y = standardise(sum(standardise(layer[b, n]) for layer in layers) / len(layers))
@@ -193,7 +193,7 @@ def test_it_learns_what_it_never_saw_a_label_of_and_stays_well(kind: str) -> Non
 
 
 def test_vital_signs_trip_when_the_teacher_is_the_student_and_both_collapse() -> None:
-    """No average, a single layer as target and a high rate: what sec. 3.2 and 3.3 guard against."""
+    """No average, a single layer as target and a high rate: what the paper guards against."""
     objective = small("cnn", mask_ratio=0.8, target_layers=1, ema_start=0.0, ema_end=0.0)
     history = train(objective, toy_images(256)[0], steps=120, lr=0.1)
     assert {"prediction_spread", "target_spread", "feature_spread"} <= sick(objective, history, last=10)
@@ -202,4 +202,4 @@ def test_vital_signs_trip_when_the_teacher_is_the_student_and_both_collapse() ->
 def test_created_by_name() -> None:
     objective = objectives.create("data2vec", TINY["vit"](), image_size=32, **SMALL)
     assert isinstance(objective, Data2Vec)
-    assert objective.backbone is objective.teacher.network
+    assert objective.backbone is objective.student
