@@ -1,24 +1,50 @@
 """Every objective, made small: what tests over all of them start from."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 import objectives
 from objectives.contract import Objective
 
+HEAD = {"out_dim": 32, "hidden_dim": 32, "bottleneck_dim": 16, "local_views": 1}
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "barlow_twins": {"hidden_dim": 32, "out_dim": 16},
     "byol": {"hidden_dim": 32, "out_dim": 16},
-    "dino": {"out_dim": 32, "hidden_dim": 32, "bottleneck_dim": 16, "local_views": 1, "freeze_last_layer": 0.1},
+    "data2vec": {},
+    "dino": {**HEAD, "freeze_last_layer": 0.1},
+    "dinov2": {**HEAD, "freeze_last_layer": 0.1},
     "distillation": {"teacher": "random:lenet5"},
+    "gram": {"gram_resolution": 1.0},
+    "ibot": {**HEAD, "freeze_last_layer": 0.1},
+    "ijepa": {"min_keep": 1, "predictor_width": 16, "predictor_depth": 1, "predictor_heads": 2},
     "lejepa": {"hidden_dim": 32, "out_dim": 16, "slices": 16, "local_views": 1},
     "mae": {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2},
+    "moco_v2": {"hidden_dim": 32, "out_dim": 16, "queue_size": 16},
+    "moco_v3": {"hidden_dim": 32, "out_dim": 16},
+    "msn": {"n_prototypes": 16, "hidden_dim": 32, "embedding_dim": 16, "focal_views": 1},
+    "simclr": {"hidden_dim": 32, "out_dim": 16},
+    "simmim": {"mask_unit": 8},
     "simsiam": {"hidden_dim": 32, "out_dim": 16, "predictor_dim": 8},
+    "spark": {"decoder_width": 32},
     "supervised": {"classes": 3},
+    "swav": {"hidden_dim": 32, "out_dim": 16, "prototypes": 24, "local_views": 1, "freeze_prototypes": 0.0},
     "vicreg": {"hidden_dim": 32, "out_dim": 16},
 }
+
+
+def save_run(folder: Path, objective: Objective, name: str, size: int) -> str:
+    """A run folder with one checkpoint of an objective made by `make`; its path."""
+    options = {key: list(value) if isinstance(value, tuple) else value for key, value in OPTIONS[name].items()}
+    config = {"objective": name, "backbone": objective.backbone.name, "image_size": size, "options": options}
+    (folder / "checkpoints").mkdir(parents=True)
+    state = {"objective": objective.state_dict(), "config": yaml.safe_dump(config), "images_seen": 64}
+    torch.save(state, folder / "checkpoints" / f"{64:012d}.pt")
+    return str(folder)
 
 
 def make(name: str, backbone: nn.Module, size: int, **options: Any) -> Objective:
