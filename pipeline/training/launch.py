@@ -56,16 +56,23 @@ def launch(config: Config, argv: Sequence[str]) -> int:
     if config.resume and earlier is None:
         raise UserError(f"--resume {address}: no run is there (it has no config.yaml)")
     train, val, note = preparation.prepare(config)
-    side = preparation.median_side(train)
+    side, asked = preparation.median_side(train), config.batch_size
     config = configuration.resolve(config, images=train.images, side=side, classes=len(train.classes))
-    if earlier and (changes := configuration.differences(earlier, config)):
-        raise UserError(
-            f"{address}: is a run with another configuration ({'; '.join(changes)}); "
-            "repeat its options, or give another --run"
+    if asked and asked != config.batch_size:
+        print(
+            f"--batch-size {asked} does not fit {train.images:,} training images: {config.batch_size} is used",
+            flush=True,
         )
-    engine = choose_engine(config)
     storage = storage_of(config)
     folder = RunFolder(address or f"{storage}/{fresh_name(config)}")
+    if earlier and (changes := configuration.differences(earlier, config)):
+        if folder.checkpoints():
+            raise UserError(
+                f"{address}: is a run with another configuration ({'; '.join(changes)}); "
+                "repeat its options, or give another --run"
+            )
+        folder.remove("mlflow_run_id")  # its start failed: it begins anew, in MLflow too
+    engine = choose_engine(config)
     config = replace(config, run=folder.address, resume=None, config=None)
     job = Job(config, folder.address, train, val, engine.device, engine.threads)
     uri = tracking.default_uri(storage)

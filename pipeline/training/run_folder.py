@@ -64,6 +64,11 @@ class RunFolder:
             Path(temporary).unlink(missing_ok=True)
             raise
 
+    def remove(self, name: str) -> None:
+        """Remove `name` if it is there."""
+        if self.exists(name):
+            self.filesystem.rm_file(f"{self.root}/{name}")
+
     def write_json(self, name: str, content: Any) -> None:
         """Write `name` as indented JSON."""
         self.write(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -126,10 +126,17 @@ def work(job: Job, links: Links) -> dict[str, Any]:
 
 
 def build(config: Config) -> Objective:
-    """The configured objective around a fresh backbone, every weight drawn from the seed."""
+    """The configured objective around a fresh backbone, every weight drawn from the seed.
+
+    Raises:
+        UserError: they make no sense together, or at this image size.
+    """
     torch.manual_seed(config.seed)
     kind = objectives.objective(config.objective)
-    return kind(measure.fresh_backbone(config), image_size=config.image_size, **config.options)
+    try:
+        return kind(measure.fresh_backbone(config), image_size=config.image_size, **config.options)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def prepare(objective: Objective, config: Config, device: torch.device, world: int) -> tuple[nn.Module, Any]:

@@ -193,6 +193,40 @@ def test_another_configuration_in_the_same_folder_is_refused_with_the_difference
     assert "--epochs 1 → 2" in capsys.readouterr().err
 
 
+def test_a_failed_start_stands_in_the_way_of_nothing(command, tmp_path, capsys):
+    run = tmp_path / "runs" / "one"
+    words = command("--backbone", "vit_ti8", "--epochs", "1", "--run", str(run), *DINO)
+    words[words.index("--image-size") + 1] = "20"
+    assert pretrain.main(words) == 2
+    assert "must be multiples of" in capsys.readouterr().err
+    failed = (run / "mlflow_run_id").read_text()
+    words[words.index("--image-size") + 1] = "16"
+    assert pretrain.main(words) == 0
+    assert json.loads((run / "summary.json").read_text())["images_seen"] == losses(run)[-1][0]
+    assert (run / "mlflow_run_id").read_text() != failed
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_does_not(command, tmp_path):
+    found = []
+    for name, seed in (("one", "3"), ("two", "3"), ("three", "4")):
+        run = tmp_path / "runs" / name
+        assert (
+            pretrain.main(command("--backbone", "lenet5", "--epochs", "1", "--seed", seed, "--run", str(run), *MAE))
+            == 0
+        )
+        found.append(losses(run))
+    assert found[0] == found[1]
+    assert found[0] != found[2]
+
+
+def test_a_batch_larger_than_the_data_is_made_to_fit_and_said(command, tmp_path, capsys):
+    words = command("--backbone", "lenet5", "--epochs", "1", "--run", str(tmp_path / "runs" / "one"), *DINO)
+    words[words.index("--batch-size") + 1] = "512"
+    assert pretrain.main(words) == 0
+    images = json.loads((tmp_path / "runs" / "one" / "summary.json").read_text())["images_seen"]
+    assert f"--batch-size 512 does not fit {images} training images: {images} is used" in capsys.readouterr().out
+
+
 def test_a_run_without_labels_measures_nothing_and_says_so(command, tmp_path):
     generator = np.random.default_rng(1)
     (tmp_path / "flat").mkdir()
