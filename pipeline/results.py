@@ -13,7 +13,7 @@ from pipeline.blocks import around, write
 from pipeline.command import guarded
 from pipeline.errors import UserError
 
-COLUMNS = ("data", "backbone", "objective", "px", "epochs", "images/s", "k-NN", "linear")
+COLUMNS = ("data", "backbone", "objective", "px", "epochs", "k-NN", "linear")
 SCORES = ("knn_top1", "linear_top1")
 
 
@@ -48,7 +48,6 @@ def row(run: str) -> tuple[list[str], str]:
         summary["objective"],
         str(config["image_size"]),
         str(config["epochs"]),
-        f"{summary['images_per_second']:.0f}",
         *(accuracy(name, summary, floors) for name in SCORES),
     ]
     workers = f", {config['workers']} workers" if config["workers"] > 1 else ""
@@ -64,7 +63,7 @@ def accuracy(name: str, trained: Mapping[str, Any], floors: Sequence[Mapping[str
 def table(runs: Sequence[str]) -> str:
     """The table of some runs, and under it where they ran."""
     rows, devices = zip(*map(row, runs))
-    lines = [f"| {' | '.join(cells)} |" for cells in (COLUMNS, ("---",) * 5 + ("---:",) * 3, *rows)]
+    lines = [f"| {' | '.join(cells)} |" for cells in (COLUMNS, ("---",) * 5 + ("---:",) * 2, *rows)]
     where = "; ".join(dict.fromkeys(devices))
     return "\n".join(
         [*lines, "", f"Top-1 in per cent at the last epoch: trained / the same untrained / raw pixels. {where}."]

@@ -1,0 +1,44 @@
+"""The table of finished runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.results import main, table
+
+SUMMARY = {
+    "backbone": "resnet18", "objective": "dino", "train_images": 2400, "device": "a processor",
+    "knn_top1": 0.431, "linear_top1": 0.5, "versions": {"torch": "2.14"},
+    "untrained": {"knn_top1": 0.21, "linear_top1": 0.3}, "pixels": {"knn_top1": None, "linear_top1": 0.351},
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "summary.json").write_text(json.dumps(SUMMARY))
+    (folder / "config.yaml").write_text("data: /somewhere/photos\nimage_size: 96\nepochs: 3\nworkers: 2\n")
+    return folder
+
+
+def test_a_run_is_a_row_with_its_floors(run: Path) -> None:
+    lines = table([str(run)]).splitlines()
+    assert lines[0].startswith("| data | backbone |")
+    assert lines[2] == "| photos (2,400) | resnet18 | dino | 96 | 3 | **43.1** / 21.0 / – | **50.0** / 30.0 / 35.1 |"
+    assert lines[-1].endswith("a processor, 2 workers, torch 2.14.")
+    assert "somewhere" not in table([str(run)])
+
+
+def test_the_block_takes_the_table_and_mistakes_are_one_line(run: Path, tmp_path: Path, capsys) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("# Title\n<!-- results -->\nold\n<!-- /results -->\nend\n")
+    assert main([str(run), str(run), "--write", str(readme)]) == 0
+    text = readme.read_text()
+    assert text.count("photos (2,400)") == 2
+    assert "old" not in text
+    assert text.endswith("<!-- /results -->\nend\n")
+    assert main([str(tmp_path)]) == 2
+    assert main([str(run), "--write", str(tmp_path / "absent.md")]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 2
