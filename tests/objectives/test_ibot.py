@@ -9,7 +9,6 @@ from masked_toy import MaskedToy
 from objective_toys import knn, sick, toy_images, train
 from torch import Tensor
 
-import backbones
 import objectives
 from objectives.heads import WeightNormLinear
 from objectives.ibot import IBOT, cell_loss, cell_weights
@@ -283,14 +282,13 @@ def test_vital_signs_trip_on_forced_collapse_and_only_then(options: dict, signs:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit_ti8", "lenet5"])
-def test_it_lifts_neighbours_above_those_of_an_untrained_backbone(name: str) -> None:
+def test_it_lifts_neighbours_above_those_of_an_untrained_backbone() -> None:
     images, kinds = toy_images(512)
     torch.manual_seed(0)
-    backbone = backbones.create(name, image_size=32)
+    backbone = MaskedToy()
     floor = knn(backbone, images, kinds)
-    objective = objectives.create("ibot", backbone, image_size=32, **HEALTHY)
-    train(objective, images, steps=150, lr=1e-3)
+    objective = objectives.create("ibot", backbone, image_size=32, **HEALTHY | {"local_views": 0, "ema_start": 0.98})
+    train(objective, images, steps=300, lr=1e-3)
     assert knn(objective.backbone, images, kinds) > floor + 0.05
 
 

