@@ -308,6 +308,17 @@ def test_it_lifts_neighbours_above_those_of_an_untrained_backbone() -> None:
     assert knn(objective.backbone, images, kinds) > floor + 0.05
 
 
+@pytest.mark.slow
+def test_it_lifts_neighbours_on_a_cnn_too() -> None:
+    images, kinds = toy_images(512)
+    torch.manual_seed(0)
+    backbone = backbones.create("resnet20", image_size=32)
+    floor = knn(backbone, images, kinds)
+    objective = objectives.create("dinov2", backbone, image_size=32, **HEALTHY | {"local_views": 0, "ema_start": 0.95})
+    train(objective, images, steps=80, lr=2e-3)
+    assert knn(objective.backbone, images, kinds) > floor + 0.05
+
+
 def test_created_by_name() -> None:
     objective = objectives.create("dinov2", MaskedToy(), image_size=32, **SMALL)
     assert isinstance(objective, DINOv2)

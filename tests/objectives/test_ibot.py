@@ -9,6 +9,7 @@ from masked_toy import MaskedToy
 from objective_toys import knn, sick, toy_images, train
 from torch import Tensor
 
+import backbones
 import objectives
 from objectives.heads import WeightNormLinear
 from objectives.ibot import IBOT, cell_loss, cell_weights
@@ -289,6 +290,17 @@ def test_it_lifts_neighbours_above_those_of_an_untrained_backbone() -> None:
     floor = knn(backbone, images, kinds)
     objective = objectives.create("ibot", backbone, image_size=32, **HEALTHY | {"local_views": 0, "ema_start": 0.98})
     train(objective, images, steps=300, lr=1e-3)
+    assert knn(objective.backbone, images, kinds) > floor + 0.05
+
+
+@pytest.mark.slow
+def test_it_lifts_neighbours_on_a_cnn_too() -> None:
+    images, kinds = toy_images(512)
+    torch.manual_seed(0)
+    backbone = backbones.create("resnet20", image_size=32)
+    floor = knn(backbone, images, kinds)
+    objective = objectives.create("ibot", backbone, image_size=32, **HEALTHY | {"local_views": 0, "ema_start": 0.95})
+    train(objective, images, steps=80, lr=2e-3)
     assert knn(objective.backbone, images, kinds) > floor + 0.05
 
 
