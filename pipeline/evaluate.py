@@ -23,7 +23,7 @@ class Arguments:
     """Labelled images to be judged on; left open: a train/ + val/ pair, else a split by content."""
     protocols: tuple[str, ...] = DEFAULT
     """Of knn, linear, logistic, low_shot, retrieval, label_free, factors, layerwise, similarity,
-    robustness, seeing, depth, attentive, finetune."""
+    robustness, seeing, depth, attentive, finetune, scratch."""
     limit: int | None = None
     """Learn from at most this many images."""
     seed: int = 0

@@ -9,11 +9,11 @@ if TYPE_CHECKING:
 
 NAMES = (
     *("knn", "linear", "logistic", "low_shot", "retrieval", "label_free", "factors", "layerwise"),
-    *("similarity", "robustness", "seeing", "depth", "attentive", "finetune"),
+    *("similarity", "robustness", "seeing", "depth", "attentive", "finetune", "scratch"),
 )
 """The protocols, known without importing torch: the keys of `PROTOCOLS`."""
 
-COMPARED = NAMES[:-2]
+COMPARED = NAMES[:-3]
 """What a comparison takes where none is named: all but those that train for minutes."""
 
 DEFAULT = ("knn", "linear")

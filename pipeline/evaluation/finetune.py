@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import backbones
+from backbones import names
 from backbones.contract import Backbone
 from objectives.views import View
 from pipeline.data.loader import make_loader
@@ -65,19 +66,34 @@ class Classifier(nn.Module):
 
 def finetune(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float | Tensor] | None:
     """The headline numbers after fine-tuning a copy; `train_error`, the share of training images still wrong."""
+    return _learned(train, val, seed, fresh=False)
+
+
+def scratch(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float | Tensor] | None:
+    """As `finetune`, but from fresh weights: what the labels teach alone, and so what pretraining brought.
+
+    Its `train_error` by depth is the degradation experiment (He et al. 2016, section 4.2): plain56 stays above plain20,
+    resnet56 below resnet20.
+    """
+    return _learned(train, val, seed, fresh=True)
+
+
+def _learned(train: FeatureSet, val: FeatureSet, seed: int, fresh: bool) -> dict[str, float | Tensor] | None:
     if train.images is None or val.images is None or train.which is None or val.which is None:
         return None
     if not isinstance(train.images.backbone, Backbone) or int((train.labels >= 0).sum()) < 2:
         return None
-    family = backbones.names.family(train.images.backbone.name)
-    model = learn(train, RECIPES[family], seed=seed)
+    recipe = RECIPES[names.family(train.images.backbone.name)]
+    recipe = replace(recipe, layer_decay=1.0) if fresh else recipe
+    model = learn(train, recipe, seed=seed, fresh=fresh)
     predicted, truth = _answers(replace(val.images, backbone=model), val)
     of_train, train_truth = _answers(replace(train.images, backbone=model), train)
     return headline(predicted, truth) | {"train_error": (of_train != train_truth).double().mean().item()}
 
 
-def learn(train: FeatureSet, recipe: Recipe, *, seed: int, from_scratch: bool = False) -> Classifier:
-    """A copy of the backbone and a classifier, fine-tuned on the labelled images; the average of its weights."""
+def learn(train: FeatureSet, recipe: Recipe, *, seed: int, fresh: bool = False) -> Classifier:
+    """A copy of the backbone, `fresh` or as it is, and a classifier, trained on the labelled images; the average of all
+    their weights."""
     images, which = train.images, train.which
     assert images is not None
     assert which is not None
@@ -88,7 +104,7 @@ def learn(train: FeatureSet, recipe: Recipe, *, seed: int, from_scratch: bool = 
     steps = max(recipe.least_steps, recipe.epochs * count // batch)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
-        model = Classifier(_copy(images.backbone, recipe, from_scratch), int(train.labels.max()) + 1).to(images.device)
+        model = Classifier(_copy(images.backbone, recipe, fresh), int(train.labels.max()) + 1).to(images.device)
         model.train()
         average = torch.optim.swa_utils.AveragedModel(
             model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema), use_buffers=True
@@ -161,7 +177,7 @@ def mix(x: Tensor, labels: Tensor, classes: int, recipe: Recipe, rng: np.random.
     return x, share * targets + (1 - share) * targets.flip(0)
 
 
-def _copy(backbone: nn.Module, recipe: Recipe, from_scratch: bool) -> Backbone:
+def _copy(backbone: nn.Module, recipe: Recipe, fresh: bool) -> Backbone:
     """The backbone again, with drop path where its blocks can be dropped."""
     assert isinstance(backbone, Backbone)
     config = {**backbone.config, "pretrained": False}
@@ -169,7 +185,7 @@ def _copy(backbone: nn.Module, recipe: Recipe, from_scratch: bool) -> Backbone:
         copy = backbones.create(**{**config, "drop_path": recipe.drop_path})
     except ValueError:  # no residual blocks
         copy = backbones.create(**{**config, "drop_path": 0.0})
-    if not from_scratch:
+    if not fresh:
         copy.load_state_dict(backbone.state_dict())
     return copy
 

@@ -90,5 +90,6 @@ PROTOCOLS: MappingProxyType[str, EvaluationProtocol] = MappingProxyType(
         "depth": EvaluationProtocol(depth.depth, "gradient_ratio", ("images",), labels=False),
         "attentive": EvaluationProtocol(attentive.attentive, needs=("images",)),
         "finetune": EvaluationProtocol(finetune.finetune, needs=("images",)),
+        "scratch": EvaluationProtocol(finetune.scratch, needs=("images",)),
     }
 )

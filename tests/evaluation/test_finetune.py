@@ -62,9 +62,12 @@ def test_finetuning_and_attention_learn_the_labels_and_leave_the_backbone_alone(
         patch.setattr(attentive, "STEPS", 60)
         quick = replace(RECIPES["cnn"], lr=2e-2, epochs=1, least_steps=60, batch=32, layer_decay=1.0, ema=0.9)
         patch.setattr(finetune, "RECIPES", {"cnn": quick})
-        numbers = examine({"": backbone}, *sets, image_size=SIDE, protocols=("attentive", "finetune"))[""].numbers
+        numbers = examine({"": backbone}, *sets, image_size=SIDE, protocols=("attentive", "finetune", "scratch"))[
+            ""
+        ].numbers
     assert numbers["attentive_top1"] > 0.7
     assert numbers["finetune_top1"] > 0.7
     assert numbers["finetune_train_error"] < 0.3
+    assert numbers["scratch_top1"] > 0.5
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     assert backbone.training
