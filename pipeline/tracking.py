@@ -264,7 +264,7 @@ def child_run(
 
     Args:
         name: such as `knn` or `linear`.
-        tags: what tells this evaluation from others: protocol, data.
+        tags: what tells this evaluation from others: protocol, data; `mlflow.runName` for a name without the parent's.
         metrics: accuracies in [0, 1]; what is None is left out.
         step: images the evaluated backbone had seen.
     """
@@ -277,7 +277,7 @@ def child_run(
         own = {key: redact(str(value))[:TAG_LENGTH] for key, value in tags.items() if value is not None}
         run = client.create_run(
             parent.info.experiment_id,
-            run_name=f"{name} of {parent.info.run_name}",
+            run_name=own.pop("mlflow.runName", f"{name} of {parent.info.run_name}"),
             tags=shared
             | {"kind": "evaluation", "mlflow.parentRunId": parent_run_id, "mlflow.user": _user()}
             | {key: parent.data.tags[key] for key in ("mlflow.runColor",) if key in parent.data.tags}
