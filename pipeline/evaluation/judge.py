@@ -64,7 +64,10 @@ def judge(
 
 def find(run: str) -> tuple[RunFolder, Config, Backbone, int]:
     """The run folder, configuration, backbone and images seen of a run or of one of its checkpoints."""
-    if run.endswith(".pt"):
+    if run.endswith(".pt") and "://" in run:
+        folder = RunFolder(run.rsplit("/", 2)[0])
+        state = folder.load_checkpoint(int(Path(run).stem))
+    elif run.endswith(".pt"):
         path = Path(run).resolve()
         state = read_checkpoint(path.read_bytes(), run)
         folder = RunFolder(str(path.parent.parent))
