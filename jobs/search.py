@@ -1,4 +1,4 @@
-"""`python -m jobs.search --space lr=1e-4..1e-2 …`: hyper-parameters without labels, by Ray Tune.
+"""`python -m jobs.search lr=1e-4..1e-2 --settings …`: hyper-parameters without labels, by Ray Tune.
 
 Every trial is a pretraining run, stopped at each rung to be measured and continued exactly where it stood. ASHA (Li et
 al. 2020) ends those that rank low at their rung. They are ranked by RankMe, which needs no labels, or by k-NN accuracy.
@@ -45,8 +45,8 @@ class Arguments:
     seed: int = 0
     storage: str | None = None
     """Where trials and the result go; left open: runs/, or in a cluster job ~/ssl-runs."""
-    name: str = "search"
-    """The folder of the search below the storage."""
+    run: str | None = None
+    """The folder of this search; left open: search/ below the storage."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from jobs import cluster
         from jobs.run import default_storage
 
-        folder = f"{(arguments.storage or default_storage()).rstrip('/')}/{arguments.name}"
+        folder = arguments.run or f"{(arguments.storage or default_storage()).rstrip('/')}/search"
         folder = folder if "://" in folder else str(Path(folder).absolute())
         found = cluster.tune(
             trial, space, {"shared": shared, "rungs": arguments.rungs, "metric": arguments.metric, "folder": folder},
@@ -91,10 +91,10 @@ def axis(text: str) -> tuple[str, Axis]:
         except ValueError:
             low = high = math.nan
         if not low < high:
-            raise UserError(f"--space {text}: must run from a number to a larger one, as in lr=1e-4..1e-2")
+            raise UserError(f"{text}: must run from a number to a larger one, as in lr=1e-4..1e-2")
         return name, ("log" if low > 0 and high >= 10 * low else "even", low, high)
     if not equals or not values:
-        raise UserError(f"--space {text}: must be name=low..high or name=a,b,c")
+        raise UserError(f"{text}: must be name=low..high or name=a,b,c")
     return name, ("of", values.split(","))
 
 

@@ -446,9 +446,8 @@ def words(run: str, arguments: Mapping[str, Any], folder: str = "", folders: Seq
     """Arguments by name as words of the command line; what has no default comes first, without its name,
     where the entry point reads it so."""
     known = _options(run)
-    bare = run not in TRAINS and "PositionalRequiredArgs" in inspect.getsource(
-        importlib.import_module(entry_points()[run])
-    )
+    module = importlib.import_module(entry_points()["pack" if run in TRAINS else run])
+    bare = any(mark in inspect.getsource(module) for mark in ("PositionalRequiredArgs", "from jobs.command import"))
     positional: list[str] = []
     named: list[str] = []
     for key, value in arguments.items():

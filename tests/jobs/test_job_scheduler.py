@@ -1,7 +1,10 @@
 """The scheduler on a fast clock: days pass in milliseconds, it is killed where it hurts most, and no firing is lost."""
 
+import os
 import random
+import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -53,6 +56,13 @@ class Cluster:
         self.taken[job.submission(firing, "")] += self.taken[job.submission(firing, "")] == 0
         if fate > 1 - self.trouble:
             raise Killed
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Iterator[Path]:
+    """In memory where that can be: on some disks every rename waits for the platter."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture
