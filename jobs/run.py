@@ -87,15 +87,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: Arguments) -> int:
     """One cell, what comes after it, and the notifications."""
-    job = spec.load(arguments.job, arguments.set, on_cluster=True)
+    job = spec.load(arguments.job, arguments.set)
     firing = spec.which_firing(job, arguments.firing, datetime.now(UTC))
     cell = job.cell(arguments.cell)
-    if missing := [name for name in job.secrets if not os.environ.get(name)]:
-        raise UserError(f"{job.path}: {', '.join(missing)} not set here; set it where the cluster's nodes are started")
     storage = str(job.of(cell).arguments.get("storage") or default_storage())
     place = Place(
         firing, cell, f"{storage}/{job.submission(firing, cell.name)}", f"{storage}/firings/{job.name}/{firing}"
     )
+    try:
+        spec.load(arguments.job, arguments.set, on_cluster=True)
+        if missing := [name for name in job.secrets if not os.environ.get(name)]:
+            raise UserError(
+                f"{job.path}: {', '.join(missing)} not set here; set it where the cluster's nodes are started"
+            )
+    except UserError as error:
+        tell(job, place, "failure", f"{job.submission(firing, cell.name)}: {error}", 0.0)
+        raise
     os.environ.update(job.environment)
     os.environ[TAGS_VARIABLE] = json.dumps({"job": job.name, "firing": firing})
     if arguments.step is not None:
@@ -116,7 +123,7 @@ def run(arguments: Arguments) -> int:
 
     started = time.monotonic()
     outcome = attempt(step.command(place.run), job, listen)
-    meet(place, outcome)
+    meet(job, place, outcome)
     report(job, place, outcome)
     worst = outcome.status
     for number in due(job, place, outcome):
@@ -228,22 +235,27 @@ def tell(job: Job, place: Place, event: Literal["finish", "failure", "collapse"]
 # --- what comes after -----------------------------------------------------------------------------------------------
 
 
-def meet(place: Place, outcome: Outcome) -> None:
+def done(job: Job, place: Place, outcome: Outcome) -> bool:
+    """Whether a cell left something to go on with: it succeeded and, where it trains, there was what to train on."""
+    return outcome.status == 0 and (job.step.run not in spec.TRAINS or bool(read(f"{place.run}/summary.json")))
+
+
+def meet(job: Job, place: Place, outcome: Outcome) -> None:
     """Leave word for the firing's other cells."""
-    word = {"run": place.run, "status": outcome.status, "why": outcome.why, "seconds": outcome.seconds}
+    word = {"run": place.run, "done": done(job, place, outcome), **outcome._asdict()}
     with fsspec.open(f"{place.meeting}/{place.cell.name or 'only'}.json", "w", auto_mkdir=True) as file:
         json.dump(word, file)
 
 
 def runs(job: Job, place: Place) -> list[str] | None:
-    """Run folders of the firing's cells that finished, None while some have not ended."""
+    """Run folders of the firing's cells that are done, None while some have not ended."""
     words = [read(f"{place.meeting}/{cell.name or 'only'}.json") for cell in job.cells]
-    return None if None in words else [str(word["run"]) for word in words if word and word["status"] == 0]
+    return None if None in words else [str(word["run"]) for word in words if word and word["done"]]
 
 
 def due(job: Job, place: Place, outcome: Outcome) -> list[int]:
     """Which of the steps after are this cell's to run: those for each cell, and those for all if it ended last."""
-    each = [i for i, step in enumerate(job.after) if not step.once and outcome.status == 0]
+    each = [i for i, step in enumerate(job.after) if not step.once and done(job, place, outcome)]
     once = [i for i, step in enumerate(job.after) if step.once]
     if once and runs(job, place) and claim(f"{place.meeting}/after.claimed"):
         return each + once

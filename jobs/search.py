@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run(arguments: Arguments) -> int:
         space = dict(axis(text) for text in arguments.space)
-        shared = [word for setting in arguments.settings for word in words(setting)]
+        shared = [word for setting in arguments.settings for word in words(whole(setting))]
         check(space, shared)
         from jobs import cluster
         from jobs.run import default_storage
@@ -105,6 +105,16 @@ def words(setting: str) -> list[str]:
         raise UserError(f"--settings {setting}: must be name=value")
     option = f"--{name.replace('_', '-')}"
     return [f"{option}={value}"] if value.startswith("-") else [option, value]
+
+
+def whole(setting: str) -> str:
+    """A setting whose local path holds wherever a trial runs: trials have folders of their own."""
+    name, _, value = setting.partition("=")
+    return (
+        f"{name}={Path(value).absolute()}"
+        if name in ("data", "val_data", "cache") and Path(value).exists()
+        else setting
+    )
 
 
 def check(space: dict[str, Axis], shared: list[str]) -> None:

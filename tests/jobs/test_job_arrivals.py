@@ -89,4 +89,10 @@ def test_three_nights_on_a_folder_that_grows(tmp_path):
     rows = [(tmp_path / "runs" / f"night-{firing(day)}" / "metrics.jsonl").read_text().splitlines() for day in (1, 2)]
     first = [json.loads(lines[0])["loss"] for lines in rows]
     assert first[1] < first[0], "the second night begins where the first one ended"
+    (tmp_path / "night.yaml").write_text(job + 'after: [{run: evaluate, arguments: {run: "{run}"}}]\n')
+    words = ["night.yaml", "--firing", firing(4), "--in-place", "--set", *TINY]
+    quiet = python("-m", "jobs.run", *words, cwd=tmp_path, timeout=280, HOME=str(tmp_path))
+    assert quiet.returncode == 0
+    assert "they wait for the next firing" in quiet.stdout
+    assert "pipeline.evaluate" not in quiet.stdout, "there is nothing to evaluate"
     assert all(0 <= summary["knn_top1"] <= 1 for summary in said)

@@ -20,7 +20,7 @@ CRD = ROOT.parent / "shared" / "data" / "kuberay_crds" / "ray.io_rayjobs.yaml.gz
 def test_the_rayjob_fits_kuberays_schema():
     if not CRD.exists():
         pytest.skip("KubeRay's CustomResourceDefinitions are not beside this checkout")
-    versions = yaml.safe_load(gzip.decompress(CRD.read_bytes()))["spec"]["versions"]
+    versions = yaml.load(gzip.decompress(CRD.read_bytes()), yaml.CSafeLoader)["spec"]["versions"]
     schema = next(v["schema"]["openAPIV3Schema"] for v in versions if v["name"] == "v1")
     schema["properties"]["spec"]["additionalProperties"] = False
     document = yaml.safe_load((DEPLOY / "rayjob.yaml").read_text())
