@@ -86,7 +86,10 @@ def find(run: str) -> Judged:
     Raises:
         UserError: there is none, or it is torn, foreign, or not what its configuration says.
     """
-    if run.endswith(".pt"):
+    if run.endswith(".pt") and "://" in run:
+        folder = RunFolder(run.rsplit("/", 2)[0])
+        state = folder.load_checkpoint(int(Path(run).stem))
+    elif run.endswith(".pt"):
         path = Path(run).resolve()
         state = read_checkpoint(path.read_bytes(), run)
         folder = RunFolder(str(path.parent.parent))
