@@ -23,8 +23,9 @@ test-slow: .venv/ready ## the tests that take minutes
 test-gpu: .venv/ready ## the tests that need CUDA
 	$(PYTHON_HERE) -m pytest -m gpu $(ARGS)
 
-bench: .venv/ready ## measure the loader against its alternatives and write README's table
-	$(PYTHON_HERE) -m pipeline.bench $(or $(ARGS),loader)
+bench: .venv/ready ## measure loading and training against the alternatives and write README's tables
+	$(PYTHON_HERE) -m pipeline.bench loader --write README.md $(ARGS)
+	$(PYTHON_HERE) -m pipeline.bench engine --write README.md
 
 lint: .venv/ready ## ruff and mypy
 	$(PYTHON_HERE) -m ruff check .

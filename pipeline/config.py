@@ -88,6 +88,8 @@ class Config:
     """Where packed data sets are kept; left open: ~/.cache/ssl-pretraining."""
     resume: str | None = None
     """Continue this run folder exactly where its last checkpoint stands."""
+    init: str | None = None
+    """Begin with the backbone and objective of this run's last checkpoint; all else begins anew."""
     config: str | None = None
     """A saved config.yaml to start from; other options override it."""
     debug: bool = False

@@ -8,12 +8,12 @@ from typing import Annotated
 
 from pipeline.command import guarded
 from pipeline.errors import UserError
-from pipeline.evaluation import NAMES
+from pipeline.evaluation import DEFAULT, NAMES
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Measure a trained backbone by k-NN and linear accuracy, the untrained backbone and raw pixels beside it."""
+    """Measure a trained backbone, by k-NN and linear accuracy or as asked, beside it untrained and raw pixels."""
 
     run: str
     """A run folder, or one of its checkpoints."""
@@ -21,8 +21,9 @@ class Arguments:
     """Labelled images to learn from; left open: the run's own. Any source that pretraining takes."""
     val_data: str | None = None
     """Labelled images to be judged on; left open: a train/ + val/ pair, else a split by content."""
-    protocols: tuple[str, ...] = NAMES
-    """Of knn, linear."""
+    protocols: tuple[str, ...] = DEFAULT
+    """Of knn, linear, logistic, low_shot, retrieval, label_free, factors, layerwise, similarity,
+    robustness, seeing, depth, attentive, finetune, scratch."""
     limit: int | None = None
     """Learn from at most this many images."""
     seed: int = 0

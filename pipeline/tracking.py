@@ -46,6 +46,8 @@ BUSY = frozenset(
 )
 REFUSED = frozenset({"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"})
 PENDING = "pending."
+TAGS_VARIABLE = "SSL_RUN_TAGS"
+"""Environment variable with more tags for every run begun, as a JSON object: a job's name and firing."""
 TICKET_TAG = "mlflow.pretraining.ticket"  # tags below `mlflow.` are no columns in the UI
 
 
@@ -195,7 +197,7 @@ def start_run(
     """
     command = list(command if command is not None else sys.orig_argv)
     typed = redact(shlex.join(["python", *command[1:]]))
-    tags = {key: redact(str(value)) for key, value in tags.items() if value is not None}
+    tags = {key: redact(str(value)) for key, value in {**_given_tags(), **tags}.items() if value is not None}
     tags.setdefault("kind", "pretraining")
     tags.setdefault("commit", _commit())
     if dataset is not None:
@@ -264,7 +266,7 @@ def child_run(
 
     Args:
         name: such as `knn` or `linear`.
-        tags: what tells this evaluation from others: protocol, data.
+        tags: what tells this evaluation from others: protocol, data; `mlflow.runName` for a name without the parent's.
         metrics: accuracies in [0, 1]; what is None is left out.
         step: images the evaluated backbone had seen.
     """
@@ -277,7 +279,7 @@ def child_run(
         own = {key: redact(str(value))[:TAG_LENGTH] for key, value in tags.items() if value is not None}
         run = client.create_run(
             parent.info.experiment_id,
-            run_name=f"{name} of {parent.info.run_name}",
+            run_name=own.pop("mlflow.runName", f"{name} of {parent.info.run_name}"),
             tags=shared
             | {"kind": "evaluation", "mlflow.parentRunId": parent_run_id, "mlflow.user": _user()}
             | {key: parent.data.tags[key] for key in ("mlflow.runColor",) if key in parent.data.tags}
@@ -292,6 +294,17 @@ def child_run(
     except Exception as error:
         log.warning("MLflow at %s did not record the evaluation %s (%s).", redact(uri), name, _short(error))
         return None
+
+
+def _given_tags() -> dict[str, Any]:
+    try:
+        given = json.loads(os.environ.get(TAGS_VARIABLE) or "{}")
+    except ValueError:
+        given = None
+    if not isinstance(given, dict):
+        log.warning("%s is no JSON object, so its tags are left out.", TAGS_VARIABLE)
+        return {}
+    return given
 
 
 def _create(client: Any, request: Mapping[str, Any]) -> str:

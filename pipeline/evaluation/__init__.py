@@ -1,20 +1,29 @@
-"""How good is a backbone? k-NN and linear probes on frozen features, and the floors they are to be judged against."""
+"""How good is a backbone? Protocols on frozen features, and the floors they are to be judged against."""
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.evaluation.evaluate import evaluate_backbone, with_floors
+    from pipeline.evaluation.evaluate import evaluate_backbone, examine, with_floors
     from pipeline.evaluation.feature_set import FeatureSet
     from pipeline.evaluation.protocols import PROTOCOLS
 
-NAMES = ("knn", "linear")
+NAMES = (
+    *("knn", "linear", "logistic", "low_shot", "retrieval", "label_free", "factors", "layerwise"),
+    *("similarity", "robustness", "seeing", "depth", "attentive", "finetune", "scratch"),
+)
 """The protocols, known without importing torch: the keys of `PROTOCOLS`."""
 
-__all__ = ["NAMES", "PROTOCOLS", "FeatureSet", "evaluate_backbone", "with_floors"]
+COMPARED = NAMES[:-3]
+"""What a comparison takes where none is named: all but those that train for minutes."""
+
+DEFAULT = ("knn", "linear")
+"""Those that every run ends with, and that are taken where none is named."""
+
+__all__ = ["COMPARED", "DEFAULT", "NAMES", "PROTOCOLS", "FeatureSet", "evaluate_backbone", "examine", "with_floors"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("evaluate_backbone", "with_floors"):
+    if name in ("evaluate_backbone", "examine", "with_floors"):
         from pipeline.evaluation import evaluate
 
         return getattr(evaluate, name)

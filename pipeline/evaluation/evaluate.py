@@ -1,18 +1,35 @@
 """All numbers of an evaluation: every protocol on the frozen features of a backbone, and of the floors beside it."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pipeline.data.packed import Packed
-from pipeline.evaluation import floors
+from pipeline.data import embedded
+from pipeline.data.beton import BetonReader
+from pipeline.data.packed import Packed, read_facts
+from pipeline.evaluation import DEFAULT, floors
 from pipeline.evaluation.feature_set import FeatureSet, in_classes_of
-from pipeline.evaluation.features import extract_all
+from pipeline.evaluation.features import VIEWED, Pass, look_once, random_views
+from pipeline.evaluation.images import Images, evaluating, evaluation_view
 from pipeline.evaluation.protocols import PROTOCOLS
 
 Results = dict[str, float | int | None]
+
+
+class Findings(NamedTuple):
+    """What was found out about one backbone.
+
+    numbers   scores by name, `<protocol>_<name>`, and `train_images`, `val_images`
+    evidence  tensors by name, likewise, on the CPU; those with one entry an image are in the order of `labels`
+    labels    int64 [N], of the validation images that have one
+    """
+
+    numbers: Results
+    evidence: dict[str, Tensor]
+    labels: Tensor
 
 
 def evaluate_backbone(
@@ -21,29 +38,32 @@ def evaluate_backbone(
     val: Packed | None,
     *,
     image_size: int | tuple[int, int],
-    protocols: Sequence[str] = tuple(PROTOCOLS),
+    protocols: Sequence[str] = DEFAULT,
     device: torch.device | str = "cpu",
     seed: int = 0,
     limit: int | None = None,
     batch_size: int = 256,
     precision: Literal["fp32", "bf16"] = "fp32",
+    cache: Path | None = None,
 ) -> Results:
     """Numbers by name: `knn_top1` (k = 20), `knn_low`, `knn_high`, `knn_k10` ..., `linear_top1`, `linear_lr` ..., and
     how many labelled images they stand on, `train_images` and `val_images`.
 
-    Accuracies are in [0, 1]; `<protocol>_top1` is None where either set has no labels.
+    Accuracies are in [0, 1]; a protocol's headline (`knn_top1`, `retrieval_map`) is None where either set has no
+    labels.
 
     Args:
         backbone: on `device`; images [B, C, H, W] to an object with `pooled` [B, D]. It is put back into its mode.
         limit: the largest number of training images to learn from, always the same ones.
+        cache: the folder in which features are kept; None keeps none.
 
     Raises:
         ValueError: an unknown protocol, or a validation set that is the training set.
     """
-    return evaluate_all(
+    return examine(
         {"": backbone}, train, val, image_size=image_size, protocols=protocols, device=device, seed=seed, limit=limit,
-        batch_size=batch_size, precision=precision,
-    )[""]  # fmt: skip
+        batch_size=batch_size, precision=precision, cache=cache,
+    )[""].numbers  # fmt: skip
 
 
 def with_floors(
@@ -53,64 +73,114 @@ def with_floors(
     val: Packed | None,
     *,
     image_size: int | tuple[int, int],
-    protocols: Sequence[str] = tuple(PROTOCOLS),
+    protocols: Sequence[str] = DEFAULT,
     device: torch.device | str = "cpu",
     seed: int = 0,
     limit: int | None = None,
     batch_size: int = 256,
     precision: Literal["fp32", "bf16"] = "fp32",
+    cache: Path | None = None,
 ) -> dict[str, Any]:
     """As `evaluate_backbone`, with the same numbers of the untrained backbone under `untrained`, of raw pixels under
-    `pixels`. All three see the same images, each decoded once."""
-    results = evaluate_all(
+    `pixels`, as far as protocols need nothing but features. All three see the same images, each decoded once."""
+    found = examine(
         {"trained": backbone, "untrained": untrained, "pixels": floors.pixels()}, train, val, image_size=image_size,
         protocols=protocols, device=device, seed=seed, limit=limit, batch_size=batch_size, precision=precision,
+        cache=cache, floors=("untrained", "pixels"),
     )  # fmt: skip
-    return {**results["trained"], "untrained": results["untrained"], "pixels": results["pixels"]}
+    numbers = {name: one.numbers for name, one in found.items()}
+    return {**numbers["trained"], "untrained": numbers["untrained"], "pixels": numbers["pixels"]}
 
 
-def evaluate_all(
+def examine(
     backbones: Mapping[str, nn.Module],
     train: Packed,
     val: Packed | None,
     *,
     image_size: int | tuple[int, int],
-    protocols: Sequence[str],
-    device: torch.device | str,
-    seed: int,
-    limit: int | None,
-    batch_size: int,
-    precision: Literal["fp32", "bf16"],
-) -> dict[str, Results]:
-    """The numbers of several backbones on the same images; arguments as of `evaluate_backbone`."""
+    protocols: Sequence[str] = DEFAULT,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    limit: int | None = None,
+    batch_size: int = 256,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    cache: Path | None = None,
+    floors: Sequence[str] = (),
+) -> dict[str, Findings]:
+    """What every protocol finds in several backbones on the same images; arguments as of `evaluate_backbone`.
+
+    Args:
+        floors: backbones that go through no protocol that needs more than features.
+    """
     unknown = [name for name in protocols if name not in PROTOCOLS]
     if unknown:
         raise ValueError(f"unknown protocol {', '.join(unknown)}; there are {', '.join(PROTOCOLS)}")
-    nothing: Results = {f"{name}_top1": None for name in protocols}
-    if val is None or not train.classes or not val.classes:
-        return {name: {**nothing, "train_images": 0, "val_images": 0} for name in backbones}
+    labelled = val is not None and bool(train.classes) and bool(val.classes)
+    nothing: Results = {f"{name}_{PROTOCOLS[name].headline}": None for name in protocols}
+    if val is None or (not labelled and all(PROTOCOLS[name].labels for name in protocols)):
+        numbers = {**nothing, "train_images": 0, "val_images": 0}
+        return {name: Findings(dict(numbers), {}, torch.empty(0, dtype=torch.int64)) for name in backbones}
     if train.path == val.path or (train.fingerprint and train.fingerprint == val.fingerprint):
         raise ValueError(
             f"{val.path} holds the training images, so an accuracy on it says nothing: give other val data"
         )
 
-    def features(packed: Packed, limit: int | None) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        return extract_all(
-            backbones, packed.path, image_size=image_size, batch_size=batch_size, device=device, limit=limit,
-            precision=precision,
+    device = torch.device(device)
+    needs = {need for name in protocols for need in PROTOCOLS[name].needs}
+
+    def passes(packed: Packed, names: Sequence[str], limit: int | None, *, random: bool = False) -> dict[str, Pass]:
+        return look_once(
+            cache, {name: backbones[name] for name in names}, packed,
+            random_views(image_size) if random else [evaluation_view(image_size)],
+            layers="layers" in needs and not random and names is examined, batch_size=batch_size, device=device,
+            limit=limit, precision=precision,
         )  # fmt: skip
 
-    train_x, train_y = features(train, limit)
-    val_x, val_y = features(val, None)
-    val_y = in_classes_of(train.classes, val_y, val.classes)
-    counts = {"train_images": int((train_y >= 0).sum()), "val_images": int((val_y >= 0).sum())}
+    examined = [name for name in backbones if name not in floors]
+    if "layers" in needs:  # no floor has any
+        on_train, on_val = (passes(p, examined, n) | passes(p, floors, n) for p, n in ((train, limit), (val, None)))
+    else:
+        on_train, on_val = (passes(p, list(backbones), n) for p, n in ((train, limit), (val, None)))
+    random = passes(train, examined, VIEWED, random=True) if "views" in needs else {}
+
+    def seen_by(name: str, packed: Packed, one: Pass) -> FeatureSet:
+        labels = in_classes_of(train.classes, one.labels, packed.classes).to(device)
+        images = None
+        if "images" in needs and name not in floors:
+            whole = torch.from_numpy(BetonReader(packed.path).metadata["label"].astype("int64"))
+            whole = in_classes_of(train.classes, whole, packed.classes)
+            images = Images(backbones[name], packed.path, whole, image_size, device, precision, batch_size)
+        return FeatureSet(
+            one.features[:, 0].to(device), labels, train.classes, tuple(layer.to(device) for layer in one.layers),
+            random[name].features.to(device) if packed is train and name in random else None,
+            truth(packed, one.which, device) if "factors" in needs else {}, images, one.which,
+        )  # fmt: skip
+
     results = {}
     for name in backbones:
-        bank = FeatureSet(train_x[name].to(device), train_y.to(device), train.classes)
-        queries = FeatureSet(val_x[name].to(device), val_y.to(device), train.classes)
-        numbers: Results = {}
+        bank, queries = seen_by(name, train, on_train[name]), seen_by(name, val, on_val[name])
+        numbers = {}
+        evidence: dict[str, Tensor] = {}
         for protocol in protocols:
-            found = PROTOCOLS[protocol](bank, queries, seed=seed)
-            numbers |= {f"{protocol}_top1": None} if found is None else {f"{protocol}_{k}": v for k, v in found.items()}
-        results[name] = {**numbers, **counts}
+            measure = PROTOCOLS[protocol]
+            if name in floors and set(measure.needs) - {"factors"}:
+                continue
+            with evaluating({name: backbones[name]}):
+                found = measure(bank, queries, seed=seed)
+            for key, value in ({measure.headline: None} if found is None else found).items():
+                if isinstance(value, Tensor):
+                    evidence[f"{protocol}_{key}"] = value.cpu()
+                else:
+                    numbers[f"{protocol}_{key}"] = value
+        counts = {"train_images": int((bank.labels >= 0).sum()), "val_images": int((queries.labels >= 0).sum())}
+        results[name] = Findings({**numbers, **counts}, evidence, queries.labels[queries.labels >= 0].cpu())
     return results
+
+
+def truth(packed: Packed, index: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """The factors of images `index` [N] of a generated set, int64 [N] by name; empty for any other set."""
+    drawn = read_facts(packed.path).get("embedded")
+    if not drawn:
+        return {}
+    values = embedded.factors(drawn["n"], drawn["seed"], drawn["part"])
+    return {name: torch.from_numpy(value)[index].to(device) for name, value in values.items()}

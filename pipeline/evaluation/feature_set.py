@@ -1,28 +1,50 @@
-"""Features of images, and what the images show: what every protocol takes."""
+"""What a backbone makes of one set of images, and what the images show: what every protocol takes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pipeline.evaluation.images import Images
+
 
 class FeatureSet(NamedTuple):
-    """Frozen features of one set of images.
+    """Frozen features of one set of images. What follows `classes` is there for protocols that declare its need.
 
     features  float32 [N, D]
     labels    int64 [N], an index into `classes`; -1 for an image without a label
     classes   the names of the labels; empty where no image has one
+    layers    one float32 [N, D_l] for every block or stage, the mean over its cells
+    views     float32 [n, V, D]: V random views of each of n of the images
+    factors   the value that each factor of a generated image has, int64 [N] by name; empty for photographs
+    images    the backbone and its images themselves
+    which     int64 [N], on the CPU: the images' numbers in their file
     """
 
     features: Tensor
     labels: Tensor
     classes: tuple[str, ...] = ()
+    layers: tuple[Tensor, ...] = ()
+    views: Tensor | None = None
+    factors: Mapping[str, Tensor] = {}
+    images: Images | None = None
+    which: Tensor | None = None
 
     def labelled(self) -> "FeatureSet":
         """The images that have a label."""
         keep = self.labels >= 0
-        return self if bool(keep.all()) else FeatureSet(self.features[keep], self.labels[keep], self.classes)
+        return self if bool(keep.all()) else self.chosen(keep)
+
+    def chosen(self, keep: Tensor) -> "FeatureSet":
+        """The images that `keep`, a bool mask [N] or int64 indices, names; `views` and `images` stay as they are."""
+        return self._replace(
+            which=None if self.which is None else self.which[keep.cpu()],
+            features=self.features[keep],
+            labels=self.labels[keep],
+            layers=tuple(layer[keep] for layer in self.layers),
+            factors={name: values[keep] for name, values in self.factors.items()},
+        )
 
 
 def in_classes_of(train: Sequence[str], labels: Tensor, classes: Sequence[str]) -> Tensor:

@@ -1,32 +1,52 @@
-"""What does a frozen backbone make of a packed set? One pass over the images, for one backbone or several at once."""
+"""What does a frozen backbone make of a packed set? One pass over the images, for one backbone or several at once,
+kept on disk so that no protocol and no later command repeats it."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
+from uuid import uuid4
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from objectives.views import View
-from pipeline.data.beton import BetonReader
-from pipeline.data.loader import Batch, make_loader
+from objectives.views import Photometric, View
+from pipeline.data.packed import Packed
 from pipeline.data.photometric import Photometrics
+from pipeline.evaluation.images import batches, evaluating, evaluation_view
 
-SMALL = 20_000
-"""Images up to which the OpenCV loader is taken: FFCV compiles for seconds before its first batch."""
+VERSION = 1  # of what extraction does; a new one extracts anew
+
+VIEWS = 10
+VIEWED = 512
+"""Random views of each of so many images, for the label-free scores that need them; both chosen here."""
 
 
-def evaluation_view(image_size: int | tuple[int, int]) -> View:
-    """The one deterministic view of an evaluation: a centre crop, unflipped.
+class Pass(NamedTuple):
+    """One pass over a set, on the CPU, in the order of its file.
 
-    From 128 pixels on, the shorter side is resized to size / 0.875 (256 for 224: Krizhevsky et al. 2012, and every
-    ImageNet evaluation since). Below, where sets are made at their size and objects fill the frame, the whole centre
-    square is kept.
+    which     int64 [N], the images' numbers in the file
+    labels    int64 [N], as the file has them; -1 for none
+    features  float32 [N, V, D], pooled, for every view
+    layers    one float32 [N, D_l] for every block or stage, the mean over its cells under the first view; () unless
+              asked for
     """
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    crop_pct = 0.875 if min(height, width) >= 128 else 1.0
-    return View("evaluation", (height, width), scale=None, flip_p=0.0, crop_pct=crop_pct)
+
+    which: Tensor
+    labels: Tensor
+    features: Tensor
+    layers: tuple[Tensor, ...] = ()
+
+
+def random_views(image_size: int | tuple[int, int]) -> list[View]:
+    """Views as joint-embedding methods train on: SimCLR's crop and colour (Chen et al. 2020, appendix A), no blur."""
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    colour = Photometric(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, jitter_p=0.8, gray_p=0.2)
+    return [View(f"random {i}", size, scale=(0.2, 1.0), photometric=colour) for i in range(VIEWS)]
 
 
 def extract(
@@ -70,56 +90,131 @@ def extract_all(
     precision: Literal["fp32", "bf16"] = "fp32",
 ) -> tuple[dict[str, Tensor], Tensor]:
     """As `extract`, for several backbones on `device`, each image decoded once."""
+    passes = look(
+        backbones, path, [evaluation_view(image_size)], batch_size=batch_size, device=device, backend=backend,
+        limit=limit, precision=precision,
+    )  # fmt: skip
+    return {name: one.features[:, 0] for name, one in passes.items()}, next(iter(passes.values())).labels
+
+
+def look(
+    backbones: Mapping[str, nn.Module],
+    path: str | Path,
+    views: Sequence[View],
+    *,
+    layers: bool = False,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    backend: Literal["auto", "ffcv", "opencv"] = "auto",
+    limit: int | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> dict[str, Pass]:
+    """One pass of several backbones over the same images, each decoded once."""
     device = torch.device(device)
-    view = evaluation_view(image_size)
-    images = len(BetonReader(path))
-    wanted = min(images, limit or images)
-    backend = "opencv" if backend == "auto" and images <= SMALL else backend
-    photometrics = Photometrics([view], seed=0)
-    found: dict[str, list[Tensor]] = {name: [] for name in backbones}
+    photometrics = Photometrics(views, seed=0)
+    pooled: dict[str, list[Tensor]] = {name: [] for name in backbones}
+    stages: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in backbones}
     index, labels = [], []
-    with (
-        _evaluating(backbones),
-        make_loader(
-            path, [view], batch_size=min(batch_size, wanted), shuffle=wanted < images, drop_last=False, backend=backend
-        ) as loader,
-    ):
-        for batch in _first(loader, wanted):
-            views = photometrics([v.to(device) for v in batch.views], batch.index, batch.epoch)
+    with evaluating(backbones):
+        for batch in batches(path, list(views), max(1, batch_size // len(views)), limit, backend):
+            shown = photometrics([v.to(device) for v in batch.views], batch.index, batch.epoch)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 for name, backbone in backbones.items():
-                    found[name].append(backbone(views[0]).pooled.float().cpu())
+                    found = [backbone(view, layers=True) if layers else backbone(view) for view in shown]
+                    pooled[name].append(torch.stack([one.pooled.float().cpu() for one in found], dim=1))
+                    stages[name].append(tuple(layer.float().mean(1).cpu() for layer in found[0].layers))
             index.append(batch.index)
             labels.append(batch.label)
-    order = torch.cat(index)[:wanted].argsort()
-    features = {name: torch.cat(parts)[:wanted][order] for name, parts in found.items()}
-    for name, rows in features.items():
-        if broken := int((~rows.isfinite().all(dim=1)).sum()):
+    for name, parts in pooled.items():
+        if broken := sum(int((~part.isfinite().flatten(1).all(dim=1)).sum()) for part in parts):
             raise FloatingPointError(
-                f"{broken:,} of {len(rows):,} images of {path} have features of {name or 'the backbone'} that are NaN "
-                "or infinite; --precision fp32 or an earlier checkpoint may have none"
+                f"{broken:,} images of {path} have features of {name or 'the backbone'} that are NaN or infinite; "
+                "--precision fp32 or an earlier checkpoint may have none"
             )
-    return features, torch.cat(labels)[:wanted][order]
+    order = torch.cat(index).argsort()
+    return {
+        name: Pass(
+            torch.cat(index)[order], torch.cat(labels)[order], torch.cat(pooled[name])[order],
+            tuple(torch.cat(parts)[order] for parts in zip(*stages[name])),
+        )
+        for name in backbones
+    }  # fmt: skip
 
 
-def _first(batches: Iterable[Batch], images: int) -> Iterator[Batch]:
-    """Batches until they hold that many images."""
-    for batch in batches:
-        yield batch
-        images -= len(batch.index)
-        if images <= 0:
-            return
+def look_once(
+    folder: Path | None,
+    backbones: Mapping[str, nn.Module],
+    packed: Packed,
+    views: Sequence[View],
+    *,
+    layers: bool = False,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    limit: int | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> dict[str, Pass]:
+    """As `look`, from the files in `folder` where this pass was made before; None keeps nothing.
+
+    A file's name is a digest of all that its content depends on: the weights, the images and labels (the packed set's
+    fingerprint), the views, which images, and the precision. Processes may write at once.
+    """
+    if folder is None or not packed.fingerprint:
+        return look(
+            backbones, packed.path, views, layers=layers, batch_size=batch_size, device=device, limit=limit,
+            precision=precision,
+        )  # fmt: skip
+    limit = None if limit is None or limit >= packed.images else limit
+    what = f"{VERSION} {packed.fingerprint} {[asdict(view) for view in views]} {limit} {precision}"
+    files = {
+        name: folder / f"{hashlib.blake2b(f'{digest(one)} {what}'.encode(), digest_size=16).hexdigest()}.safetensors"
+        for name, one in backbones.items()
+    }
+    kept = {name: found for name, file in files.items() if (found := _read(file, layers)) is not None}
+    missing = {name: backbone for name, backbone in backbones.items() if name not in kept}
+    if missing:
+        fresh = look(
+            missing, packed.path, views, layers=layers, batch_size=batch_size, device=device, limit=limit,
+            precision=precision,
+        )  # fmt: skip
+        for name, one in fresh.items():
+            _write(files[name], one)
+        kept |= fresh
+    return {name: kept[name] for name in backbones}
 
 
-@contextmanager
-def _evaluating(backbones: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Evaluation mode and no gradients within; each module's own mode again after."""
-    modes = [(module, module.training) for backbone in backbones.values() for module in backbone.modules()]
-    for backbone in backbones.values():
-        backbone.eval()
+def digest(backbone: nn.Module) -> str:
+    """32 hexadecimal digits that name a module's kind and weights."""
+    found = hashlib.blake2b(type(backbone).__name__.encode(), digest_size=16)
+    found.update(str(sorted(getattr(backbone, "config", {}).items())).encode())
+    for name, value in backbone.state_dict().items():
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _read(file: Path, layers: bool) -> Pass | None:
+    """A pass that was kept; None where there is none, or a torn one, or one without the layers that are asked for."""
     try:
-        with torch.no_grad():
-            yield
+        with safe_open(file, framework="pt") as head:
+            count = int((head.metadata() or {})["layers"])
+        if layers and not count:
+            return None
+        kept = load_file(file)
+        return Pass(
+            kept["which"], kept["labels"], kept["features"],
+            tuple(kept[f"layer {i}"] for i in range(count)) if layers else (),
+        )  # fmt: skip
+    except (OSError, KeyError, SafetensorError):
+        return None
+
+
+def _write(file: Path, one: Pass) -> None:
+    tensors = {"which": one.which, "labels": one.labels, "features": one.features}
+    tensors |= {f"layer {i}": layer for i, layer in enumerate(one.layers)}
+    partial = file.with_name(f".{file.name}.{uuid4().hex[:12]}.partial")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, {"layers": str(len(one.layers))})
+        os.replace(partial, file)
     finally:
-        for module, training in modes:
-            module.training = training
+        partial.unlink(missing_ok=True)

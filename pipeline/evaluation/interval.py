@@ -1,7 +1,14 @@
-"""How sure is an accuracy?"""
+"""How sure is an accuracy, or any other mean over images?"""
 
+import math
+
+import numpy as np
+import torch
 from scipy import stats
 from torch import Tensor
+
+DRAWS = 2_000
+"""Bootstrap samples, where samples are drawn."""
 
 
 def bootstrap(correct: Tensor, level: float = 0.95) -> tuple[float, float]:
@@ -16,3 +23,50 @@ def bootstrap(correct: Tensor, level: float = 0.95) -> tuple[float, float]:
         raise ValueError("no answer, no accuracy: the validation set is empty")
     low, high = stats.binom.ppf([(1 - level) / 2, (1 + level) / 2], n, right / n)
     return float(low) / n, float(high) / n
+
+
+def of_mean(values: Tensor, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """The percentile bootstrap interval of the mean of values [N], one an image."""
+    if not len(values):
+        raise ValueError("no value, no mean: the validation set is empty")
+    means = resampled(values.double().cpu().numpy()[None], seed)
+    low, high = np.percentile(means, [50 * (1 - level), 50 * (1 + level)])
+    return float(low), float(high)
+
+
+def of_draws(values: Tensor, level: float = 0.95) -> tuple[float, float]:
+    """Student's interval of the mean of values [R], one a repetition; a single repetition knows no interval."""
+    if len(values) < 2:
+        return math.nan, math.nan
+    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * float(values.double().std()) / math.sqrt(len(values))
+    mean = float(values.double().mean())
+    return mean - half, mean + half
+
+
+def resampled(values: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Means [DRAWS] of values [R, N], both repetitions and images drawn with replacement."""
+    rng = np.random.default_rng(seed)
+    repetitions, images = values.shape
+    means = np.empty(DRAWS)
+    for first in range(0, DRAWS, 100):
+        weights = rng.multinomial(images, np.full(images, 1 / images), 100) / images
+        rows = rng.multinomial(repetitions, np.full(repetitions, 1 / repetitions), 100) / repetitions
+        means[first : first + 100] = np.einsum("dr,rn,dn->d", rows, values, weights, optimize=True)
+    return means
+
+
+def rank_correlation(x: Tensor, y: Tensor, seed: int = 0) -> tuple[float, float, float]:
+    """Spearman's rank correlation of two scores [n] of the same n runs, and its 95 % bootstrap interval over runs.
+
+    NaN where a score is the same for all.
+    """
+    pairs = torch.stack([x, y]).double().numpy()
+    rng = np.random.default_rng(seed)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        drawn = [_spearman(pairs[:, rng.integers(0, len(x), len(x))]) for _ in range(DRAWS)]
+        low, high = np.nanpercentile(drawn, [2.5, 97.5]) if np.isfinite(drawn).any() else (math.nan, math.nan)
+        return _spearman(pairs), float(low), float(high)
+
+
+def _spearman(pairs: np.ndarray) -> float:
+    return float(np.corrcoef(stats.rankdata(pairs, axis=1))[0, 1])

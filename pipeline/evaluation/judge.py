@@ -5,11 +5,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from backbones import Backbone
+from objectives.views import View
 from pipeline import config as configuration
 from pipeline import evaluation, tracking
 from pipeline.config import Config
@@ -25,7 +26,7 @@ def judge(
     *,
     data: str | None = None,
     val_data: str | None = None,
-    protocols: Sequence[str] = evaluation.NAMES,
+    protocols: Sequence[str] = evaluation.DEFAULT,
     limit: int | None = None,
     seed: int = 0,
     cache: str | None = None,
@@ -40,7 +41,7 @@ def judge(
     Raises:
         UserError: there is no run, the checkpoint is torn or foreign, or there are no labels to judge by.
     """
-    folder, config, backbone, seen = find(run)
+    folder, config, backbone, seen, _ = find(run)
     if data:
         config = replace(config, data=data, val_data=val_data, limit=None)
     config = replace(config, val_data=val_data or config.val_data, cache=cache or config.cache)
@@ -53,7 +54,7 @@ def judge(
     scores = evaluation.with_floors(
         backbone.to(device), floors.untrained(backbone.config, config.seed).to(device), train, val,
         image_size=int(config.image_size or 0), protocols=protocols, device=device, seed=seed, limit=limit,
-        precision=measure.precision(config, device),
+        precision=measure.precision(config, device), cache=preparation.cache_folder(config.cache) / "features",
     )  # fmt: skip
     name = launch.data_name(config)
     print(f"{name}: {scores['train_images']:,} images to learn from, {scores['val_images']:,} to be judged on ({note})")
@@ -62,9 +63,33 @@ def judge(
     return scores
 
 
-def find(run: str) -> tuple[RunFolder, Config, Backbone, int]:
-    """The run folder, configuration, backbone and images seen of a run or of one of its checkpoints."""
-    if run.endswith(".pt"):
+class Judged(NamedTuple):
+    """A run or one of its checkpoints: where it is, how it was made, what came out, after how many images, and the
+    views that its objective took of each."""
+
+    folder: RunFolder
+    config: Config
+    backbone: Backbone
+    seen: int
+    views: tuple[View, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """What the run wrote when it ended; empty where it has not."""
+        if not self.folder.exists("summary.json"):
+            return {}
+        return dict(json.loads(self.folder.read("summary.json")))
+
+
+def find(run: str) -> Judged:
+    """A run, at its newest checkpoint, or one of its checkpoints.
+
+    Raises:
+        UserError: there is none, or it is torn, foreign, or not what its configuration says.
+    """
+    if run.endswith(".pt") and "://" in run:
+        folder = RunFolder(run.rsplit("/", 2)[0])
+        state = folder.load_checkpoint(int(Path(run).stem))
+    elif run.endswith(".pt"):
         path = Path(run).resolve()
         state = read_checkpoint(path.read_bytes(), run)
         folder = RunFolder(str(path.parent.parent))
@@ -82,7 +107,7 @@ def find(run: str) -> tuple[RunFolder, Config, Backbone, int]:
         raise UserError(
             f"{run}: does not fit its own configuration ({str(error).splitlines()[-1].strip()[:150]})"
         ) from None
-    return folder, config, objective.backbone, int(state["images_seen"])
+    return Judged(folder, config, objective.backbone, int(state["images_seen"]), tuple(objective.views))
 
 
 def keep(
@@ -100,7 +125,8 @@ def keep(
     for protocol in protocols:
         numbers = {key: value for key, value in scores.items() if key.startswith(f"{protocol}_")}
         for floor in ("untrained", "pixels"):
-            numbers[f"{floor}_{protocol}_top1"] = scores[floor][f"{protocol}_top1"]
+            headline = f"{protocol}_{evaluation.PROTOCOLS[protocol].headline}"
+            numbers[f"{floor}_{headline}"] = scores[floor].get(headline)
         tags = {"protocol": protocol, "data": data}
         tracking.child_run(uri, run_id, name=protocol, tags=tags, metrics=numbers, step=seen)
     print(f"kept in {shlex.quote(folder.path('summary.json'))} and as children of the run in MLflow")

@@ -1,53 +1,95 @@
-"""The protocols: each takes the features of two sets and gives named numbers.
+"""The protocols: each takes what a backbone makes of two sets of images and gives named numbers.
 
-A protocol is a function `(train, val, *, seed) -> {name: number}`, or None where labels are missing. Whatever it learns
-or chooses, it learns and chooses on `train`. Its first number, `top1`, is its headline. To add one, write it here or
-anywhere and put it into `PROTOCOLS`.
+A protocol is a function `(train, val, *, seed) -> {name: number or tensor}`, or None where labels are missing. Numbers
+are scores; tensors are evidence, for pictures and for tests between two backbones. Whatever it learns or chooses, it
+learns and chooses on `train`. To add one, write it anywhere and give it a line in `PROTOCOLS`.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
 
 from torch import Tensor
 
-from pipeline.evaluation import interval, linear
+from pipeline.evaluation import (
+    attentive,
+    depth,
+    factors,
+    finetune,
+    label_free,
+    layerwise,
+    linear,
+    logistic,
+    low_shot,
+    retrieval,
+    robustness,
+    seeing,
+    similarity,
+)
 from pipeline.evaluation import knn as neighbours
+from pipeline.evaluation.accuracy import headline
 from pipeline.evaluation.feature_set import FeatureSet
 
 HEADLINE_K = 20
 """The k whose accuracy stands for k-NN: DINO's and solo-learn's choice, and the best of DINO's four on ImageNet."""
 
+NEEDS = ("layers", "views", "factors", "images")
+"""What a protocol may need beyond pooled features and labels: fields of `FeatureSet`."""
 
-class EvaluationProtocol(Protocol):
-    def __call__(self, train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float] | None: ...
+
+class Measure(Protocol):
+    def __call__(self, train: FeatureSet, val: FeatureSet, *, seed: int) -> Mapping[str, float | Tensor] | None: ...
 
 
-def knn(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float] | None:
-    """DINO's weighted k-NN, temperature 0.07: top1 (k = 20), low, high (its 95 % interval) and k10, k20, k100, k200."""
+@dataclass(frozen=True)
+class EvaluationProtocol:
+    """A protocol, the number that stands for it, what it needs of `NEEDS`, and whether it is nothing without labels."""
+
+    measure: Measure
+    headline: str = "top1"
+    needs: tuple[str, ...] = ()
+    labels: bool = True
+
+    def __call__(self, train: FeatureSet, val: FeatureSet, *, seed: int) -> Mapping[str, float | Tensor] | None:
+        return self.measure(train, val, seed=seed)
+
+
+def knn(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float | Tensor] | None:
+    """DINO's weighted k-NN, temperature 0.07: the headline numbers (k = 20), and accuracy k10, k20, k100, k200."""
     train, val = train.labelled(), val.labelled()
     if not len(train.labels) or not len(val.labels):
         return None
     elected = neighbours.predict(train.features, train.labels, val.features)
-    right = {k: classes == val.labels for k, classes in elected.items()}
-    return _headline(right[HEADLINE_K]) | {f"k{k}": _accuracy(correct) for k, correct in right.items()}
+    by_k = {f"k{k}": (classes == val.labels).double().mean().item() for k, classes in elected.items()}
+    return headline(elected[HEADLINE_K], val.labels) | by_k
 
 
-def linear_probe(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float] | None:
-    """A linear classifier: top1, low, high (its 95 % interval) and the lr that a held-out slice of train chose."""
+def linear_probe(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float | Tensor] | None:
+    """A linear classifier: the headline numbers, and the lr that a held-out slice of train chose."""
     train, val = train.labelled(), val.labelled()
     if len(train.labels) < 2 or not len(val.labels):
         return None
     probe = linear.fit(train.features, train.labels, classes=int(train.labels.max()) + 1, seed=seed)
-    return _headline(probe.predict(val.features) == val.labels) | {"lr": probe.lr}
+    return headline(probe.predict(val.features), val.labels) | {"lr": probe.lr}
 
 
-def _accuracy(correct: Tensor) -> float:
-    return correct.double().mean().item()
-
-
-def _headline(correct: Tensor) -> dict[str, float]:
-    low, high = interval.bootstrap(correct)
-    return {"top1": _accuracy(correct), "low": low, "high": high}
-
-
-PROTOCOLS: MappingProxyType[str, EvaluationProtocol] = MappingProxyType({"knn": knn, "linear": linear_probe})
+PROTOCOLS: MappingProxyType[str, EvaluationProtocol] = MappingProxyType(
+    {
+        "knn": EvaluationProtocol(knn),
+        "linear": EvaluationProtocol(linear_probe),
+        "logistic": EvaluationProtocol(logistic.logistic),
+        "low_shot": EvaluationProtocol(low_shot.low_shot, "n10"),
+        "retrieval": EvaluationProtocol(retrieval.retrieval, "map"),
+        "label_free": EvaluationProtocol(label_free.label_free, "rankme", ("views",), labels=False),
+        "factors": EvaluationProtocol(factors.factors, "shape", ("factors",), labels=False),
+        "layerwise": EvaluationProtocol(layerwise.layerwise, "last", ("layers",)),
+        "similarity": EvaluationProtocol(similarity.similarity, "neighbours", ("images",), labels=False),
+        "robustness": EvaluationProtocol(robustness.robustness, "corruptions", ("images",)),
+        "seeing": EvaluationProtocol(seeing.seeing, "field_radius", ("images",), labels=False),
+        "depth": EvaluationProtocol(depth.depth, "gradient_ratio", ("images",), labels=False),
+        "attentive": EvaluationProtocol(attentive.attentive, needs=("images",)),
+        "finetune": EvaluationProtocol(finetune.finetune, needs=("images",)),
+        "scratch": EvaluationProtocol(finetune.scratch, needs=("images",)),
+    }
+)

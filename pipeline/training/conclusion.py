@@ -97,7 +97,7 @@ def table(summary: dict[str, Any]) -> None:
         (f"{summary['backbone']} untrained", summary["untrained"]),
         ("raw pixels", summary["pixels"]),
     ):
-        rows.add_row(name, *(percent(scores[key]) for key in ("knn_top1", "linear_top1")))
+        rows.add_row(name, *(percent(scores.get(key)) for key in ("knn_top1", "linear_top1")))
     Console().print("", rows)
 
 

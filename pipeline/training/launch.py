@@ -51,6 +51,8 @@ def launch(config: Config, argv: Sequence[str]) -> int:
         UserError: data, run folder or cluster do not fit the configuration.
     """
     started = time.monotonic()
+    if config.init:  # workers of a cluster run in folders of their own
+        config = replace(config, init=RunFolder(config.init).address)
     address = config.resume or config.run
     earlier = load_earlier(address) if address else None
     if config.resume and earlier is None:

@@ -75,6 +75,8 @@ def work(job: Job, links: Links) -> dict[str, Any]:
     step_images = loader.batch_size * world
     planned = int(config.epochs or 0) * loader.batches_per_epoch * step_images
     seen = restore(folder, objective, opt, loader)
+    if config.init and not seen:
+        warm_start(config.init, objective)
     recorder = None
     if rank == 0:
         recorder = Recorder(folder, config, links, objective.vital_signs,
@@ -213,3 +215,22 @@ def restore(folder: RunFolder, objective: Objective, opt: torch.optim.Optimizer,
     opt.load_state_dict(saved["optimiser"])
     loader.load_state(saved["loader"])
     return int(saved["images_seen"])
+
+
+def warm_start(address: str, objective: Objective) -> None:
+    """Load the backbone and objective of another run's newest checkpoint; optimiser and place in the data begin anew.
+
+    Raises:
+        UserError: there is no checkpoint, or it is of another backbone, objective, or image size.
+    """
+    folder = RunFolder(address)
+    found = folder.checkpoints()
+    if not found:
+        raise UserError(f"--init {address}: holds no checkpoint (looked for {folder.path('checkpoints')}/*.pt)")
+    try:
+        objective.load_state_dict(folder.load_checkpoint(found[-1])["objective"])
+    except RuntimeError as error:
+        raise UserError(
+            f"--init {address}: is of another backbone, objective or image size "
+            f"({str(error).splitlines()[-1].strip()[:150]})"
+        ) from None

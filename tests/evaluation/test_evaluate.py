@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from backbones.contract import Features
 from pipeline.data.beton import BetonWriter
 from pipeline.data.packed import Packed, write_facts
-from pipeline.evaluation import NAMES, evaluate_backbone, with_floors
+from pipeline.evaluation import NAMES, evaluate_backbone, examine, with_floors
 from pipeline.evaluation.feature_set import FeatureSet, in_classes_of
-from pipeline.evaluation.features import evaluation_view, extract, extract_all
+from pipeline.evaluation.features import extract, extract_all
 from pipeline.evaluation.floors import pixels, untrained
+from pipeline.evaluation.images import evaluation_view
 from pipeline.evaluation.protocols import PROTOCOLS
 
 SIDE = 16
@@ -29,9 +30,10 @@ class MeanColour(nn.Module):
         self.norm = nn.BatchNorm2d(3)
         self.trained = 0
 
-    def forward(self, images: Tensor) -> Features:
+    def forward(self, images: Tensor, layers: bool = False) -> Features:
         self.trained += self.training or torch.is_grad_enabled()
-        return Features(images.mean((2, 3)), images.flatten(2).transpose(1, 2))
+        cells = images.flatten(2).transpose(1, 2)
+        return Features(cells.mean(1), cells, (cells, 2 * cells[:, :, :1]) if layers else ())
 
 
 def pack(
@@ -99,7 +101,7 @@ def test_features_that_are_not_finite_are_no_ground_for_an_accuracy(sets: tuple[
             pooled, cells, _ = super().forward(images)
             return Features(torch.where(pooled == pooled.max(), torch.nan, pooled), cells)
 
-    with pytest.raises(FloatingPointError, match=r"[1-9]\d* of 240 images .* NaN or infinite"):
+    with pytest.raises(FloatingPointError, match=r"[1-9]\d* images .* NaN or infinite"):
         evaluate_backbone(Broken(), *sets, image_size=SIDE)
 
 
@@ -142,10 +144,11 @@ def test_images_without_a_label_are_left_out() -> None:
     features = torch.tensor([[1.0, 0], [0, 1], [1, 0], [0, 1]])
     train = FeatureSet(features, torch.tensor([0, 1, -1, -1]), ("a", "b"))
     val = FeatureSet(features, torch.tensor([-1, -1, 0, 0]), ("a", "b"))
-    for protocol in PROTOCOLS.values():
+    for name, expected in {"knn": 0.5, "linear": 0.5, "logistic": 0.5, "retrieval": 0.75}.items():
+        protocol = PROTOCOLS[name]
         found = protocol(train, val, seed=0)
         assert found is not None
-        assert found["top1"] == 0.5
+        assert found[protocol.headline] == expected
         assert protocol(train, FeatureSet(features, torch.full((4,), -1), ()), seed=0) is None
 
 
@@ -170,9 +173,31 @@ def test_the_training_images_are_refused_as_validation_set(sets: tuple[Packed, P
 
 
 def test_an_unknown_protocol_is_named(sets: tuple[Packed, Packed]) -> None:
-    with pytest.raises(ValueError, match="unknown protocol fourier; there are knn, linear"):
+    with pytest.raises(ValueError, match="unknown protocol fourier; there are knn, linear, "):
         evaluate_backbone(MeanColour(), *sets, image_size=SIDE, protocols=("fourier",))
     assert tuple(PROTOCOLS) == NAMES
+
+
+def test_every_protocol_finds_in_known_features_what_is_there(sets: tuple[Packed, Packed]) -> None:
+    found = examine({"": MeanColour()}, *sets, image_size=SIDE, protocols=NAMES[:8])[""]
+    assert all(found.numbers[f"{name}_top1"] > 0.95 for name in ("knn", "linear", "logistic"))
+    assert found.numbers["low_shot_n10"] > 0.95
+    assert found.numbers["retrieval_map"] > 0.9
+    assert "factors_shape" in found.numbers  # None: these images were not drawn from factors
+    assert found.numbers["factors_shape"] is None
+    # Layer 1 is the colour itself, layer 2 its red alone, which tells one kind of four.
+    assert found.numbers["layerwise_knn_1"] == found.numbers["knn_top1"] > found.numbers["layerwise_knn_2"] + 0.2
+    assert 1 < found.numbers["label_free_rankme"] < 3
+    assert len(found.labels) == len(found.evidence["knn_predicted"]) == 80
+    right = (found.evidence["knn_predicted"] == found.labels).double().mean().item()
+    assert right == found.numbers["knn_top1"]
+
+
+def test_label_free_scores_need_no_labels(tmp_path: Path, sets: tuple[Packed, Packed]) -> None:
+    bare, other = pack(tmp_path, "bare", 40, 2, classes=()), pack(tmp_path, "other", 12, 5, classes=())
+    results = evaluate_backbone(MeanColour(), bare, other, image_size=SIDE, protocols=("label_free", "knn"))
+    assert results["knn_top1"] is None
+    assert results["label_free_rankme"] > 1
 
 
 def test_the_untrained_floor_is_fresh_reproducible_and_leaves_the_seed_alone() -> None:

@@ -22,7 +22,16 @@ SMALL = {
     "scale": (0.5, 1.0),
     "focal_scale": (0.25, 0.5),
 }
-HEALTHY = {**SMALL, "ema_start": 0.98, "ema_end": 0.98}
+# With batch norm in the head the toy images are told apart by their light for longer than a test may last.
+HEALTHY = {
+    **SMALL,
+    "focal_views": 0,
+    "n_prototypes": 64,
+    "head_norm": "none",
+    "sharpening": 0.1,
+    "ema_start": 0.95,
+    "ema_end": 0.95,
+}
 
 
 def small(image_size: object = 32, in_channels: int = 3, **options: object) -> MSN:
@@ -252,14 +261,24 @@ def test_vital_signs_trip_on_forced_collapse_and_only_then(options: dict, signs:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit_ti8", "lenet5"])
-def test_it_lifts_neighbours_above_those_of_an_untrained_backbone(name: str) -> None:
+def test_it_lifts_neighbours_above_those_of_an_untrained_backbone() -> None:
     images, kinds = toy_images(512)
     torch.manual_seed(0)
-    backbone = backbones.create(name, image_size=32)
+    backbone = MaskedToy()
     floor = knn(backbone, images, kinds)
     objective = objectives.create("msn", backbone, image_size=32, **HEALTHY)
-    train(objective, images, steps=150, lr=1e-3)
+    train(objective, images, steps=300, lr=1e-3)
+    assert knn(objective.backbone, images, kinds) > floor + 0.05
+
+
+@pytest.mark.slow
+def test_it_lifts_neighbours_on_a_cnn_too() -> None:
+    images, kinds = toy_images(512)
+    torch.manual_seed(0)
+    backbone = backbones.create("resnet20", image_size=32)
+    floor = knn(backbone, images, kinds)
+    objective = objectives.create("msn", backbone, image_size=32, **HEALTHY)
+    train(objective, images, steps=80, lr=2e-3)
     assert knn(objective.backbone, images, kinds) > floor + 0.05
 
 

@@ -1,0 +1,116 @@
+"""`python -m jobs.arrivals --data FOLDER --run STORAGE/NAME-FIRING`: pretrain on what arrived since the last firing.
+
+Takes every option of pretraining. The runs of one job differ in the firing that their names hold. Each keeps the list
+of its images in its folder, `arrived/DATA.csv`; what stands in none of the finished runs' lists has arrived. The new
+run begins with the newest finished one (`--init`); the first one takes all there is.
+"""
+
+import csv
+import dataclasses
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.spec import FIRING
+from pipeline import config
+from pipeline.command import guarded
+from pipeline.config import Config
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.training.run_folder import RunFolder
+
+LEAST = 16
+"""Images that make a run; fewer wait for the next firing."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns what pretraining does, and 0 where too little has arrived."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+
+    def command() -> int:
+        configuration = config.parse(argv, "python -m jobs.arrivals")
+        from pipeline.training.launch import launch  # torch comes with it
+
+        prepared = prepare(configuration)
+        return 0 if prepared is None else launch(prepared, argv)
+
+    return guarded(command, debug="--debug" in argv)
+
+
+def prepare(configuration: Config) -> Config | None:
+    """The configuration of this firing's run: its images, and the run it begins with; None where too few are new.
+
+    Raises:
+        UserError: the run's name holds no firing, or the data is no folder.
+    """
+    from pipeline.training.run_folder import RunFolder
+
+    name = Path(configuration.run or "").name
+    if not FIRING.search(name):
+        raise UserError(f"--run {configuration.run}: must hold the firing, as in runs/nightly-20261124T013000Z")
+    folder = RunFolder(str(configuration.run))
+    listed = f"arrived/{Path(configuration.data.rstrip('/')).stem}.csv"
+    before = earlier(folder.address)
+    last = before[-1] if before else None
+    if not folder.exists(listed):  # an attempt at the same firing takes the same images
+        known = {path for run in before for path, _ in rows(RunFolder(run), listed)}
+        new = [(path, label) for path, label in images(configuration.data) if path not in known]
+        since = f"since {Path(last).name}" if last else "(the first run takes all)"
+        print(f"{len(new):,} images have arrived {since}, {len(known):,} were there", flush=True)
+        if len(new) < LEAST:
+            print(f"fewer than {LEAST}: they wait for the next firing", flush=True)
+            return None
+        text = io.StringIO()
+        csv.writer(text).writerows([("path", "label"), *new])
+        folder.write(listed, text.getvalue())
+    return dataclasses.replace(configuration, data=folder.path(listed), init=last)
+
+
+def earlier(address: str) -> list[str]:
+    """Finished runs of the same job and cell with an earlier firing, oldest first."""
+    from pipeline.training.run_folder import RunFolder
+
+    parent, _, name = address.rpartition("/")
+    here = RunFolder(parent)
+    pattern, firing = FIRING.sub("*", name, count=1), FIRING.search(name)
+    assert firing
+    found = []
+    for path in here.filesystem.glob(f"{here.root}/{pattern}"):
+        other = FIRING.search(path.rsplit("/", 1)[1])
+        same = other and FIRING.sub("*", path.rsplit("/", 1)[1], count=1) == pattern
+        run = RunFolder(f"{here.address}/{path.rsplit('/', 1)[1]}")
+        if same and other and other[0] < firing[0] and run.exists("summary.json"):
+            found.append((other[0], run.address))
+    return [run for _, run in sorted(found)]
+
+
+def rows(run: "RunFolder", listed: str) -> list[tuple[str, str]]:
+    """The (path, label) of each image in a run's list."""
+    if not run.exists(listed):
+        return []
+    return [(row[0], row[1]) for row in list(csv.reader(io.StringIO(run.read(listed).decode())))[1:]]
+
+
+def images(address: str) -> list[tuple[str, str]]:
+    """The (path, label) of every image in a folder, the label empty where it has none."""
+    from pipeline.data.source import LocalFolder, RemoteFolder, open_source
+
+    source = open_source(address)
+    if not isinstance(source, LocalFolder | RemoteFolder):
+        raise UserError(
+            f"--data {address}: is no folder of images, so what arrives in it cannot be told; give a folder"
+        )
+    wanted = source.wanted()
+    keys = [f"{source.root}/{source.items[index].key}" for index in wanted]
+    if isinstance(source, RemoteFolder):
+        keys = [source.files.unstrip_protocol(key) for key in keys]
+    else:
+        keys = [str(Path(key).absolute()) for key in keys]
+    return [(key, label or "") for key, label in zip(keys, source.labels(wanted))]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

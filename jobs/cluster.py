@@ -1,0 +1,220 @@
+"""What jobs want of Ray: its job API, a call on a spare worker, and Tune. Training itself is `pipeline.cluster`'s."""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.redaction import redact
+
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+STOPPING = 120
+"""Seconds that a stopped job is given to leave a checkpoint, before Ray kills it; its own default is 3."""
+LEFT_BEHIND = [".git", ".venv", ".cache", "runs", "mlruns", "build", "dist", "*.egg-info", "__pycache__", "*.beton"]
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A submission of ours; times are in UTC, None where they are not known yet."""
+
+    id: str
+    job: str
+    firing: str
+    cell: str
+    step: str
+    status: str
+    message: str
+    started: datetime | None
+    ended: datetime | None
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended, be it that it still waits for its turn."""
+        return self.status not in ENDED
+
+
+class Client:
+    """A cluster's job API.
+
+    Args:
+        address: http://HOST:8265; left open, RAY_ADDRESS, or the cluster on this machine.
+
+    Raises:
+        UserError: none answers.
+    """
+
+    def __init__(self, address: str | None = None) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if "RAY_AUTH_TOKEN" in os.environ or Path.home().joinpath(".ray", "auth_token").exists():
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        from ray.job_submission import JobSubmissionClient
+
+        try:
+            self.api = JobSubmissionClient(address)
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            named = f"--address {redact(address)}" if address else "RAY_ADDRESS, or the cluster on this machine"
+            why = redact(str(error)).strip().splitlines()[0][:200]
+            raise UserError(
+                f"{named}: no cluster's job API answers there ({why}); start one, or give --address"
+            ) from None
+
+    def submitted(self, job: str | None = None, firing: str | None = None, cell: str | None = None) -> list[Submitted]:
+        """What was submitted here, oldest first."""
+        found = []
+        for details in self.api.list_jobs():
+            about = details.metadata or {}
+            if "job" in about and details.submission_id:
+                found.append(
+                    Submitted(
+                        id=details.submission_id, job=about["job"], firing=about.get("firing", ""),
+                        cell=about.get("cell", ""), step=about.get("step", ""),
+                        status=str(getattr(details.status, "value", details.status)),
+                        message=(details.message or "").strip(), started=_time(details.start_time),
+                        ended=_time(details.end_time),
+                    )
+                )  # fmt: skip
+        wanted = (s for s in found if (job in (None, s.job)) and firing in (None, s.firing) and cell in (None, s.cell))
+        return sorted(wanted, key=lambda s: (s.firing, s.started or datetime.max.replace(tzinfo=UTC), s.id))
+
+    def submit(
+        self,
+        submission: str,
+        command: str,
+        *,
+        environment: dict[str, Any],
+        about: dict[str, str],
+        cpus: float = 0,
+        gpus: float = 0,
+        memory: int = 0,
+    ) -> bool:
+        """Submit a command under an id; False where that id was submitted before, and nothing was done."""
+        takes: dict[str, Any] = {"entrypoint_num_cpus": cpus, "entrypoint_num_gpus": gpus, "entrypoint_memory": memory}
+        try:
+            self.api.submit_job(
+                entrypoint=command, submission_id=submission, runtime_env=environment, metadata=about,
+                **{key: value for key, value in takes.items() if value},
+            )  # fmt: skip
+        except (RuntimeError, ValueError) as error:
+            if f"{submission} already exists" in str(error):
+                return False
+            raise UserError(
+                f"{submission}: the cluster refuses it ({redact(str(error)).strip().splitlines()[-1]})"
+            ) from None
+        return True
+
+    def logs(self, submission: str) -> str:
+        """All it has said so far."""
+        return str(self.api.get_job_logs(submission))
+
+    def stop(self, submission: str) -> None:
+        """Ask it to end; it is given time for a checkpoint."""
+        self.api.stop_job(submission)
+
+    def wait(self, submissions: Iterable[str], every: float = 2.0) -> dict[str, str]:
+        """Wait until all of them have ended; their statuses."""
+        ids = list(submissions)
+        while True:
+            states = {s: str(getattr(status, "value", status)) for s in ids for status in [self.api.get_job_status(s)]}
+            if all(status in ENDED for status in states.values()):
+                return states
+            time.sleep(every)
+
+
+def environment(working_dir: str | Path) -> dict[str, Any]:
+    """The runtime environment of a submission: this code, without what does not belong to it."""
+    return {
+        "working_dir": str(working_dir),
+        "excludes": LEFT_BEHIND,
+        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOPPING)},
+    }
+
+
+def select(client: Client, word: str, firing: str | None, cell: str | None) -> list[Submitted]:
+    """The submissions that a command is about: one by its id, or of a job's newest firing unless another is named.
+
+    Raises:
+        UserError: there is none.
+    """
+    everything = client.submitted()
+    if same := [s for s in everything if s.id == word]:
+        return same
+    name = Path(word).stem if word.endswith((".yaml", ".yml")) else word
+    found = [s for s in everything if s.job == name and cell in (None, s.cell)]
+    if firing is None and found:
+        firing = found[-1].firing
+    found = [s for s in found if s.firing == firing]
+    if not found:
+        known = sorted({s.job for s in everything})
+        there = f"there are submissions of {', '.join(known)}" if known else "nothing was submitted to this cluster"
+        raise UserError(f"{word}: no such submission or job{f' at {firing}' if firing else ''}; {there}")
+    return found
+
+
+def on_a_spare_worker(function: Callable[..., Any], *arguments: Any, cpus: float, gpus: float) -> Any:
+    """Call a function on the connected cluster, where CPUs and GPUs are free, at its machine's lowest priority."""
+    import ray
+
+    task = ray.remote(_politely).options(num_cpus=cpus, num_gpus=gpus, max_calls=1, scheduling_strategy="SPREAD")
+    return ray.get(task.remote(function, arguments))
+
+
+def _politely(function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+    os.nice(19)
+    return function(*arguments)
+
+
+def tune(
+    trial: Callable[..., None], space: Mapping[str, Any], fixed: Mapping[str, Any], *, trials: int, rungs: int,
+    cpus: float, gpus: float, seed: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Run trials by Ray Tune with ASHA on the cluster that is there, or on this machine.
+
+    Args:
+        trial: takes what was drawn, what is fixed, a function to report {"value", "rung"} with, and its name.
+        space: option → ("log" | "even", low, high) or ("of", values).
+        rungs: how often a trial reports, at most.
+
+    Returns:
+        For every trial what was `drawn`, its `run`, and its last `value` and `rung`, or its `error`.
+    """
+    import ray
+    from ray import tune as ray_tune
+    from ray.tune.schedulers import ASHAScheduler
+
+    from pipeline.cluster import connect
+
+    if not connect(1):
+        ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    kinds = {"log": ray_tune.loguniform, "even": ray_tune.uniform, "of": ray_tune.choice}
+
+    def run(drawn: dict[str, Any]) -> None:
+        trial(drawn, fixed, ray_tune.report, ray_tune.get_context().get_trial_id())
+
+    results = ray_tune.Tuner(
+        ray_tune.with_resources(run, {"CPU": cpus, "GPU": gpus}),
+        param_space={name: kinds[how](*drawn) for name, (how, *drawn) in space.items()},
+        tune_config=ray_tune.TuneConfig(
+            metric="value", mode="max", num_samples=trials,
+            search_alg=ray_tune.search.BasicVariantGenerator(random_state=seed),
+            scheduler=ASHAScheduler(time_attr="rung", max_t=rungs, grace_period=1, reduction_factor=3),
+        ),
+        run_config=ray_tune.RunConfig(verbose=0, storage_path=tempfile.mkdtemp(prefix="ray-tune-")),
+    ).fit()  # fmt: skip
+    found = []
+    for result in results:
+        row: dict[str, Any] = {"drawn": dict(result.config or {})}
+        if result.metrics and "value" in result.metrics:
+            row |= {key: result.metrics[key] for key in ("value", "rung")} | {"run": result.metrics["trial_id"]}
+        if result.error:
+            row["error"] = str(result.error).strip().splitlines()[-1]
+        found.append(row)
+    return found
+
+
+def _time(milliseconds: int | None) -> datetime | None:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC) if milliseconds else None

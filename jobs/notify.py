@@ -1,0 +1,75 @@
+"""Telling people how a job went: an HTTP POST, a command. Neither can hold a job up or make it fail."""
+
+import json
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from jobs.spec import Notify
+from pipeline.redaction import redact
+
+SECONDS = 20
+TRIES = 3
+
+
+@dataclass(frozen=True)
+class News:
+    """What is told: `text` is one sentence for people; `results` are those numbers of summary.json that are known."""
+
+    event: Literal["finish", "failure", "collapse"]
+    job: str
+    firing: str
+    cell: str
+    text: str
+    run: str
+    seconds: float
+    results: Mapping[str, Any]
+
+
+def tell(notify: Notify, news: News) -> None:
+    """Send news to whoever the job names, if it wants this event; what fails is said on standard error."""
+    if news.event not in notify.on:
+        return
+    if notify.webhook:
+        _post(notify.webhook, news)
+    if notify.command:
+        _call(notify.command, news)
+
+
+def _post(webhook: str, news: News) -> None:
+    """POST the news as JSON; services that show messages find theirs under "text"."""
+    address = os.environ.get(webhook[1:], "") if webhook.startswith("$") else webhook
+    if not address:
+        print(f"notification: {webhook} is not set, so nobody is told", file=sys.stderr, flush=True)
+        return
+    body = json.dumps(asdict(news), ensure_ascii=False).encode()
+    for attempt in range(TRIES):
+        try:
+            request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=SECONDS):
+                return
+        except (OSError, ValueError) as error:
+            why = str(error)
+            if isinstance(error, ValueError) or (isinstance(error, urllib.error.HTTPError) and error.code < 500):
+                break
+            if attempt + 1 == TRIES:
+                break
+    # The address is a secret where it comes from a variable.
+    print(f"notification: the webhook did not take it ({redact(why)})", file=sys.stderr, flush=True)
+
+
+def _call(command: str, news: News) -> None:
+    """Run the command in bash. What is told stands in JOB_EVENT, JOB_TEXT …, so that nothing needs quoting."""
+    told = {f"JOB_{key.upper()}": str(value) for key, value in asdict(news).items() if key != "results"}
+    told |= {"JOB_RESULTS": json.dumps(news.results)}
+    try:
+        done = subprocess.run(["bash", "-c", command], env={**os.environ, **told}, timeout=SECONDS, check=False)
+        if done.returncode:
+            print(f"notification: the command ended with status {done.returncode}", file=sys.stderr, flush=True)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        print(f"notification: the command failed ({error})", file=sys.stderr, flush=True)

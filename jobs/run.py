@@ -1,0 +1,314 @@
+"""`python -m jobs.run JOB --firing F --cell C`: one cell of a firing, on the cluster, from start to notification.
+
+Every attempt gets the same run folder, `STORAGE/JOB-FIRING-CELL`, so a second one continues where the first stopped.
+
+    STORAGE/firings/JOB/FIRING/CELL.json    how the cell ended: whoever ends last finds all of them
+                              after.claimed whoever creates it runs what comes after all cells
+"""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import fsspec
+
+from jobs import notify, spec
+from jobs.cluster import Client, environment
+from jobs.command import command
+from jobs.spec import Cell, Job, Step
+from pipeline import cluster
+from pipeline.errors import UserError
+from pipeline.tracking import TAGS_VARIABLE
+
+GRACE = 60.0  # seconds from asking a command to end to killing it
+TOLD = ("knn_top1", "linear_top1", "images_seen", "images_per_second", "loss_last", "alarms")
+LINGER = 5.0  # seconds that output may come after a command has ended
+ALARM = re.compile(r"warning: \S+ is \S+, healthy is ")
+FINAL = (2, 130, 143)
+"""Exit statuses that trying again would not change: a user's mistake, Ctrl-C, SIGTERM."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Run one cell of a job's firing here; `python -m jobs.submit` has a cluster do this."""
+
+    job: str
+    """A job file, or the name of one in jobs/."""
+    firing: str | None = None
+    """Which firing: "scheduled" for the newest of its schedule, or one as in 20261124T013000Z; left open: now."""
+    cell: str = ""
+    """The cell of the matrix, by name."""
+    step: int | None = None
+    """Run only so much of what comes after: 1 for the first."""
+    set: tuple[str, ...] = ()
+    """name=value: arguments that take the place of the file's."""
+    after: tuple[str, ...] = ()
+    """Submissions to wait for."""
+    in_place: bool = False
+    """Run what comes after in this process, where the cluster lasts no longer than it (SLURM, a RayJob)."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+class Outcome(NamedTuple):
+    """How a command ended: exit status, seconds, its last line, and whether its time was up or it was told to stop."""
+
+    status: int
+    seconds: float
+    last: str
+    why: Literal["", "time limit", "stopped"]
+
+
+class Place(NamedTuple):
+    """Where this runs: a firing's cell, its run folder, and the folder in which the firing's cells find each other."""
+
+    firing: str
+    cell: Cell
+    run: str
+    meeting: str
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status of the cell's command, or of what failed after it."""
+    return command(Arguments, "jobs.run", run, argv)
+
+
+def run(arguments: Arguments) -> int:
+    """One cell, what comes after it, and the notifications."""
+    job = spec.load(arguments.job, arguments.set)
+    firing = spec.which_firing(job, arguments.firing, datetime.now(UTC))
+    cell = job.cell(arguments.cell)
+    storage = str(job.of(cell).arguments.get("storage") or default_storage())
+    place = Place(
+        firing, cell, f"{storage}/{job.submission(firing, cell.name)}", f"{storage}/firings/{job.name}/{firing}"
+    )
+    try:
+        spec.load(arguments.job, arguments.set, on_cluster=True)
+        if missing := [name for name in job.secrets if not os.environ.get(name)]:
+            raise UserError(
+                f"{job.path}: {', '.join(missing)} not set here; set it where the cluster's nodes are started"
+            )
+    except UserError as error:
+        tell(job, place, "failure", f"{job.submission(firing, cell.name)}: {error}", 0.0)
+        raise
+    os.environ.update(job.environment)
+    os.environ[TAGS_VARIABLE] = json.dumps({"job": job.name, "firing": firing})
+    if arguments.step is not None:
+        return follow(job, place, arguments.step - 1)
+    if arguments.after:
+        print(f"waiting for {', '.join(arguments.after)} (overlap: wait)", flush=True)
+        Client().wait(arguments.after)
+
+    step = job.of(cell)
+    if step.run in spec.TRAINS:
+        step = Step(step.run, {**step.arguments, "run": place.run, "storage": storage}, step.resources)
+    collapsed = threading.Event()
+
+    def listen(line: str) -> None:
+        if ALARM.match(line) and not collapsed.is_set():
+            collapsed.set()
+            tell(job, place, "collapse", line, time.monotonic() - started)
+
+    started = time.monotonic()
+    outcome = attempt(step.command(place.run), job, listen)
+    meet(job, place, outcome)
+    report(job, place, outcome)
+    worst = outcome.status
+    for number in due(job, place, outcome):
+        if arguments.in_place:
+            worst = worst or follow(job, place, number)
+        else:
+            send(job, place, number)
+    return worst
+
+
+def default_storage() -> str:
+    """Where runs go: as pretraining itself decides."""
+    return str(Path.home() / "ssl-runs" if cluster.in_job() else Path("runs").absolute())
+
+
+def attempt(words: Sequence[str], job: Job, listen: Callable[[str], None]) -> Outcome:
+    """Run a command until it succeeds, as often as the job allows, within its time limit over all attempts."""
+    started = time.monotonic()
+    for number in range(job.retry.times + 1):
+        left = None if job.time_limit is None else job.time_limit - (time.monotonic() - started)
+        outcome = execute([sys.executable, *words], left, listen)
+        if outcome.status == 0 or outcome.why or outcome.status in FINAL or number == job.retry.times:
+            break
+        print(f"attempt {number + 1} failed ({outcome.last}); the next in {job.retry.wait:g} s", flush=True)
+        time.sleep(job.retry.wait)
+    return outcome._replace(seconds=time.monotonic() - started)
+
+
+def execute(words: Sequence[str], limit: float | None, listen: Callable[[str], None]) -> Outcome:
+    """Run a command once; its lines go to standard output and to `listen`.
+
+    At its limit, and on SIGTERM or Ctrl-C to this process, it is asked to end and killed `GRACE` seconds later.
+    """
+    started = time.monotonic()
+    print("$ " + shlex.join(["python", *words[1:]]), flush=True)
+    process = subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        start_new_session=True,
+    )  # fmt: skip
+    why: list[Literal["time limit", "stopped"]] = []
+    timers: list[threading.Timer] = []
+
+    def end(cause: Literal["time limit", "stopped"]) -> None:
+        if why:
+            return
+        why.append(cause)
+        process.terminate()
+        timers.append(threading.Timer(GRACE, lambda: _kill(process)))
+        timers[-1].start()
+
+    if limit is not None:
+        timers.append(threading.Timer(max(0.0, limit), end, ["time limit"]))
+        timers[-1].start()
+    before = {s: signal.signal(s, lambda *_: end("stopped")) for s in (signal.SIGTERM, signal.SIGINT)}
+    last = [""]
+
+    def relay() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            listen(line.strip())
+            last[0] = line.strip() or last[0]
+
+    reader = threading.Thread(target=relay, daemon=True)
+    reader.start()
+    try:
+        status = process.wait()
+        reader.join(LINGER)
+    finally:
+        for timer in timers:
+            timer.cancel()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _kill(process)  # whatever it left running, which may hold its output open
+        reader.join(LINGER)
+    if status < 0:
+        last[0] = f"killed by {signal.Signals(-status).name}" + (f" after: {last[0]}" if last[0] else "")
+    return Outcome(128 - status if status < 0 else status, time.monotonic() - started, last[0], why[0] if why else "")
+
+
+def _kill(process: "subprocess.Popen[str]") -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def report(job: Job, place: Place, outcome: Outcome, what: str = "") -> None:
+    """Tell how a cell, or a step after it, ended; a collapse is told while it happens."""
+    name = job.submission(place.firing, place.cell.name) + (f" {what}" if what else "")
+    if outcome.why == "stopped":
+        return
+    if outcome.why == "time limit":
+        limit = f"{job.time_limit or 0:g} s"
+        text = f"{name}: its time limit of {limit} is up; the same firing, submitted anew, continues its checkpoint"
+        tell(job, place, "failure", text, outcome.seconds)
+    elif outcome.status:
+        tell(job, place, "failure", f"{name}: failed with status {outcome.status}: {outcome.last}", outcome.seconds)
+    else:
+        tell(job, place, "finish", f"{name}: finished in {outcome.seconds:.0f} s", outcome.seconds)
+
+
+def tell(job: Job, place: Place, event: Literal["finish", "failure", "collapse"], text: str, seconds: float) -> None:
+    """Notify of an event, with what the run's summary knows."""
+    summary = read(f"{place.run}/summary.json") or {}
+    results = {key: summary[key] for key in TOLD if summary.get(key) is not None}
+    news = notify.News(event, job.name, place.firing, place.cell.name, text, place.run, round(seconds, 1), results)
+    notify.tell(job.notify, news)
+
+
+# --- what comes after -----------------------------------------------------------------------------------------------
+
+
+def done(job: Job, place: Place, outcome: Outcome) -> bool:
+    """Whether a cell left something to go on with: it succeeded and, where it trains, there was what to train on."""
+    return outcome.status == 0 and (job.step.run not in spec.TRAINS or bool(read(f"{place.run}/summary.json")))
+
+
+def meet(job: Job, place: Place, outcome: Outcome) -> None:
+    """Leave word for the firing's other cells."""
+    word = {"run": place.run, "done": done(job, place, outcome), **outcome._asdict()}
+    with fsspec.open(f"{place.meeting}/{place.cell.name or 'only'}.json", "w", auto_mkdir=True) as file:
+        json.dump(word, file)
+
+
+def runs(job: Job, place: Place) -> list[str] | None:
+    """Run folders of the firing's cells that are done, None while some have not ended."""
+    words = [read(f"{place.meeting}/{cell.name or 'only'}.json") for cell in job.cells]
+    return None if None in words else [str(word["run"]) for word in words if word and word["done"]]
+
+
+def due(job: Job, place: Place, outcome: Outcome) -> list[int]:
+    """Which of the steps after are this cell's to run: those for each cell, and those for all if it ended last."""
+    each = [i for i, step in enumerate(job.after) if not step.once and done(job, place, outcome)]
+    once = [i for i, step in enumerate(job.after) if step.once]
+    if once and runs(job, place) and claim(f"{place.meeting}/after.claimed"):
+        return each + once
+    return each
+
+
+def claim(address: str) -> bool:
+    """Whether this process is the first to create a file; two that try at once never both are."""
+    files, path = fsspec.core.url_to_fs(address)
+    try:
+        files.pipe_file(path, b"", mode="create")
+    except FileExistsError:
+        return False
+    return True
+
+
+def follow(job: Job, place: Place, number: int) -> int:
+    """Run a step that comes after; returns its exit status."""
+    if not 0 <= number < len(job.after):
+        raise UserError(f"{job.path}: has {len(job.after)} steps after it, so no step {number + 1}")
+    step = job.after[number]
+    outcome = attempt(step.command(place.run, runs(job, place) or ()), job, lambda line: None)
+    if outcome.status:
+        report(job, place, outcome, f"({step.run} after it)")
+    return outcome.status
+
+
+def send(job: Job, place: Place, number: int) -> None:
+    """Submit a step that comes after, with the code this runs from."""
+    step = job.after[number]
+    cell = "" if step.once else place.cell.name
+    words = ["python", "-m", "jobs.run", str(job.path), "--firing", place.firing, "--step", str(number + 1)]
+    words += ["--cell", place.cell.name] if place.cell.name else []
+    words += ["--set", *job.settings] if job.settings else []
+    here = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
+    Client().submit(
+        job.submission(place.firing, cell, number),
+        shlex.join(words),
+        environment=environment(here.get("working_dir", ".")),
+        about={"job": job.name, "firing": place.firing, "cell": cell, "step": step.run},
+        cpus=step.resources.cpus, gpus=step.resources.gpus, memory=step.resources.memory,
+    )  # fmt: skip
+    print(f"submitted {step.run} as {job.submission(place.firing, cell, number)}", flush=True)
+
+
+def read(address: str) -> dict[str, Any] | None:
+    """A JSON file, None where there is none."""
+    try:
+        with fsspec.open(address) as file:
+            return dict(json.load(file))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

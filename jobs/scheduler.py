@@ -1,0 +1,196 @@
+"""`python -m jobs.scheduler`: fires every job in `jobs/` by its schedule, in the foreground.
+
+A firing counts once the cluster has taken it: only then is it written down, in `--state`. Killed at any moment, the
+next scheduler begins where the last one stopped: what was missed is submitted, and what was submitted but not yet
+written down is submitted again under the same id, which Ray does not take twice. For the same reason two schedulers
+may watch over the same jobs. While the cluster does not answer, firings wait.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Protocol
+
+from jobs import spec
+from jobs.cluster import Client
+from jobs.command import command
+from jobs.spec import Job
+from jobs.submit import submit
+from pipeline.errors import UserError
+
+LOOK = 60.0
+"""Seconds at most between two looks at the job files and the clock, which may be set or sleep with the machine."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Fire jobs by their schedules until stopped."""
+
+    jobs: tuple[str, ...] = ()
+    """Job files, or names of those in jobs/; left open: every one in jobs/ that has a schedule."""
+    state: str = "runs/scheduler.json"
+    """What has fired: the file that a restart goes on from."""
+    address: str | None = None
+    """The cluster's job API, http://HOST:8265; left open: RAY_ADDRESS, or the cluster on this machine."""
+    working_dir: str = "."
+    """The folder that travels to the cluster; the job files must lie in it."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+class Clock(Protocol):
+    """The time, and sleeping; tests have a fast one."""
+
+    def now(self) -> datetime: ...
+
+    def sleep(self, seconds: float) -> bool:
+        """Sleep; whether to stop."""
+
+
+class State:
+    """Until when each job's firings have been submitted; written whole, before it is relied on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.until: dict[str, datetime] = {}
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                kept = json.loads(path.read_text())
+                self.until = {name: datetime.fromisoformat(when) for name, when in kept.items()}
+            except (ValueError, AttributeError, TypeError) as error:
+                raise UserError(f"--state {path}: is none of ours ({error}); give another file, or delete it") from None
+
+    def advance(self, job: str, until: datetime) -> None:
+        """Write down that all firings of a job up to a time are dealt with."""
+        self.until[job] = until
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        with partial.open("w") as file:
+            json.dump({name: when.isoformat() for name, when in self.until.items()}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.path)
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep a second scheduler from writing the same state."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(path.name + ".lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--state {path}: another scheduler uses it; stop that one, or give another file") from None
+        yield
+
+
+def serve(
+    load: Callable[[], list[Job]], fire: Callable[[Job, str], object], state: State, clock: Clock,
+    say: Callable[[str], object] = print,
+) -> None:  # fmt: skip
+    """Fire jobs until the clock says to stop.
+
+    Args:
+        load: the jobs as they are now; asked again at every look, so that files may change.
+        fire: submits one firing of a job; whatever it raises, the firing is tried again at the next look.
+    """
+    while True:
+        now, soon = clock.now(), LOOK
+        for job in load():
+            if job.timetable is None:
+                continue
+            if job.name not in state.until:  # never seen before: what lies in the past is none of ours
+                state.advance(job.name, now)
+            for firing in due(job, state.until[job.name], now):
+                try:
+                    fire(job, spec.firing_name(firing))
+                except Exception as error:
+                    say(f"{job.name} {spec.firing_name(firing)}: not submitted, tried again soon ({error})")
+                    break
+                state.advance(job.name, firing)
+            else:
+                upcoming = job.timetable.schedule.firings(now, now + timedelta(seconds=LOOK))
+                soon = min([soon, *((firing - now).total_seconds() for firing in upcoming)])
+        if clock.sleep(max(0.05, soon)):
+            return
+
+
+def due(job: Job, after: datetime, now: datetime) -> list[datetime]:
+    """Firings to submit now: all that came since, or of several the last alone, or none but the fresh ones."""
+    assert job.timetable is not None
+    firings = job.timetable.schedule.firings(after, now)
+    if job.timetable.missed == "last":
+        return firings[-1:]
+    if job.timetable.missed == "none":
+        return [firing for firing in firings if now - firing <= timedelta(seconds=2 * LOOK)]
+    return firings
+
+
+class WallClock:
+    """The real time; sleeping ends at once when a stop is asked for."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        self.stop = stop
+
+    def now(self) -> datetime:
+        return datetime.now(UTC)
+
+    def sleep(self, seconds: float) -> bool:
+        until = time.monotonic() + seconds
+        while not self.stop.is_set() and (left := until - time.monotonic()) > 0:
+            self.stop.wait(min(left, 1.0))
+        return self.stop.is_set()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line until SIGTERM or Ctrl-C; returns 0, or 2 a user's mistake."""
+
+    def run(arguments: Arguments) -> int:
+        folder = Path(arguments.working_dir)
+        known: dict[str, Job] = {}
+
+        def load() -> list[Job]:
+            """The jobs; one that was right before and is wrong now stays as it was, and this is said."""
+            paths = [spec.find(job) for job in arguments.jobs] or sorted(spec.FOLDER.glob("*.yaml"))
+            found = {}
+            for path in paths:
+                try:
+                    found[path.stem] = spec.load(path)
+                except (UserError, OSError) as error:
+                    if not known:
+                        raise
+                    print(f"{error}{'; as it was before, it goes on' if path.stem in known else ''}", flush=True)
+                    found |= {path.stem: known[path.stem]} if path.stem in known else {}
+            known.clear()
+            known.update(found)
+            return list(known.values())
+
+        state = State(Path(arguments.state))
+        stop = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        with alone(state.path):
+            for job in load():
+                if job.timetable:
+                    upcoming = job.timetable.schedule.next(datetime.now(UTC)).astimezone(job.timetable.schedule.zone)
+                    print(f"{job.name}: next at {upcoming:%Y-%m-%d %H:%M %Z}", flush=True)
+            serve(
+                load, lambda job, firing: submit(job, firing, Client(arguments.address), folder), state,
+                WallClock(stop), lambda text: print(text, flush=True),
+            )  # fmt: skip
+        return 0
+
+    return command(Arguments, "jobs.scheduler", run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

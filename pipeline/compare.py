@@ -1,0 +1,113 @@
+"""`python -m pipeline.compare RUN RUN ...`: which representation is better for these images, and why.
+
+    python -m pipeline.compare --backbones resnet50 vit_s16 --objectives dino mae --data photos/
+
+trains what is missing first.
+"""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional
+
+from pipeline.command import guarded
+from pipeline.errors import UserError
+from pipeline.evaluation import COMPARED, NAMES
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Examine trained backbones on the same images, test their differences, and write one report.
+
+    The report is a single HTML file: the verdict in sentences, the numbers, the pictures, and what reproduces them.
+    """
+
+    runs: Positional[tuple[str, ...]] = ()
+    """Run folders (their newest checkpoint counts), or checkpoints."""
+    backbones: tuple[str, ...] = ()
+    """Instead of runs, or beside them: backbones to train with every one of --objectives on --data."""
+    objectives: tuple[str, ...] = ()
+    pretrain: str = ""
+    """Further options of pipeline.pretrain for all of them, in quotes: "--epochs 50 --image-size 96"."""
+    storage: str = "runs"
+    """Where those runs go, and are found again."""
+    data: str | None = None
+    """Labelled images to learn from; left open: the runs' own. Any source that pretraining takes."""
+    val_data: str | None = None
+    """Labelled images to be judged on; left open: a train/ + val/ pair, else a split by content."""
+    protocols: tuple[str, ...] = COMPARED
+    """What to examine; attentive, finetune and scratch, which train for minutes, only where named."""
+    limit: int | None = None
+    """Learn from at most this many labelled images."""
+    seed: int = 0
+    output: str | None = None
+    """Folder of the report; left open: a fresh one beside the first run."""
+    cache: str | None = None
+    """Where packed data sets and features are kept; left open: ~/.cache/ssl-pretraining."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def with_value(argv: Sequence[str], option: str) -> list[str]:
+    """The command line with `option VALUE` as `option=VALUE`: its value begins with dashes of its own."""
+    words = list(argv)
+    if option in words[:-1]:
+        i = words.index(option)
+        words[i : i + 2] = [f"{option}={words[i + 1]}"]
+    return words
+
+
+def refuse(arguments: Arguments) -> None:
+    """Raise `UserError` for what cannot be compared, before anything slow begins."""
+    for name in arguments.protocols:
+        if name not in NAMES:
+            raise UserError(f"--protocols {name}: unknown; there are {', '.join(NAMES)}")
+    for run in arguments.runs:
+        if "://" not in run and not Path(run).exists():
+            raise UserError(f"{run}: no such run folder or checkpoint")
+    if bool(arguments.backbones) != bool(arguments.objectives):
+        raise UserError("--backbones and --objectives go together: every backbone is trained with every objective")
+    if arguments.backbones and not arguments.data:
+        raise UserError("--backbones: give --data to say what they are trained on")
+    count = len(arguments.runs) + len(arguments.backbones) * len(arguments.objectives)
+    if count < 2:
+        raise UserError(f"a comparison needs at least two runs, not {count}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0, or 1 failed, 2 a user's mistake, 130 Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+
+    def command() -> int:
+        import tyro
+
+        words = with_value(argv, "--pretrain")
+        arguments = tyro.cli(
+            Annotated[Arguments, tyro.conf.arg(name="")], args=words, prog="python -m pipeline.compare"
+        )
+        refuse(arguments)
+        options = asdict(arguments)
+        backbones, objectives, pretrain, storage, runs = (
+            options.pop(name) for name in ("backbones", "objectives", "pretrain", "storage", "runs")
+        )
+        options.pop("debug")
+        if backbones:
+            from pipeline.report.candidates import train_missing
+
+            more = f"{pretrain} --cache {shlex.quote(arguments.cache)}" if arguments.cache else pretrain
+            trained = train_missing(backbones, objectives, data=str(arguments.data), storage=storage, options=more)
+            runs, options["data"] = (*runs, *trained), None if not runs else arguments.data
+        from pipeline.report.write import compare  # torch comes with it, after all that can be refused without
+
+        compare(runs, **options, command=["python", "-m", "pipeline.compare", *argv])
+        return 0
+
+    return guarded(command, debug="--debug" in argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

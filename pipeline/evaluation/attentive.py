@@ -1,0 +1,110 @@
+"""Attentive probe: what is in the cells that their mean does not show? One learned query attends to frozen cells.
+
+Masked and predictive objectives train no pooled feature, so a linear probe on the mean undersells them (Chen et al.
+2023, CAE, section 3.3; Bardes et al. 2024, V-JEPA, section 3.3). Cross-attention with one query per class set, then a
+linear classifier; several learning rates are trained side by side and a held-out slice of train chooses.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.evaluation.accuracy import headline
+from pipeline.evaluation.feature_set import FeatureSet
+from pipeline.evaluation.images import Images
+
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+STEPS = 400
+BATCH = 128
+HELD_OUT = 0.1
+HELD = 2 << 30
+"""Bytes of cells that are held at most, in half precision; more training images than fit are left out."""
+
+
+class Attentive(nn.Module):
+    """Cells [B, N, D] to logits [B, C]: a query attends to the normalised cells with heads of 64, then a classifier."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.heads = max(1, width // 64) if width % max(1, width // 64) == 0 else 1
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.key, self.value = nn.Linear(width, width), nn.Linear(width, width)
+        self.classifier = nn.Linear(width, classes)
+
+    def forward(self, cells: Tensor) -> Tensor:
+        x = self.norm(cells)
+        split = (self.heads, x.shape[-1] // self.heads)
+        query, key, value = (
+            t.unflatten(-1, split).transpose(1, 2)
+            for t in (self.query.expand(len(x), -1, -1), self.key(x), self.value(x))
+        )
+        pooled = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        return self.classifier(pooled[:, 0])
+
+
+def attentive(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float | Tensor] | None:
+    """The headline numbers, the lr that a held-out slice of train chose, and how many `images` it learned from."""
+    if train.images is None or val.images is None or train.which is None or val.which is None:
+        return None
+    known = train.which[train.labels.cpu() >= 0]
+    x, y, _ = _cells(train.images, known)
+    queries, truth, order = _cells(val.images, val.which[val.labels.cpu() >= 0])
+    if len(x) < 10 or not len(queries):
+        return None
+    device, classes = train.images.device, int(y.max()) + 1
+    aside = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    held, kept = aside[: max(1, round(HELD_OUT * len(x)))], aside[max(1, round(HELD_OUT * len(x))) :]
+    scores = []
+    for lr in LEARNING_RATES:
+        head = learn(x[kept], y[kept], classes, lr, device, seed)
+        scores.append((predict(head, x[held], device) == y[held]).double().mean().item())
+    lr = LEARNING_RATES[max(range(len(scores)), key=scores.__getitem__)]
+    head = learn(x, y, classes, lr, device, seed)
+    predicted = predict(head, queries, device)[order.argsort()]
+    return headline(predicted, truth[order.argsort()]) | {"lr": lr, "images": len(x)}
+
+
+def learn(x: Tensor, y: Tensor, classes: int, lr: float, device: torch.device, seed: int) -> Attentive:
+    """A head trained by AdamW with a cosine schedule on half-precision cells [M, N, D] and labels [M]."""
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        head = Attentive(x.shape[-1], classes).to(device)
+        optimiser = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, STEPS, pct_start=0.1)
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(STEPS):
+            chosen = torch.randint(len(x), (min(BATCH, len(x)),), generator=generator)
+            loss = F.cross_entropy(head(x[chosen].to(device).float()), y[chosen].to(device))
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+    return head.eval()
+
+
+def predict(head: Attentive, x: Tensor, device: torch.device) -> Tensor:
+    """The class [M], on the CPU, of cells [M, N, D]."""
+    with torch.no_grad():
+        return torch.cat([head(part.to(device).float()).argmax(1).cpu() for part in x.split(BATCH)])
+
+
+def _cells(images: Images, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cells float16 [M, N, D] of the images `which` names, as many as may be held, their labels [M], their numbers."""
+    wanted = torch.zeros(len(images.labels), dtype=torch.bool)
+    wanted[which] = True
+    parts, labels, numbers, held = [], [], [], 0
+    for shown in images.batches():
+        keep = wanted[shown.which]
+        if not bool(keep.any()):
+            continue
+        with torch.no_grad(), images.autocast():
+            parts.append(images.backbone(images.normalised(shown.images[keep])).cells.half().cpu())
+        labels.append(shown.labels[keep])
+        numbers.append(shown.which[keep])
+        held += parts[-1].numel() * 2
+        if held > HELD:
+            break
+    if not parts:
+        return torch.empty(0, 1, 1), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+    return torch.cat(parts), torch.cat(labels), torch.cat(numbers)

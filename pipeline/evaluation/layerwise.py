@@ -1,0 +1,30 @@
+"""Where in the network does the knowledge sit? k-NN and a linear classifier on every block or stage."""
+
+import torch
+from torch import Tensor
+
+from pipeline.evaluation import knn, linear
+from pipeline.evaluation.feature_set import FeatureSet
+
+K = 20
+LEARNING_RATES = (1e-3, 1e-2, 1e-1)
+
+
+def layerwise(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float | Tensor] | None:
+    """Accuracy on layer l, its cells averaged: knn_1 … knn_L, linear_1 … linear_L, and `last`, k-NN on the last one; as
+    evidence, `knn` and `linear` [L]."""
+    train, val = train.labelled(), val.labelled()
+    if len(train.labels) < 2 or not len(val.labels) or not train.layers:
+        return None
+    classes = int(train.labels.max()) + 1
+    by_knn, by_linear = [], []
+    for bank, queries in zip(train.layers, val.layers):
+        by_knn.append(knn.knn(bank, train.labels, queries, val.labels, ks=(K,))[K])
+        probe = linear.linear_probe(
+            bank, train.labels, queries, val.labels, classes=classes, lrs=LEARNING_RATES, seed=seed
+        )
+        by_linear.append(probe["top1"])
+    found: dict[str, float | Tensor] = {"knn": torch.tensor(by_knn), "linear": torch.tensor(by_linear)}
+    for name, curve in (("knn", by_knn), ("linear", by_linear)):
+        found |= {f"{name}_{layer}": value for layer, value in enumerate(curve, 1)}
+    return found | {"last": by_knn[-1]}

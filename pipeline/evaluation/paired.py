@@ -1,0 +1,65 @@
+"""Is one backbone better than another, when both were shown the same images?"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+from torch import Tensor
+
+from pipeline.evaluation import interval
+
+
+class Difference(NamedTuple):
+    """How much better the first is than the second: the mean difference over the images, its 95 % interval, and how
+    likely one as large is where there is none (two-sided)."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+def mcnemar(first: Tensor, second: Tensor) -> float:
+    """The exact two-sided p-value of McNemar's test (1947) on answers [N], right or wrong, of two classifiers.
+
+    Only images that one of them alone got right tell anything: under the hypothesis of no difference, each of them is
+    a fair coin.
+    """
+    only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
+    if not only_first + only_second:
+        return 1.0
+    return float(stats.binomtest(only_first, only_first + only_second).pvalue)
+
+
+def difference(first: Tensor, second: Tensor, seed: int = 0) -> Difference:
+    """Compare two scores of the same images.
+
+    Args:
+        first, second: one value an image [N], or [R, N] for R repetitions that both went through alike. Where they are
+            bool and not repeated, the p-value is McNemar's; else it is the normal's, by the bootstrap's deviation: a
+            share of samples beyond zero could not be small enough to be adjusted for many comparisons.
+
+    Raises:
+        ValueError: not the same images.
+    """
+    if first.shape != second.shape or not first.numel():
+        raise ValueError(f"a paired test needs the same images: {list(first.shape)} and {list(second.shape)} differ")
+    values = (first.double() - second.double()).cpu().numpy()
+    values = values[None] if values.ndim == 1 else values
+    means = interval.resampled(values, seed)
+    low, high = np.percentile(means, [2.5, 97.5])
+    if first.dtype.is_floating_point or first.ndim > 1:
+        spread = float(means.std())
+        p = float(2 * stats.norm.sf(abs(values.mean()) / spread)) if spread else float(values.mean() == 0)
+    else:
+        p = mcnemar(first.cpu(), second.cpu())
+    return Difference(float(values.mean()), float(low), float(high), float(p))
+
+
+def holm(p: list[float]) -> list[float]:
+    """p-values adjusted so that among all of them the chance of one false discovery stays at the level (Holm 1979)."""
+    adjusted, worst = [0.0] * len(p), 0.0
+    for place, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        worst = max(worst, min(1.0, (len(p) - place) * p[i]))
+        adjusted[i] = worst
+    return adjusted

@@ -1,0 +1,85 @@
+"""How alike are the layers of two backbones? Linear centred kernel alignment, from minibatches.
+
+Each backbone is shown the same images in the same batches and leaves the Gram matrices of its layers behind, so that
+any two that were examined can be compared without running either again.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from pipeline.evaluation.feature_set import FeatureSet
+
+IMAGES = 512
+BATCH = 64
+"""Images in all and of a batch: the unbiased estimate needs no more than a few (Nguyen et al. 2021, appendix A)."""
+
+
+def similarity(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float | Tensor] | None:
+    """As evidence `grams` float32 [L, batches, n, n], of every layer l the products of all its activations between the
+    n validation images of a batch; as a number, `neighbours`, the mean similarity of a layer with the next."""
+    if val.images is None:
+        return None
+    found: list[Tensor] = []
+    for shown in _batches(val, IMAGES):
+        with torch.no_grad():
+            layers = val.images.backbone(val.images.normalised(shown), layers=True).layers
+        found.append(torch.stack([_gram(layer.flatten(1).float()) for layer in layers]))
+    if not found or not len(found[0]):
+        return None
+    grams = torch.stack(found, dim=1).cpu()
+    table = cka(grams, grams)
+    neighbours = [float(table[i, j]) for i, j in pairwise(range(len(table)))]
+    return {"grams": grams} | ({"neighbours": sum(neighbours) / len(neighbours)} if neighbours else {})
+
+
+def _batches(val: FeatureSet, images: int) -> list[Tensor]:
+    """Whole batches of the same images for every backbone; fewer where the set is small."""
+    assert val.images is not None
+    shown = torch.cat([batch.images for batch in val.images.batches(images)])
+    size = min(BATCH, len(shown))
+    return list(shown[: len(shown) // size * size].split(size)) if size > 3 else []
+
+
+def _gram(x: Tensor) -> Tensor:
+    """x xᵀ of activations [n, p], scaled by p so that wide layers stay small numbers."""
+    return x @ x.T / x.shape[1]
+
+
+def cka(first: Tensor, second: Tensor) -> Tensor:
+    """Linear CKA [L, M] of the layers of two backbones, in [0, 1] but for noise (Nguyen et al. 2021, equation 3).
+
+    The mean over batches of the unbiased HSIC_1(K, L), by the roots of the means of HSIC_1(K, K) and HSIC_1(L, L).
+
+    Args:
+        first, second: Gram matrices [L, batches, n, n] and [M, batches, n, n] of the same batches, n > 3.
+
+    Raises:
+        ValueError: not the same batches, or too few images in one.
+    """
+    if first.shape[1:] != second.shape[1:] or first.shape[-1] < 4:
+        raise ValueError(
+            f"CKA needs Gram matrices of the same batches of at least 4 images: {list(first.shape)} and "
+            f"{list(second.shape)}"
+        )
+    k, m = _without_diagonal(first), _without_diagonal(second)
+    cross = hsic(k[:, None], m[None])
+    own = hsic(k, k), hsic(m, m)
+    return cross / (own[0][:, None] * own[1][None]).clamp(min=torch.finfo(torch.float64).tiny).sqrt()
+
+
+def _without_diagonal(gram: Tensor) -> Tensor:
+    gram = gram.double()
+    return gram - torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))
+
+
+def hsic(k: Tensor, m: Tensor) -> Tensor:
+    """The mean over batches of the unbiased HSIC_1 (Song et al. 2012; Nguyen et al. 2021, equation 4) of Gram matrices
+    [..., batches, n, n] whose diagonal is zero."""
+    n = k.shape[-1]
+    rows_k, rows_m = k.sum(-1), m.sum(-1)
+    trace = (k * m).sum((-2, -1))
+    total = rows_k.sum(-1) * rows_m.sum(-1) / ((n - 1) * (n - 2))
+    mixed = 2 / (n - 2) * (rows_k * rows_m).sum(-1)
+    return ((trace + total - mixed) / (n * (n - 3))).mean(-1)

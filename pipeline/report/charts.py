@@ -1,0 +1,309 @@
+"""The charts of a report: every one draws what its protocol found, and nothing where it was not asked."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from pipeline.evaluation.accuracy import confusion
+from pipeline.evaluation.changes import CORRUPTIONS, GEOMETRY
+from pipeline.evaluation.similarity import cka
+from pipeline.report.contest import Contest, Entry
+from pipeline.report.drawing import INK, PALETTE, WIDTH, Picture, clear_to, coloured, legend, short, svg
+from pipeline.report.verdict import BUDGETS, LABEL_FREE, rivals
+
+
+def accuracy(contest: Contest) -> Iterator[Picture]:
+    """Accuracies with their intervals, beside both floors."""
+    shown = [
+        (protocol, label)
+        for protocol, label in (
+            ("knn", "k-NN"), ("linear", "linear"), ("logistic", "logistic regression"),
+            ("attentive", "attentive probe"), ("finetune", "fine-tuned"),
+        )
+        if contest.entries[0].trained.numbers.get(f"{protocol}_top1") is not None
+    ]  # fmt: skip
+    if not shown:
+        return
+    rows = [(one.name, one.trained.numbers, one.untrained.numbers, c) for one, c in coloured(contest)]
+    figure = Figure(figsize=(WIDTH, 0.55 + len(shown) * (0.3 + 0.24 * len(rows))))
+    axes = figure.subplots()
+    ticks, y = [], 0.0
+    for protocol, label in shown:
+        top = y
+        pixels = contest.pixels.numbers.get(f"{protocol}_top1")
+        for name, trained, untrained, colour in rows:
+            value, low, high = (100 * float(trained[f"{protocol}_{k}"] or 0) for k in ("top1", "low", "high"))
+            axes.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="o", color=colour, capsize=2, ms=5)
+            if (floor := untrained.get(f"{protocol}_top1")) is not None:
+                axes.plot(100 * float(floor), y, "|", color=colour, ms=11, mew=1.5)
+            axes.annotate(f"{name}  {value:.1f}", (high, y), xytext=(6, 0), textcoords="offset points", va="center",
+                          fontsize=8, color=INK)  # fmt: skip
+            y += 1
+        if pixels is not None:
+            axes.vlines(100 * float(pixels), top - 0.4, y - 0.6, color=INK, lw=0.8, ls=":")
+        ticks.append(((top + y - 1) / 2, label))
+        y += 0.8
+    axes.set_yticks([t for t, _ in ticks], [label for _, label in ticks])
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.set_xlabel("accuracy, %")
+    axes.margins(x=0.05)
+    left, right = axes.get_xlim()
+    axes.set_xlim(max(0, left), right + 0.55 * (right - max(0, left)))
+    yield Picture(
+        "Accuracy", svg(figure, "Accuracy"),
+        "Point and bar: accuracy and its 95 % bootstrap interval over the validation images. Tick: the same network "
+        "untrained. Dotted line: raw pixels.",
+    )  # fmt: skip
+
+
+def low_shot(contest: Contest) -> Iterator[Picture]:
+    """Accuracy against the number of labels."""
+    budgets = [b for b in BUDGETS if contest.entries[0].trained.numbers.get(f"low_shot_{b}") is not None]
+    if not budgets:
+        return
+    labelled = {"n1": "1", "n5": "5", "n10": "10", "p1": "1 %", "p10": "10 %"}
+    figure = Figure(figsize=(WIDTH, 3.2))
+    parts = [[b for b in budgets if b[0] == kind] for kind in "np"]
+    for axes, part, unit in zip(figure.subplots(1, 2, sharey=True), parts, ("labels a class", "share of the labels")):
+        for one, colour in coloured(contest):
+            value, low, high = (
+                [100 * float(one.trained.numbers[f"low_shot_{b}{k}"] or 0) for b in part] for k in ("", "_low", "_high")
+            )
+            axes.plot(range(len(part)), value, "o-", color=colour, ms=4, label=one.name)
+            axes.fill_between(range(len(part)), low, high, color=colour, alpha=0.15, lw=0)
+        axes.set_xticks(range(len(part)), [labelled[b] for b in part])
+        axes.margins(x=0.15)
+        axes.set_xlabel(unit)
+        axes.set_ylabel("accuracy, %" if unit == "labels a class" else "")
+    legend(figure, contest)
+    yield Picture(
+        "Few labels", svg(figure, "Few labels"),
+        "Logistic regression on few labels, each number drawn five times, the same for all. Band: Student's 95 % "
+        "interval over the draws.",
+    )  # fmt: skip
+
+
+def layerwise(contest: Contest) -> Iterator[Picture]:
+    """Accuracy by depth."""
+    if not all("layerwise_knn" in one.trained.evidence for one in contest.entries):
+        return
+    figure = Figure(figsize=(WIDTH, 3.0))
+    for axes, kind, label in zip(figure.subplots(1, 2, sharey=True), ("knn", "linear"), ("k-NN", "linear")):
+        for one, colour in coloured(contest):
+            curve = 100 * one.trained.evidence[f"layerwise_{kind}"].numpy()
+            axes.plot(np.arange(1, len(curve) + 1) / len(curve), curve, "o-", color=colour, ms=3)
+        axes.set_xlabel(f"depth, {label}")
+        axes.set_xticks([0, 0.5, 1], ["input", "half", "last"])
+    figure.axes[0].set_ylabel("accuracy, %")
+    legend(figure, contest)
+    yield Picture(
+        "Where the knowledge sits", svg(figure, "Where the knowledge sits"),
+        "Accuracy on every block or stage, its cells averaged. Where the curve falls towards the end, the last layers "
+        "serve the objective more than the classes.",
+    )  # fmt: skip
+
+
+def factors(contest: Contest) -> Iterator[Picture]:
+    """Which factors of generated images are held linearly."""
+    names = [k.removeprefix("factors_").removesuffix("_held") for k in contest.entries[0].trained.numbers
+             if k.startswith("factors_") and k.endswith("_held")]  # fmt: skip
+    if not names:
+        return
+    figure = Figure(figsize=(WIDTH, 0.4 + 0.42 * len(names)))
+    axes = figure.subplots()
+    marks = [(one.name, one.trained.numbers, colour, "o") for one, colour in coloured(contest)]
+    for y, name in enumerate(names):
+        axes.axhline(y, color=INK, lw=0.3, alpha=0.3)
+        for _, numbers, colour, mark in marks:
+            axes.plot(100 * float(numbers[f"factors_{name}_held"] or 0), y, mark, color=colour, ms=7, alpha=0.85)
+        axes.plot(100 * float(contest.pixels.numbers.get(f"factors_{name}_held") or 0), y, "|", color=INK, ms=12)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlim(-3, 103)
+    axes.set_xlabel("held linearly, % of the way from chance to all")
+    legend(figure, contest)
+    yield Picture(
+        "Which factors are held", svg(figure, "Which factors are held"),
+        "Linear classifiers of each factor that the images were generated from. Tick: raw pixels. Shape right of "
+        "texture is what people do; texture right of shape is what CNNs trained on photographs were found to do.",
+    )  # fmt: skip
+
+
+def confusions(contest: Contest) -> Iterator[Picture]:
+    """Which classes are taken for which."""
+    protocol = "linear" if "linear_predicted" in contest.entries[0].trained.evidence else "knn"
+    if f"{protocol}_predicted" not in contest.entries[0].trained.evidence or len(contest.classes) > 40:
+        return
+    columns = min(3, len(contest.entries))
+    rows = -(-len(contest.entries) // columns)
+    side = WIDTH / columns
+    figure = Figure(figsize=(WIDTH, rows * side * 1.12))
+    names = [short(name) for name in contest.classes]
+    for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat):
+        if i >= len(contest.entries):
+            axes.axis("off")
+            continue
+        one = contest.entries[i]
+        table = confusion(one.trained.evidence[f"{protocol}_predicted"], one.trained.labels)
+        table = table[: len(names), : len(names)].double()
+        shares = (table / table.sum(1, keepdim=True).clamp(min=1)).numpy()
+        axes.imshow(shares, cmap=clear_to(PALETTE[0]), vmin=0, vmax=1)
+        axes.set_title(one.name, fontsize=9)
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.tick_params(length=0)
+        if len(names) <= 6:
+            for y, x in np.ndindex(*shares.shape):
+                axes.text(x, y, f"{100 * shares[y, x]:.0f}", ha="center", va="center", fontsize=8)
+    figure.tight_layout()
+    yield Picture(
+        "Confusions", svg(figure, "Confusions"),
+        f"Of each true class (row), the share taken for each class (column) by the {protocol.replace('knn', 'k-NN')} "
+        "classifier.",
+    )  # fmt: skip
+
+
+def cost(contest: Contest) -> Iterator[Picture]:
+    """Accuracy against multiply-adds and parameters."""
+    key = "linear_top1" if contest.entries[0].trained.numbers.get("linear_top1") is not None else "knn_top1"
+    if contest.entries[0].trained.numbers.get(key) is None:
+        return
+    figure = Figure(figsize=(WIDTH, 2.8))
+    for axes, label, value in zip(
+        figure.subplots(1, 2, sharey=True),
+        ("multiply-adds of one image, G", "parameters, M"),
+        (lambda one: one.cost.multiply_adds / 1e9, lambda one: one.cost.parameters / 1e6),
+    ):
+        for one, colour in coloured(contest):
+            axes.plot(value(one), 100 * float(one.trained.numbers[key] or 0), "o", color=colour, ms=7)
+        axes.set_xscale("log")
+        axes.set_xlabel(label)
+        axes.margins(x=0.2, y=0.2)
+    figure.axes[0].set_ylabel(f"{key.split('_')[0].replace('knn', 'k-NN')} accuracy, %")
+    legend(figure, contest)
+    yield Picture("Accuracy and cost", svg(figure, "Accuracy and cost"), "Up and to the left is better.")
+
+
+def trustworthy(contest: Contest) -> Iterator[Picture]:
+    """Label-free scores against k-NN accuracy."""
+    if len(contest.entries) < 4 or contest.entries[0].trained.numbers.get("label_free_rankme") is None:
+        return
+    figure = Figure(figsize=(WIDTH, 4.4))
+    for axes, name in zip(figure.subplots(2, 3, sharey=True).flat, LABEL_FREE):
+        for one, colour in coloured(contest):
+            x = one.trained.numbers[f"label_free_{name}"]
+            axes.plot(float(x or 0), 100 * float(one.trained.numbers["knn_top1"] or 0), "o", color=colour, ms=5)
+        axes.set_xlabel(name.replace("_", " "))
+        axes.margins(0.15)
+    for axes in (figure.axes[0], figure.axes[3]):
+        axes.set_ylabel("k-NN, %")
+    figure.tight_layout()
+    legend(figure, contest)
+    yield Picture(
+        "Scores without labels", svg(figure, "Scores without labels"),
+        "A score is worth something here as far as k-NN accuracy rises, or falls, with it.",
+    )  # fmt: skip
+
+
+def robustness(contest: Contest) -> Iterator[Picture]:
+    """k-NN accuracy under every change, by severity."""
+    if not all("robustness_clean_right" in one.trained.evidence for one in contest.entries):
+        return
+    for title, changes, caption in (
+        ("What it sees through: place, size, and missing parts", tuple(GEOMETRY),
+         "Shift by 5 to 25 % of the side; crop of 80 to 15 % of the area; shrunk to 85 to 30 %; turned by 15 to 90 "
+         "degrees; 15 to 75 % of the patches hidden; patches of a 2 to 8 a side grid shuffled."),
+        ("What it sees through: corruptions", tuple(CORRUPTIONS),
+         "ImageNet-C's corruptions at their five severities (Hendrycks & Dietterich 2019), but snow and frost."),
+    ):  # fmt: skip
+        columns = 3 if len(changes) == 6 else 5
+        rows = -(-len(changes) // columns)
+        figure = Figure(figsize=(WIDTH, 1.55 * rows + 0.4))
+        for axes, name in zip(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat, changes):
+            for one, colour in coloured(contest):
+                clean = 100 * float(one.trained.numbers["robustness_clean"] or 0)
+                curve = 100 * one.trained.evidence[f"robustness_{name}_right"].double().mean(1).numpy()
+                axes.plot(range(6), [clean, *curve], color=colour, lw=1.4)
+            axes.set_title(name.replace("_", " "), fontsize=8)
+            axes.set_xticks([0, 5], ["clean", "worst"], fontsize=7)
+            axes.tick_params(axis="y", labelsize=7)
+        for axes in figure.axes[len(changes) :]:
+            axes.axis("off")
+        figure.tight_layout()
+        legend(figure, contest)
+        images = len(contest.entries[0].trained.evidence["robustness_clean_right"])
+        yield Picture(
+            title, svg(figure, title),
+            f"k-NN accuracy in per cent on {images} changed validation images, against the unchanged training images, "
+            f"by severity. {caption}",
+        )  # fmt: skip
+
+
+def similarity(contest: Contest) -> Iterator[Picture]:
+    """Linear CKA between the layers of rivals, and within each."""
+    pairs = [pair for pair in rivals(contest) if all("similarity_grams" in one.trained.evidence for one in pair)]
+    if not pairs:
+        return
+    for first, second in pairs[:2]:
+        grams = [one.trained.evidence["similarity_grams"] for one in (first, second)]
+        if grams[0].shape[1:] != grams[1].shape[1:]:
+            continue
+        figure = Figure(figsize=(WIDTH, 2.7))
+        shown: Sequence[tuple[Entry, Entry, int, int]] = (
+            (first, first, 0, 0), (second, second, 1, 1), (first, second, 0, 1),
+        )  # fmt: skip
+        for axes, (a, b, i, j) in zip(figure.subplots(1, 3), shown):
+            table = cka(grams[i], grams[j]).clamp(0, 1).numpy()
+            axes.imshow(table, cmap=clear_to(PALETTE[0]), vmin=0, vmax=1, origin="lower", aspect="auto")
+            axes.set_xlabel(b.name, fontsize=8)
+            axes.set_ylabel(a.name, fontsize=8)
+            axes.set_xticks([0, table.shape[1] - 1], ["1", str(table.shape[1])], fontsize=7)
+            axes.set_yticks([0, table.shape[0] - 1], ["1", str(table.shape[0])], fontsize=7)
+            for y, x in np.ndindex(*table.shape):
+                if max(table.shape) <= 6:
+                    axes.text(x, y, f"{table[y, x]:.2f}"[1:] if table[y, x] < 0.995 else "1", ha="center",
+                              va="center", fontsize=7)  # fmt: skip
+        figure.tight_layout()
+        title = f"How alike the layers are: {first.name}, {second.name}"
+        yield Picture(
+            title, svg(figure, title),
+            "Linear CKA of all activations, 0 (nothing in common, the page's colour) to 1 (the same but for rotation "
+            "and scale), layer by layer from the input.",
+        )  # fmt: skip
+
+
+def depth(contest: Contest) -> Iterator[Picture]:
+    """Gradients and activations by depth."""
+    if not all("depth_gradient" in one.trained.evidence for one in contest.entries):
+        return
+    figure = Figure(figsize=(WIDTH, 2.8))
+    panels: Sequence[tuple[str, str]] = (
+        ("depth_gradient", "gradient, root mean square"),
+        ("depth_activation", "activation, root mean square"),
+        ("seeing_distance", "attention distance, share of side"),
+    )
+    panels = tuple(p for p in panels if any(p[0] in one.trained.evidence for one in contest.entries))
+    for axes, (key, label) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels):
+        for one, colour in coloured(contest):
+            if key not in one.trained.evidence:
+                continue
+            curve = one.trained.evidence[key].numpy()
+            at = np.arange(1, len(curve) + 1) / len(curve)
+            if curve.ndim == 2:
+                axes.plot(np.repeat(at, curve.shape[1]), curve.flatten(), ".", color=colour, ms=3, alpha=0.6)
+                curve = curve.mean(1)
+            axes.plot(at, curve, "o-", color=colour, ms=2.5, lw=1.2)
+        if key != "seeing_distance":
+            axes.set_yscale("log")
+        axes.set_title(label, fontsize=8)
+        axes.set_xticks([0, 1], ["input", "last"])
+        axes.tick_params(labelsize=7)
+    figure.tight_layout()
+    legend(figure, contest)
+    yield Picture(
+        "By depth", svg(figure, "By depth"),
+        "Gradient of the pooled features with respect to the parameters at each depth, and the size of the activations "
+        "there. Of transformers also how far each head looks (dots) and their mean.",
+    )  # fmt: skip

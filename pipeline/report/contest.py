@@ -1,0 +1,201 @@
+"""Examine several runs on the same images: what is known of each, what it cost, and what every protocol found."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backbones import names
+from backbones.cost import multiply_adds, parameters, receptive_field
+from pipeline.config import Config
+from pipeline.data import preparation
+from pipeline.errors import UserError
+from pipeline.evaluation import floors, judge
+from pipeline.evaluation.duplicates import duplicates
+from pipeline.evaluation.evaluate import Findings, examine
+from pipeline.evaluation.protocols import PROTOCOLS
+from pipeline.training import launch, measure
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a backbone and its pretraining took.
+
+    parameters     of the backbone
+    multiply_adds  for one image of the evaluation
+    images_seen    in pretraining, every repetition counted
+    compute        multiply-adds of one forward pass of the backbone over all views it saw, masks not deducted
+    seconds        of training, where the run's summary tells it; on `device`
+    """
+
+    parameters: int
+    multiply_adds: int
+    images_seen: int
+    compute: float
+    seconds: float | None
+    device: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One backbone of a contest, and its own untrained self. `field` is the side of its theoretical receptive field in
+    pixels, None where that is the whole image."""
+
+    name: str
+    run: str
+    config: Config
+    family: str
+    cost: Cost
+    field: int | None
+    trained: Findings
+    untrained: Findings
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Backbones examined on the same images.
+
+    pixels     what raw pixels achieve
+    copies     (training image, validation image) that are the same file
+    seconds    spent, by stage
+    """
+
+    data: str
+    note: str
+    classes: tuple[str, ...]
+    train_images: int
+    val_images: int
+    entries: tuple[Entry, ...]
+    pixels: Findings
+    copies: tuple[tuple[str, str], ...]
+    protocols: tuple[str, ...]
+    seed: int
+    limit: int | None
+    fingerprints: tuple[str, str] = ("", "")
+    device: str = "cpu"
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def hold(
+    runs: Sequence[str],
+    *,
+    data: str | None = None,
+    val_data: str | None = None,
+    protocols: Sequence[str],
+    limit: int | None = None,
+    seed: int = 0,
+    cache: str | None = None,
+) -> Contest:
+    """Examine runs or checkpoints on the data that all share, or on `data`.
+
+    Raises:
+        UserError: fewer than two runs, runs on different data, no labels, or a torn or foreign checkpoint.
+    """
+    if len(runs) < 2:
+        raise UserError(f"a comparison needs at least two runs, not {len(runs)}")
+    begun = time.perf_counter()
+    found = [judge.find(run) for run in runs]
+    shared = {one.config.data for one in found}
+    if data is None and len(shared) > 1:
+        raise UserError(f"the runs have different data ({', '.join(sorted(shared))}); give --data to say whose counts")
+    config = found[0].config if data is None else replace(found[0].config, data=data, val_data=None)
+    config = replace(config, val_data=val_data or config.val_data, cache=cache or config.cache)
+    if data is not None or len({one.config.limit for one in found}) > 1:
+        config = replace(config, limit=None)
+    train, val, note = preparation.prepare(config)
+    if val is None or not train.classes or not val.classes:
+        raise UserError(f"--data {config.data}: has no labels to judge by (class folders are labels)")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    seconds = {"reading checkpoints and packing": time.perf_counter() - begun}
+
+    entries = []
+    for one, name in zip(found, titles(found)):
+        begun = time.perf_counter()
+        size = int(one.config.image_size or 0)
+        backbones = {
+            "trained": one.backbone.to(device),
+            "untrained": floors.untrained(one.backbone.config, one.config.seed).to(device),
+            "pixels": floors.pixels(),
+        }
+        results = examine(
+            backbones, train, val, image_size=size, protocols=protocols, device=device, seed=seed, limit=limit,
+            precision=measure.precision(one.config, device), floors=("untrained", "pixels"),
+            cache=preparation.cache_folder(config.cache) / "features",
+        )  # fmt: skip
+        entries.append(
+            Entry(
+                name, one.folder.address, one.config, names.family(one.config.backbone), cost(one, size),
+                receptive_field(one.backbone), results["trained"], results["untrained"],
+            )
+        )  # fmt: skip
+        one.backbone.to("cpu")
+        seconds[name] = time.perf_counter() - begun
+        print(f"{name}: examined in {seconds[name]:.0f} s", flush=True)
+    numbers = entries[0].trained.numbers
+    return Contest(
+        data=launch.data_name(config), note=note, classes=train.classes, train_images=int(numbers["train_images"] or 0),
+        val_images=int(numbers["val_images"] or 0), entries=tuple(entries), pixels=results["pixels"],
+        copies=tuple(duplicates(train, val)), protocols=tuple(protocols), seed=seed, limit=limit,
+        fingerprints=(train.fingerprint, val.fingerprint), device=device.type, seconds=seconds,
+    )  # fmt: skip
+
+
+def titles(found: Sequence[judge.Judged]) -> list[str]:
+    """What each run is called: its backbone and objective, and what tells it from others of the same."""
+    plain = [f"{one.config.backbone} + {one.config.objective}" for one in found]
+    seen = [f"{name} at {one.seen:,} images" for name, one in zip(plain, found)]
+    folders = [f"{name} ({Path(one.folder.address).name})" for name, one in zip(seen, found)]
+    return [
+        names[0] if plain.count(names[0]) == 1 else names[1] if seen.count(names[1]) == 1 else names[2]
+        for names in zip(plain, seen, folders)
+    ]
+
+
+def cost(one: judge.Judged, size: int) -> Cost:
+    """What a run took, from its shapes and its summary."""
+    per_view: dict[Any, int] = {shape: multiply_adds(one.backbone, shape) for shape in {v.size for v in one.views}}
+    summary = one.summary()
+    return Cost(
+        parameters(one.backbone), multiply_adds(one.backbone, size), one.seen,
+        float(one.seen) * sum(per_view[view.size] for view in one.views),
+        summary.get("training_seconds") if summary.get("images_seen") == one.seen else None,
+        str(summary.get("device", "")),
+    )  # fmt: skip
+
+
+def as_json(contest: Contest) -> dict[str, Any]:
+    """Everything but the tensors, as plain data; NaN becomes None."""
+
+    def plain(numbers: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
+
+    return {
+        "data": contest.data,
+        "note": contest.note,
+        "classes": list(contest.classes),
+        "train_images": contest.train_images,
+        "val_images": contest.val_images,
+        "fingerprints": list(contest.fingerprints),
+        "copies": [list(pair) for pair in contest.copies],
+        "protocols": {name: PROTOCOLS[name].headline for name in contest.protocols},
+        "seed": contest.seed,
+        "limit": contest.limit,
+        "seconds": dict(contest.seconds),
+        "pixels": plain(contest.pixels.numbers),
+        "entries": [
+            {
+                "name": one.name,
+                "run": one.run,
+                "family": one.family,
+                "cost": vars(one.cost),
+                "receptive_field": one.field,
+                "trained": plain(one.trained.numbers),
+                "untrained": plain(one.untrained.numbers),
+            }
+            for one in contest.entries
+        ],
+    }

@@ -1,0 +1,205 @@
+"""The verdict in sentences, each made from a tested number and worded by whether the test found anything.
+
+Every claim compares two backbones on the same images in pairs. All claims of a report are tested together: their
+p-values are adjusted (Holm 1979), so that the chance of a single false "beats" among them stays at 5 %.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.evaluation import interval
+from pipeline.evaluation.evaluate import Findings
+from pipeline.evaluation.paired import Difference, difference, holm
+from pipeline.report.contest import Contest, Entry
+
+LEVEL = 0.05
+UNEQUAL = 0.1
+"""A difference in images seen, parameters or compute above this share is told at the top of the report."""
+
+BUDGETS = {"n1": "1 label a class", "n5": "5 labels a class", "n10": "10 labels a class", "p1": "1 % of the labels",
+           "p10": "10 % of the labels"}  # fmt: skip
+LABEL_FREE = ("rankme", "alpha_req", "effective_rank", "uniformity", "alignment", "lidar")
+
+
+class Claim(NamedTuple):
+    """That `first` differs from `second` in `what`; `p` is adjusted for all claims of the report."""
+
+    first: str
+    second: str
+    what: str
+    difference: Difference
+    p: float
+
+    @property
+    def significant(self) -> bool:
+        return self.p < LEVEL
+
+    def sentence(self) -> str:
+        points, half = 100 * self.difference.mean, 50 * (self.difference.high - self.difference.low)
+        if not self.significant:
+            return (
+                f"No difference between {self.first} and {self.second} was found in {self.what} "
+                f"({points:+.1f} ± {half:.1f} points)."
+            )
+        better, worse = (self.first, self.second) if points > 0 else (self.second, self.first)
+        return f"{better} beats {worse} by {abs(points):.1f} ± {half:.1f} points of {self.what}."
+
+
+def rivals(contest: Contest) -> list[tuple[Entry, Entry]]:
+    """Who is set against whom: for every objective its best CNN against its best ViT, then the best two of all where
+    that is another pair."""
+    order = sorted(contest.entries, key=lambda one: -score(one))
+    pairs = []
+    for objective in dict.fromkeys(one.config.objective for one in order):
+        best = {family: one for one in reversed(order) if one.config.objective == objective for family in [one.family]}
+        if len(best) > 1:
+            pairs.append((best["cnn"], best["vit"]))
+    first, second = order[0], order[1]
+    if not any({first.name, second.name} == {a.name, b.name} for a, b in pairs):
+        pairs.insert(0, (first, second))
+    return sorted(pairs, key=lambda pair: -max(score(one) for one in pair))
+
+
+def score(one: Entry) -> float:
+    """What backbones are ordered by: linear accuracy, or k-NN's where that was not measured."""
+    return float(next((v for key in ("linear_top1", "knn_top1") if (v := one.trained.numbers.get(key))), 0.0))
+
+
+def claims(contest: Contest) -> list[Claim]:
+    """Everything that is tested, the p-values adjusted together."""
+    found = []
+    for first, second in rivals(contest):
+        for what, a, b in measured(first, second):
+            found.append((first.name, second.name, what, difference(a, b, seed=contest.seed)))
+    for one in contest.entries:
+        for floor, findings in ((f"{one.config.backbone} untrained", one.untrained), ("raw pixels", contest.pixels)):
+            for protocol, what in (("linear", "linear accuracy"), ("knn", "k-NN accuracy")):
+                answers, theirs = right(one.trained, protocol), right(findings, protocol)
+                if answers is not None and theirs is not None:
+                    found.append((one.name, floor, what, difference(answers, theirs, seed=contest.seed)))
+                    break
+    adjusted = holm([one[3].p for one in found])
+    return [Claim(*one, p) for one, p in zip(found, adjusted)]
+
+
+def measured(first: Entry, second: Entry) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """What two backbones can be compared in, image by image: its name and both scores."""
+    for protocol, what in (
+        ("linear", "linear accuracy"), ("logistic", "logistic-regression accuracy"), ("knn", "k-NN accuracy"),
+        ("attentive", "attentive-probe accuracy"), ("finetune", "fine-tuned accuracy"),
+    ):  # fmt: skip
+        a, b = right(first.trained, protocol), right(second.trained, protocol)
+        if a is not None and b is not None:
+            yield what, a, b
+    mine, theirs = first.trained.evidence, second.trained.evidence
+    for budget, what in BUDGETS.items():
+        if (key := f"low_shot_{budget}_right") in mine and key in theirs:
+            yield f"accuracy with {what}", mine[key], theirs[key]
+    if "retrieval_precision" in mine and "retrieval_precision" in theirs:
+        yield "retrieval mAP", mine["retrieval_precision"], theirs["retrieval_precision"]
+    for key in sorted(mine.keys() & theirs.keys()):
+        if key.startswith("robustness_") and key.endswith("_right"):
+            name = key.removeprefix("robustness_").removesuffix("_right").replace("_", " ")
+            if name != "clean":
+                yield f"k-NN accuracy under {name}", mine[key].double().mean(0), theirs[key].double().mean(0)
+
+
+def right(findings: Findings, protocol: str) -> Tensor | None:
+    """Which images [N] a protocol's classifier got right."""
+    predicted = findings.evidence.get(f"{protocol}_predicted")
+    return None if predicted is None else predicted == findings.labels
+
+
+def sentences(contest: Contest, tested: Sequence[Claim]) -> list[str]:
+    """The verdict, most important first."""
+    found = []
+    for first, second in rivals(contest):
+        of = [claim for claim in tested if (claim.first, claim.second) == (first.name, second.name)]
+        if not of:
+            continue
+        lead = of[0].sentence()
+        found.append(f"On these {contest.val_images:,} images {lead[0].lower() if lead.startswith('No ') else lead[0]}"
+                     f"{lead[1:]}")  # fmt: skip
+        found += _grouped(first, second, of[0], of[1:])
+    for one in contest.entries:
+        floors = [claim for claim in tested if claim.first == one.name and not _is_entry(contest, claim.second)]
+        for claim in floors:
+            if not (claim.significant and claim.difference.mean > 0):
+                lost = claim.significant and claim.difference.mean < 0
+                found.append(
+                    f"{one.name} {'is worse than' if lost else 'was not found to be better than'} "
+                    f"{'its untrained self' if claim.second.endswith(' untrained') else claim.second} in {claim.what} "
+                    f"({100 * claim.difference.mean:+.1f} points): "
+                    "its pretraining has not shown its worth here."
+                )
+    return found
+
+
+def _is_entry(contest: Contest, name: str) -> bool:
+    return any(one.name == name for one in contest.entries)
+
+
+def _grouped(first: Entry, second: Entry, lead: Claim, others: Sequence[Claim]) -> Iterator[str]:
+    """The other claims on a pair, those that say the same in one sentence."""
+    for winner, loser, sign in ((first, second, 1), (second, first, -1)):
+        won = [claim for claim in others if claim.significant and claim.difference.mean * sign > 0]
+        also = "also " if lead.significant and lead.difference.mean * sign > 0 else ""
+        if won:
+            yield f"{winner.name} is {also}better than {loser.name} in {_listed(won)}."
+    undecided = [claim for claim in others if not claim.significant]
+    if undecided:
+        yield f"No difference between them was found in {_listed(undecided)}."
+
+
+def _listed(of: Sequence[Claim]) -> str:
+    parts = [
+        f"{claim.what} ({abs(100 * claim.difference.mean):.1f} ± "
+        f"{50 * (claim.difference.high - claim.difference.low):.1f})"
+        for claim in of
+    ]
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def unfair(contest: Contest) -> list[str]:
+    """What the backbones do not have in common, in sentences for the top of the report."""
+    found = []
+    for what, value in (
+        ("images seen in pretraining", lambda one: one.cost.images_seen),
+        ("parameters", lambda one: one.cost.parameters),
+        ("multiply-adds of pretraining", lambda one: one.cost.compute),
+    ):
+        values = {one.name: float(value(one)) for one in contest.entries}
+        least, most = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+        if values[most] > (1 + UNEQUAL) * values[least]:
+            ratio = values[most] / max(values[least], 1.0)
+            found.append(f"{what}: {most} has {ratio:.1f} times as many as {least}")
+    for what, option in (
+        ("image size", lambda one: f"{one.config.image_size} px"),
+        ("training images", lambda one: f"limit {one.config.limit}" if one.config.limit else "all"),
+        ("data", lambda one: one.config.data),
+        ("seed", lambda one: str(one.config.seed)),
+    ):
+        if len({option(one) for one in contest.entries}) > 1:
+            found.append(f"{what}: " + ", ".join(f"{one.name} {option(one)}" for one in contest.entries))
+    return found
+
+
+def trust(contest: Contest) -> list[tuple[str, str, float, float, float]]:
+    """How far label-free scores rank the runs as accuracy does: (score, accuracy, Spearman's ρ, low, high) over trained
+    runs; empty for fewer than four, which no correlation can be told from."""
+    if len(contest.entries) < 4 or "label_free" not in contest.protocols:
+        return []
+    found = []
+    for name in LABEL_FREE:
+        for accuracy in ("knn_top1", "linear_top1"):
+            pairs = [
+                (one.trained.numbers.get(f"label_free_{name}"), one.trained.numbers.get(accuracy))
+                for one in contest.entries
+            ]
+            if all(value is not None for pair in pairs for value in pair):
+                x, y = (torch.tensor([float(value or 0) for value in column]) for column in zip(*pairs))
+                found.append((name, accuracy, *interval.rank_correlation(x, y)))
+    return found

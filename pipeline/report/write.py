@@ -1,0 +1,86 @@
+"""`python -m pipeline.compare`, from its arguments to the report on disk and in MLflow."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from pipeline import tracking
+from pipeline.report import contest as contests
+from pipeline.report import page, verdict
+from pipeline.report.contest import Contest
+
+
+def compare(
+    runs: Sequence[str],
+    *,
+    data: str | None,
+    val_data: str | None,
+    protocols: Sequence[str],
+    limit: int | None,
+    seed: int,
+    cache: str | None,
+    output: str | None,
+    command: list[str],
+) -> Contest:
+    """Examine the runs, print the verdict, write `report.html` and `numbers.json` into `output`, and tell MLflow.
+
+    Raises:
+        UserError: as of `contest.hold`.
+    """
+    held = contests.hold(
+        runs, data=data, val_data=val_data, protocols=protocols, limit=limit, seed=seed, cache=cache
+    )  # fmt: skip
+    storage = Path(held.entries[0].run).parent if "://" not in held.entries[0].run else Path("runs")
+    folder = Path(output) if output else storage / f"comparison-{held.data}-{datetime.now():%m%d-%H%M%S}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.html").write_text(page.render(held, command), encoding="utf-8")
+    (folder / "numbers.json").write_text(json.dumps(contests.as_json(held), indent=2, ensure_ascii=False) + "\n")
+    print()
+    for sentence in verdict.sentences(held, verdict.claims(held)):
+        print(sentence)
+    for line in verdict.unfair(held):
+        print(f"not alike: {line}")
+    print(f"\nreport       {folder / 'report.html'}")
+    track(held, folder, tracking.default_uri(storage))
+    return held
+
+
+def track(held: Contest, folder: Path, uri: str) -> None:
+    """One parent run in MLflow with the report, below it a child for each backbone, all with the same metric names."""
+    parent = tracking.start_run(
+        uri,
+        experiment=held.data,
+        name=f"comparison of {len(held.entries)}",
+        tags={"kind": "comparison", "data": held.data},
+        params={"protocols": " ".join(held.protocols), "seed": held.seed, "limit": held.limit},
+        dataset={
+            "name": held.data,
+            "digest": held.fingerprints[0],
+            "path": held.entries[0].config.data,
+            "images": held.train_images,
+            "classes": len(held.classes),
+        },
+        config_path=None,
+    )
+    for one in held.entries:
+        numbers = {k: v for k, v in one.trained.numbers.items() if v is not None and v == v}  # NaN is no metric
+        numbers |= {
+            f"untrained_{k}": v for k, v in one.untrained.numbers.items() if k.endswith("_top1") and v is not None
+        }
+        numbers |= {"parameters": one.cost.parameters, "multiply_adds": one.cost.multiply_adds}
+        tags = {
+            "backbone": one.config.backbone,
+            "objective": one.config.objective,
+            "family": one.family,
+            "data": held.data,
+            "run_folder": one.run,
+            "mlflow.runName": one.name,
+        }
+        tracking.child_run(uri, parent, name=one.name, tags=tags, metrics=numbers, step=one.cost.images_seen)
+    tracker = tracking.Tracker(uri, parent, system_metrics=0)
+    for name in ("report.html", "numbers.json"):
+        tracker.log_artifact(folder / name)
+    tracker.finish("FINISHED")
+    print(f"in MLflow    mlflow ui --backend-store-uri {shlex.quote(tracking.redact(uri))}   (experiment {held.data})")

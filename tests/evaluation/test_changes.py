@@ -1,0 +1,133 @@
+"""Are the changes what they are said to be? Against Pillow, scipy, colorsys and what noise must measure."""
+
+import colorsys
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import ndimage
+from torch import Tensor
+
+from pipeline.evaluation import changes
+from pipeline.evaluation.changes import CORRUPTIONS, GEOMETRY, change
+
+SIDE = 48
+ALL = GEOMETRY | CORRUPTIONS  # type: ignore[operator]
+
+
+def photographs(n: int = 2, side: int = SIDE) -> Tensor:
+    """Smooth images with edges, float in [0.1, 0.9]: [n, 3, side, side]."""
+    rng = np.random.default_rng(0)
+    smooth = ndimage.gaussian_filter(rng.normal(size=(n, 3, side, side)), (0, 0, 4, 4))
+    smooth = smooth / np.abs(smooth).max()
+    smooth[:, :, side // 4 : side // 2, side // 4 : side // 2] *= -1
+    return torch.from_numpy(0.5 + 0.4 * smooth).float()
+
+
+def run(name: str, severity: int, x: Tensor, seed: int = 0) -> Tensor:
+    return ALL[name](x, severity, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_change_grows_with_its_severity_and_repeats_itself(name: str) -> None:
+    images = (photographs(4) * 255).round().to(torch.uint8)
+    far = [(change(images, name, severity, 3).float() - images.float()).abs().mean().item() for severity in (1, 3, 5)]
+    assert 0.05 < far[0] < far[2]
+    assert torch.equal(change(images, name, 2, 3), change(images, name, 2, 3))
+    assert change(images, name, 2, 3).shape == images.shape
+    odd = change(images[..., :37, :45], name, 5, 1)  # no multiple of 8, not square
+    assert odd.shape[-2:] == (37, 45)
+
+
+def test_noise_has_the_strength_it_is_said_to_have() -> None:
+    x = torch.full((4, 3, 64, 64), 0.5)
+    assert (run("gaussian_noise", 3, x) - x).std().item() == pytest.approx(0.18, rel=0.03)
+    shot = run("shot_noise", 4, x)
+    assert shot.mean().item() == pytest.approx(0.5, rel=0.02)
+    assert shot.var().item() == pytest.approx(0.5 / 5, rel=0.05)  # Poisson: variance λ of counts, x / c of images
+    impulse = run("impulse_noise", 5, x)
+    assert (impulse == 0).double().mean().item() == pytest.approx(0.135, rel=0.06)
+    assert (impulse == 1).double().mean().item() == pytest.approx(0.135, rel=0.06)
+
+
+def test_contrast_and_brightness() -> None:
+    x = photographs()
+    torch.testing.assert_close(run("contrast", 2, x).std((2, 3)), 0.3 * x.std((2, 3)))
+    torch.testing.assert_close(run("contrast", 2, x).mean((2, 3)), x.mean((2, 3)))
+    found = run("brightness", 3, x)
+    for pixel in ((0, 5, 5), (1, 20, 20), (0, 40, 7)):
+        before, after = (t[pixel[0], :, pixel[1], pixel[2]].tolist() for t in (x, found))
+        hue, saturation, value = colorsys.rgb_to_hsv(*before)
+        assert after == pytest.approx(colorsys.hsv_to_rgb(hue, saturation, min(1, value + 0.3)), abs=1e-5)
+
+
+def test_defocus_is_a_convolution_with_a_disc() -> None:
+    x = photographs(1, 112)
+    found = run("defocus_blur", 4, x)[0, 0].numpy()
+    fine = (np.arange(110) - 54.5) / 10  # ten times finer than its pixels
+    disc = np.hypot(fine[:, None], fine) <= 4  # 8 of 224 pixels, at 112
+    kernel = disc.reshape(11, 10, 11, 10).mean((1, 3))
+    expected = ndimage.convolve(x[0, 0].numpy(), kernel / kernel.sum(), mode="mirror")
+    assert np.abs(found - expected).max() < 0.03
+    assert np.abs(x[0, 0].numpy() - expected).max() > 0.1
+
+
+def test_zoom_blur_is_the_mean_of_scipys_zooms() -> None:
+    x = photographs(1, 64)
+    found = run("zoom_blur", 3, x)[0, 0].numpy()
+    image = x[0, 0].numpy().astype(np.float64)
+    grid = np.arange(64) - 31.5
+    zooms = [image]
+    for factor in np.arange(1, 1.21, 0.02):
+        at = 31.5 + grid / factor
+        zooms.append(ndimage.map_coordinates(image, np.meshgrid(at, at, indexing="ij"), order=1, mode="mirror"))
+    assert np.abs(found - np.mean(zooms, axis=0)).max() < 1e-3
+
+
+def test_pixelate_is_pillows_box_and_nearest() -> None:
+    x = photographs(1, 40)
+    image = Image.fromarray((x[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+    theirs = image.resize((20, 20), Image.Resampling.BOX).resize((40, 40), Image.Resampling.NEAREST)
+    found = run("pixelate", 2, x)  # half of the side and more: int(40 * 0.5) = 20
+    assert np.abs(np.asarray(theirs) / 255 - found[0].permute(1, 2, 0).numpy()).max() < 0.006  # both round twice
+
+
+@pytest.mark.parametrize("quality", [25, 7, 80])
+def test_jpeg_loses_what_pillow_loses(quality: int) -> None:
+    x = photographs(1, 64)
+    image = Image.fromarray((x[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality, subsampling=2)
+    theirs = np.asarray(Image.open(file)).astype(float)
+    ours = changes.jpeg_at(torch.from_numpy(np.asarray(image) / 255.0).permute(2, 0, 1)[None].float(), quality)
+    ours = (ours[0].clamp(0, 1) * 255).permute(1, 2, 0).numpy()
+    loss = np.abs(theirs - np.asarray(image)).mean()
+    assert np.abs(theirs - ours).mean() < 0.35 * loss + 0.3
+    assert np.abs(ours - np.asarray(image)).mean() == pytest.approx(loss, rel=0.15, abs=0.2)
+
+
+def test_geometry_moves_what_it_is_said_to_move() -> None:
+    x = torch.zeros(1, 1, 40, 40)
+    x[..., 20, 20] = 1
+    where = [divmod(int(run("shift", 4, x, seed).flatten().argmax()), 40) for seed in range(8)]
+    assert all(np.hypot(r - 20, c - 20) == pytest.approx(8, abs=1) for r, c in where)  # 20 % of 40 pixels
+    ramp = torch.linspace(-1, 1, 41).expand(1, 1, 41, 41)
+    turned = run("rotation", 5, ramp)[0, 0]  # by 90 degrees: columns become rows
+    assert min((turned - ramp[0, 0].T).abs().max(), (turned + ramp[0, 0].T).abs().max()) < 0.06
+    cut = run("crop", 4, ramp)[0, 0]
+    assert (cut[20, -1] - cut[20, 0]).item() == pytest.approx(2 * 0.5, abs=0.06)  # 25 % of the area: half of the side
+    small = run("scale", 4, torch.ones(1, 3, 40, 40) * torch.eye(40))
+    assert small[0, 0, :11].std() < 1e-6  # nothing but the mean colour around it
+    assert small[0, 0, 20, 20] > 0.2
+
+
+def test_occlusion_hides_its_share_and_shuffling_keeps_every_pixel() -> None:
+    x = photographs(3)
+    hidden = (run("occlusion", 3, x) != x).any(1).double().mean((1, 2))
+    assert hidden.tolist() == pytest.approx([round(0.45 * 64) / 64] * 3, abs=0.01)
+    for severity in changes.SEVERITIES:
+        shuffled = run("patch_shuffle", severity, x)
+        assert torch.equal(shuffled.flatten().sort().values, x.flatten().sort().values)
+        assert not torch.equal(shuffled, x)

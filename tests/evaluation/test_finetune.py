@@ -1,0 +1,73 @@
+"""Does fine-tuning do what its recipe says, and find labels that a frozen backbone does not show?"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import backbones
+from pipeline.data.packed import Packed
+from pipeline.evaluation import attentive, examine, finetune
+from pipeline.evaluation.finetune import RECIPES, Classifier, groups, mix
+from tests.evaluation.test_evaluate import pack
+
+SIDE = 16
+PLAIN = replace(RECIPES["cnn"], mixup=0, cutmix=0, smoothing=0.1)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Packed, Packed]:
+    folder = tmp_path_factory.mktemp("finetune")
+    return pack(folder, "train", 64, 0), pack(folder, "val", 40, 1)
+
+
+def test_the_learning_rate_falls_from_the_head_to_the_stem_and_norms_do_not_decay() -> None:
+    model = Classifier(backbones.create("vit_ti8", image_size=SIDE), 4)
+    recipe = RECIPES["vit"]
+    found = {id(p): group for group in groups(model, recipe, 0.1) for p in group["params"]}
+    own = dict(model.named_parameters())
+    assert found[id(own["head.weight"])]["scale"] == 1
+    assert found[id(own["backbone.network.blocks.11.mlp.fc1.weight"])]["scale"] == pytest.approx(0.65**2)
+    assert found[id(own["backbone.network.blocks.0.mlp.fc1.weight"])]["scale"] == pytest.approx(0.65**13)
+    assert found[id(own["backbone.network.patch_embed.proj.weight"])]["scale"] == pytest.approx(0.65**14)
+    assert found[id(own["backbone.network.blocks.3.norm1.weight"])]["weight_decay"] == 0
+    assert found[id(own["backbone.network.pos_embed"])]["weight_decay"] == 0
+    assert found[id(own["backbone.network.blocks.3.mlp.fc1.weight"])]["weight_decay"] == 0.05
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(found) == len(trained)
+
+
+def test_mixed_targets_are_the_shares_of_the_pixels() -> None:
+    x = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 16, 16)
+    labels = torch.tensor([0, 1, 2, 0])
+    plain, targets = mix(x, labels, 3, PLAIN, np.random.default_rng(0))
+    assert torch.equal(plain, x)
+    assert targets[1].tolist() == pytest.approx([0.1 / 3, 0.9 + 0.1 / 3, 0.1 / 3])
+    for kind in ("mixup", "cutmix"):
+        recipe = replace(PLAIN, smoothing=0, **{kind: 1.0})
+        for seed in range(5):
+            mixed, targets = mix(x, labels, 3, recipe, np.random.default_rng(seed))
+            # Image 1 of brightness 1 and class 1 meets image 2 of brightness 2 and class 2.
+            share = 2 - mixed[1].mean().item()
+            assert targets[1].tolist() == pytest.approx([0, share, 1 - share], abs=1e-5)
+            assert len(mixed[1].unique()) <= (1 if kind == "mixup" else 2)
+
+
+def test_finetuning_and_attention_learn_the_labels_and_leave_the_backbone_alone(sets: tuple[Packed, Packed]) -> None:
+    torch.manual_seed(0)
+    backbone = backbones.create("lenet5", image_size=SIDE)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attentive, "STEPS", 60)
+        quick = replace(RECIPES["cnn"], lr=2e-2, epochs=1, least_steps=60, batch=32, layer_decay=1.0, ema=0.9)
+        patch.setattr(finetune, "RECIPES", {"cnn": quick})
+        numbers = examine({"": backbone}, *sets, image_size=SIDE, protocols=("attentive", "finetune", "scratch"))[
+            ""
+        ].numbers
+    assert numbers["attentive_top1"] > 0.7
+    assert numbers["finetune_top1"] > 0.7
+    assert numbers["finetune_train_error"] < 0.3
+    assert numbers["scratch_top1"] > 0.5
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    assert backbone.training

@@ -1,0 +1,98 @@
+"""Nightly pretraining on a folder that grows."""
+
+import json
+from pathlib import Path
+
+import pytest
+from job_toys import TINY, photographs, python
+
+from jobs import arrivals
+from pipeline import config
+from pipeline.errors import UserError
+
+
+def firing(day: int) -> str:
+    return f"2026010{day}T000000Z"
+
+
+def prepared(tmp_path, day: int):
+    argv = ["--data", str(tmp_path / "photos"), "--run", str(tmp_path / "runs" / f"night-{firing(day)}")]
+    return arrivals.prepare(config.parse(argv))
+
+
+def finish(tmp_path, day: int) -> None:
+    (tmp_path / "runs" / f"night-{firing(day)}" / "summary.json").write_text("{}")
+
+
+def listed(configuration) -> list[tuple[str, str]]:
+    text = Path(configuration.data).read_text().splitlines()[1:]
+    return [tuple(line.rsplit(",", 1)) for line in text]
+
+
+def test_each_firing_takes_what_no_finished_one_had(tmp_path, capsys):
+    photographs(tmp_path / "photos", range(20))
+    first = prepared(tmp_path, 1)
+    assert len(listed(first)) == 20
+    assert first.init is None
+    assert {label for _, label in listed(first)} == {"r", "b"}
+
+    photographs(tmp_path / "photos", range(20, 50))
+    assert len(listed(prepared(tmp_path, 1))) == 20, "a second attempt at a firing takes the same images"
+    assert len(listed(prepared(tmp_path, 2))) == 50, "the first one failed, so its images are still to come"
+    finish(tmp_path, 2)
+
+    assert prepared(tmp_path, 3) is None
+    assert "0 images have arrived since night-20260102T000000Z, 50 were there" in capsys.readouterr().out
+    photographs(tmp_path / "photos", range(50, 50 + arrivals.LEAST - 1))
+    assert prepared(tmp_path, 4) is None, "too few wait"
+    photographs(tmp_path / "photos", range(80, 90))
+    fifth = prepared(tmp_path, 5)
+    assert len(listed(fifth)) == arrivals.LEAST - 1 + 10
+    assert fifth.init.endswith(f"night-{firing(2)}")
+
+
+def test_other_jobs_and_cells_are_not_its_own(tmp_path):
+    photographs(tmp_path / "photos", range(20))
+    for name in (f"night-{firing(1)}-lenet5", f"tonight-{firing(1)}", f"night-{firing(3)}"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "summary.json").write_text("{}")
+    assert prepared(tmp_path, 2).init is None
+
+
+def test_what_it_cannot_do_is_said(tmp_path):
+    with pytest.raises(UserError, match="must hold the firing"):
+        arrivals.prepare(config.parse(["--run", "runs/mine"]))
+    (tmp_path / "a.csv").write_text("path\nx.png\n")
+    argv = ["--data", str(tmp_path / "a.csv"), "--run", str(tmp_path / f"n-{firing(1)}")]
+    with pytest.raises(UserError, match="is no folder of images"):
+        arrivals.prepare(config.parse(argv))
+
+
+@pytest.mark.slow
+def test_three_nights_on_a_folder_that_grows(tmp_path):
+    job = f"run: arrivals\narguments: {{data: photos, storage: {tmp_path}/runs}}\n"
+    (tmp_path / "night.yaml").write_text(job)
+    said = []
+    for day in (1, 2, 3):
+        photographs(tmp_path / "photos", range(40 * day))
+        words = [
+            "night.yaml",
+            "--firing",
+            firing(day),
+            "--set",
+            *(word for word in TINY if not word.startswith("limit")),
+        ]
+        done = python("-m", "jobs.run", *words, cwd=tmp_path, timeout=280, HOME=str(tmp_path))
+        assert done.returncode == 0, done.stdout + done.stderr
+        said.append(json.loads((tmp_path / "runs" / f"night-{firing(day)}" / "summary.json").read_text()))
+        assert f"{40:,} images have arrived" in done.stdout
+    rows = [(tmp_path / "runs" / f"night-{firing(day)}" / "metrics.jsonl").read_text().splitlines() for day in (1, 2)]
+    first = [json.loads(lines[0])["loss"] for lines in rows]
+    assert first[1] < first[0], "the second night begins where the first one ended"
+    (tmp_path / "night.yaml").write_text(job + 'after: [{run: evaluate, arguments: {run: "{run}"}}]\n')
+    words = ["night.yaml", "--firing", firing(4), "--in-place", "--set", *TINY]
+    quiet = python("-m", "jobs.run", *words, cwd=tmp_path, timeout=280, HOME=str(tmp_path))
+    assert quiet.returncode == 0
+    assert "they wait for the next firing" in quiet.stdout
+    assert "pipeline.evaluate" not in quiet.stdout, "there is nothing to evaluate"
+    assert all(0 <= summary["knn_top1"] <= 1 for summary in said)

@@ -1,0 +1,89 @@
+"""Jobs on a real Ray cluster: submitted once, seen, stopped, continued."""
+
+import time
+
+import pytest
+from job_toys import ROOT, TINY, Cluster, photographs, python
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+FIRING = "20260101T000000Z"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    photographs(tmp_path / "photos", range(40))
+    return tmp_path
+
+
+def test_a_firing_is_submitted_once_and_its_logs_are_seen(cluster: Cluster, folder):
+    (folder / "packs.yaml").write_text("run: pack\narguments: {data: photos}\nmatrix: {limit: [20, 30]}\n")
+    words = ["packs.yaml", "--address", cluster.address, "--firing", FIRING, "--wait"]
+    first = python("-m", "jobs.submit", *words, cwd=folder, timeout=280)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert first.stdout.count(": submitted") == 2
+    again = python("-m", "jobs.submit", *words, cwd=folder, timeout=280)
+    assert again.stdout.count("was submitted before; it is not run again") == 2
+    listed = python("-m", "jobs.list", "packs", "--address", cluster.address, cwd=folder).stdout
+    assert listed.count("succeeded") == 2
+    assert f"packs-{FIRING}-20" in listed
+    logs = python("-m", "jobs.logs", "packs", "--cell", "30", "--address", cluster.address, cwd=folder).stdout
+    assert "$ python -m pipeline.pack --data photos --limit 30" in logs
+    unknown = python("-m", "jobs.logs", "pack", "--address", cluster.address, cwd=folder)
+    assert "pack: no such submission or job; there are submissions of packs" in unknown.stderr
+
+
+def test_a_cluster_that_does_not_answer_is_named(folder):
+    (folder / "packs.yaml").write_text("run: pack\narguments: {data: photos}\n")
+    done = python("-m", "jobs.submit", "packs.yaml", "--address", "http://127.0.0.1:9", cwd=folder)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: --address http://127.0.0.1:9: no cluster's job API answers")
+
+
+@pytest.mark.slow
+def test_a_stopped_job_leaves_a_checkpoint_and_its_firing_goes_on(cluster: Cluster, folder):
+    (folder / "long.yaml").write_text(f"run: pretrain\narguments: {{data: photos, storage: {folder}/runs}}\n")
+    small = [word for word in TINY if not word.startswith("epochs")]
+    words = ["long.yaml", "--firing", FIRING, "--set", *small, "epochs=400"]
+    done = python("-m", "jobs.submit", *words, "--address", cluster.address, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    until = time.monotonic() + 240
+    while "[ " not in python("-m", "jobs.logs", "long", "--address", cluster.address, cwd=folder).stdout:
+        assert time.monotonic() < until
+    stopped = python("-m", "jobs.stop", "long", "--address", cluster.address, cwd=folder, timeout=200)
+    assert f"long-{FIRING}: stopped" in stopped.stdout
+    kept = list((folder / "runs" / f"long-{FIRING}" / "checkpoints").glob("*.pt"))
+    assert kept
+    assert (
+        "stopped with a checkpoint"
+        in python("-m", "jobs.logs", "long", "--address", cluster.address, cwd=folder).stdout
+    )
+    resumed = python("-m", "pipeline.pretrain", "--resume", f"{folder}/runs/long-{FIRING}", cwd=folder, timeout=280)
+    assert "continued at" in resumed.stdout
+
+
+SMALL = {
+    "nightly": ["data=PHOTOS", *(word for word in TINY if not word.startswith(("limit", "objective")))],
+    "weekly": ["data=PHOTOS", *TINY],
+    "checkpoints": ["data=PHOTOS", "hours=0.001"],
+    "tuning": [
+        'space=["lr=1e-4..1e-1"]', "trials=2", "rungs=2", "cpus=1", "gpus=0",
+        f"settings={[word for word in TINY if not word.startswith('engine')] + ['data=PHOTOS']}",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "jobs").glob("*.yaml")))
+def test_every_job_of_the_repository_runs_at_a_small_size(cluster: Cluster, folder, name):
+    text = (ROOT / "jobs" / f"{name}.yaml").read_text().replace("/data/photos", f"{folder}/photos")
+    text = text.replace("/data/labelled", f"{folder}/photos").replace("/data/runs", f"{folder}/runs")
+    text = text.replace("gpus: 1", "gpus: 0").replace("cpus: 4", "cpus: 1")
+    (folder / "runs").mkdir()
+    (folder / f"{name}.yaml").write_text(text)
+    settings = [word.replace("PHOTOS", f"{folder}/photos") for word in SMALL[name]]
+    if name == "nightly":
+        settings.append("objective=mae")
+    words = [f"{name}.yaml", "--firing", "scheduled", "--wait", "--address", cluster.address, "--set", *settings]
+    done = python("-m", "jobs.submit", *words, cwd=folder, timeout=580)
+    logs = python("-m", "jobs.logs", name, "--address", cluster.address, cwd=folder).stdout
+    assert done.returncode == 0, done.stdout + done.stderr + logs

@@ -1,0 +1,59 @@
+"""The files to deploy with: each right by the schema of what reads it."""
+
+import gzip
+import json
+import re
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from job_toys import ROOT
+
+DEPLOY = ROOT / "jobs" / "deploy"
+CRD = ROOT.parent / "shared" / "data" / "kuberay_crds" / "ray.io_rayjobs.yaml.gz"
+
+
+def test_the_rayjob_fits_kuberays_schema():
+    if not CRD.exists():
+        pytest.skip("KubeRay's CustomResourceDefinitions are not beside this checkout")
+    versions = yaml.load(gzip.decompress(CRD.read_bytes()), yaml.CSafeLoader)["spec"]["versions"]
+    schema = next(v["schema"]["openAPIV3Schema"] for v in versions if v["name"] == "v1")
+    schema["properties"]["spec"]["additionalProperties"] = False
+    document = yaml.safe_load((DEPLOY / "rayjob.yaml").read_text())
+    jsonschema.Draft202012Validator(_without_formats(schema)).validate(document)
+
+
+def _without_formats(schema):
+    """Quantities may be numbers or strings, which KubeRay's schema says in a way that is Kubernetes' own."""
+    if isinstance(schema, dict):
+        return {k: _without_formats(v) for k, v in schema.items() if k != "x-kubernetes-int-or-string"}
+    return [_without_formats(value) for value in schema] if isinstance(schema, list) else schema
+
+
+def test_the_ray_cluster_fits_rays_schema():
+    schema = Path(next(iter(find_spec("ray").submodule_search_locations)), "autoscaler", "ray-schema.json")
+    cluster = yaml.safe_load((DEPLOY / "ray-cluster.yaml").read_text())
+    jsonschema.validate(cluster, json.loads(schema.read_text()))
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**cluster, "max_worker": 2}, json.loads(schema.read_text()))
+
+
+def test_the_slurm_script_parses():
+    assert subprocess.run([shutil.which("bash") or "bash", "-n", DEPLOY / "slurm.sh"], timeout=30).returncode == 0
+
+
+def test_all_that_the_container_copies_is_there():
+    text = (DEPLOY / "Dockerfile").read_text()
+    copied = [name for line in re.findall(r"^COPY --chown=ray (.+)$", text, re.MULTILINE) for name in line.split()[:-1]]
+    assert {"pipeline", "jobs", "ssl", "backbones"} < set(copied)
+    for name in copied:
+        assert (ROOT / name).exists(), name
+
+
+def test_every_file_says_what_was_tried():
+    for path in DEPLOY.iterdir():
+        assert re.search(r"^# Tried: .+\. Not ", path.read_text(), re.MULTILINE), path.name

@@ -1,0 +1,287 @@
+"""Rendered files: right by the schemas and tools of whoever reads them, every argument quoted, no secret in them."""
+
+import gzip
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from zoneinfo import ZoneInfo
+
+import jsonschema
+import pytest
+import yaml
+from job_toys import ROOT, python
+
+from jobs import spec
+from jobs.render import Arguments, calendars, render
+from jobs.schedule import Schedule, parse
+from jobs.spec import Timetable
+from pipeline.errors import UserError
+
+CRDS = ROOT.parent / "shared" / "data" / "kuberay_crds"
+NASTY = [
+    "it's",
+    'a "b" c',
+    "$(touch owned)",
+    "`touch owned`",
+    "${HOME} %h %% 100%",
+    "a;b|c&d",
+    "back\\slash",
+    "*",
+    "-dash",
+    "ü",
+]
+JOB = """
+run: pretrain
+arguments: {data: embedded}
+matrix:
+  backbone: [lenet5, vit_ti8]
+schedule: {cron: 30 2 1 * mon, time_zone: Europe/Berlin}
+workers: 2
+resources: {cpus: 4, gpus: 1, memory: 16GiB}
+secrets: [MLFLOW_TRACKING_TOKEN]
+time_limit: 8h
+after:
+  - {run: evaluate, arguments: {run: "{run}"}}
+"""
+TARGETS = ("cron", "systemd", "kubernetes", "raycronjob", "slurm")
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "value-of-the-token")
+
+    def write(text: str = JOB, *settings: str, folder: str = "jobs") -> spec.Job:
+        Path(folder).mkdir(exist_ok=True)
+        (Path(folder) / "night.yaml").write_text(text)
+        return spec.load(f"{folder}/night.yaml", settings)
+
+    return write
+
+
+def rendered(job: spec.Job, to: str, **options) -> str:
+    options = {"folder": "/srv/pre training", **options}
+    return render(job, Arguments(str(job.path), to, set=job.settings, **options))
+
+
+def schema_of(kind: str) -> dict:
+    """KubeRay's own schema, closed: a key it does not know is an error, as `kubectl apply --validate=strict` has it."""
+    path = CRDS / f"ray.io_{kind}.yaml.gz"
+    if not path.exists():
+        pytest.skip("KubeRay's CustomResourceDefinitions are not beside this checkout")
+    versions = yaml.load(gzip.decompress(path.read_bytes()), yaml.CSafeLoader)["spec"]["versions"]
+    return closed(next(v["schema"]["openAPIV3Schema"] for v in versions if v["name"] == "v1"))
+
+
+def closed(schema: dict) -> dict:
+    if isinstance(schema, dict):
+        if (
+            "properties" in schema
+            and "additionalProperties" not in schema
+            and schema.get("x-kubernetes-preserve-unknown-fields") is None
+        ):
+            schema["additionalProperties"] = False
+        if schema.pop("x-kubernetes-int-or-string", False):
+            schema.pop("type", None)
+        for value in schema.values():
+            closed(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            closed(value)
+    return schema
+
+
+def cron_job_schema() -> dict:
+    """batch/v1 CronJob: its own fields as the Kubernetes API reference lists them, the pod's from KubeRay's schema."""
+    pod = schema_of("rayjobs")["properties"]["spec"]["properties"]["submitterPodTemplate"]
+    text, number, flag = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "boolean"}
+    labels = {"type": "object", "additionalProperties": text}
+    metadata = {"type": "object", "additionalProperties": False, "required": ["name"],
+                "properties": {"name": {**text, "maxLength": 52, "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"},
+                               "namespace": text, "labels": labels, "annotations": labels}}  # fmt: skip
+    run = {"template": pod, "backoffLimit": number, "activeDeadlineSeconds": number, "ttlSecondsAfterFinished": number,
+           "parallelism": number, "completions": number, "suspend": flag}  # fmt: skip
+    own = {
+        "schedule": text, "timeZone": text, "concurrencyPolicy": {"enum": ["Allow", "Forbid", "Replace"]},
+        "startingDeadlineSeconds": number, "successfulJobsHistoryLimit": number, "failedJobsHistoryLimit": number,
+        "suspend": flag, "jobTemplate": record(["spec"], metadata={"type": "object"}, spec=record(["template"], **run)),
+    }  # fmt: skip
+    return record(
+        ["apiVersion", "kind", "metadata", "spec"], apiVersion={"const": "batch/v1"}, kind={"const": "CronJob"},
+        metadata=metadata, spec=record(["schedule", "jobTemplate"], **own),
+    )  # fmt: skip
+
+
+def record(required: list[str], **properties: dict) -> dict:
+    return {"type": "object", "additionalProperties": False, "required": required, "properties": properties}
+
+
+@pytest.fixture(scope="module")
+def ray_cron_job_schema():
+    return schema_of("raycronjobs")
+
+
+def test_raycronjobs_fit_kuberays_own_schema(job, ray_cron_job_schema):
+    documents = list(yaml.safe_load_all(rendered(job(), "raycronjob", volume="photos")))
+    assert [d["metadata"]["name"] for d in documents] == ["ssl-night-lenet5", documents[1]["metadata"]["name"]]
+    assert re.fullmatch("ssl-night-vit-ti8-[0-9a-f]{8}", documents[1]["metadata"]["name"])
+    for document in documents:
+        jsonschema.Draft202012Validator(ray_cron_job_schema).validate(document)
+        cluster = document["spec"]["jobTemplate"]["rayClusterSpec"]
+        assert cluster["workerGroupSpecs"][0]["replicas"] == 2
+        limits = cluster["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["resources"]["limits"]
+        assert limits == {"cpu": "4", "memory": str(16 << 30), "nvidia.com/gpu": "1"}
+    wrong = json.loads(json.dumps(documents[0]))
+    wrong["spec"]["jobTemplate"]["entryPoint"] = "a key that the schema does not know"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft202012Validator(ray_cron_job_schema).validate(wrong)
+
+
+def test_a_cronjob_fits_kubernetes_schema(job):
+    document = yaml.safe_load(rendered(job(), "kubernetes"))
+    validator = jsonschema.Draft202012Validator(cron_job_schema())
+    validator.validate(document)
+    assert document["spec"]["timeZone"] == "Europe/Berlin"
+    document["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["comand"] = []
+    with pytest.raises(jsonschema.ValidationError):
+        validator.validate(document)
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+def test_systemd_takes_the_units(job, tmp_path):
+    text = rendered(job(), "systemd", folder=str(tmp_path))
+    python_here = tmp_path / ".venv" / "bin" / "python"
+    python_here.parent.mkdir(parents=True)
+    python_here.symlink_to(sys.executable)
+    for part in re.split(r"^# --- ", text, flags=re.MULTILINE)[1:]:
+        name, _, body = part.partition("\n")
+        (tmp_path / name).write_text(body)
+    units = [str(tmp_path / "ssl-night.service"), str(tmp_path / "ssl-night.timer")]
+    done = subprocess.run(["systemd-analyze", "verify", "--man=no", *units], capture_output=True, text=True, timeout=60)
+    said = [line for line in (done.stderr + done.stdout).splitlines() if "ssl-night" in line]
+    assert done.returncode == 0, done.stderr
+    assert not said
+    (tmp_path / "ssl-night.timer").write_text("[Timer]\nOnCalender=daily\n")
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", units[1]], capture_output=True, text=True, timeout=60
+    )
+    assert "ssl-night.timer" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+@pytest.mark.parametrize(
+    "line", ["15 1 * * *", "*/20 8-17 * * 1-5", "0 6 31 * *", "0 4 29 2 *", "30 4 1,15 * mon", "0 0 * * 7"]
+)
+@pytest.mark.parametrize("zone", ["Europe/Berlin", "UTC"])
+def test_systemd_reads_the_same_times_as_we_do(line, zone):
+    schedule = Schedule(parse(line), ZoneInfo(zone))
+    start, found = datetime(2026, 11, 24, tzinfo=UTC), set()
+    for calendar in calendars(Timetable(schedule, "skip", "last")):
+        done = subprocess.run(
+            ["systemd-analyze", "calendar", "--iterations=8", "--base-time=2026-11-24 00:00:00 UTC", calendar],
+            capture_output=True, text=True, timeout=60, env={**os.environ, "TZ": "UTC"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        times = re.findall(r"(?:Next elapse|Iter\. #\d+): \w+ (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) UTC", done.stdout)
+        assert times, done.stdout
+        found |= {datetime.fromisoformat(time).replace(tzinfo=UTC) for time in times}
+    first, after = sorted(found)[:5], start
+    for time in first:
+        assert schedule.next(after) == time
+        after = time
+
+
+def test_shell_scripts_parse_and_every_word_arrives_as_it_is(job, tmp_path):
+    """A shell reads the rendered line; a stand-in for Python, a program of its own, writes down what it is given."""
+    settings = [f"storage={word}" for word in NASTY]
+    for to in ("cron", "slurm"):
+        for i, setting in enumerate(settings):
+            folder = tmp_path / f"{to} {i} $(x)"
+            (folder / ".venv" / "bin").mkdir(parents=True)
+            for name in ("python", "ray"):
+                recorder = folder / ".venv" / "bin" / name
+                recorder.write_text(
+                    f"#!{sys.executable}\nimport json, sys\njson.dump(sys.argv[1:], open('got.json', 'w'))\n"
+                )
+                recorder.chmod(0o755)
+            text = rendered(job(JOB.replace("MLFLOW_TRACKING_TOKEN", "HOME"), setting), to, folder=str(folder))
+            if to == "cron":
+                line = text.splitlines()[-1].split(" ", 5)[5]
+                script = re.sub(r"\\%", "%", line)
+                assert not re.search(r"(?<!\\)%", line)
+            else:
+                script = (
+                    'srun() { shift; "$@"; }; scontrol() { echo here; }; exec() { "$@"; }; SLURM_JOB_NODELIST=x\n'
+                    + text
+                )
+                assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+            done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=30)
+            assert done.returncode == 0, done.stderr
+            got = json.loads((folder / "got.json").read_text())
+            assert got[got.index("--set") + 1] == setting
+            assert not list(tmp_path.rglob("owned"))
+
+
+def test_kubernetes_and_systemd_words_arrive_as_they_are(job):
+    for word in NASTY:
+        setting = f"storage={word}"
+        command = yaml.safe_load(rendered(job(JOB, setting), "kubernetes"))["spec"]["jobTemplate"]["spec"]["template"][
+            "spec"
+        ]
+        got = command["containers"][0]["command"][-1]
+        # Kubernetes replaces $(NAME) where NAME is a variable, and makes $$( into $(.
+        assert got.replace("$$(", "$(") == setting
+        assert not re.search(r"(?<!\$)\$\(", got)
+        entrypoint = next(yaml.safe_load_all(rendered(job(JOB, setting), "raycronjob", volume="v")))["spec"][
+            "jobTemplate"
+        ]["entrypoint"]
+        assert shlex.split(entrypoint)[-1] == setting
+        line = next(
+            line for line in rendered(job(JOB, setting), "systemd").splitlines() if line.startswith("ExecStart=")
+        )
+        quoted = re.findall(r'"((?:\\.|[^"\\])*)"', line)[-1]
+        assert re.sub(r"\\(.)", r"\1", quoted).replace("%%", "%").replace("$$", "$") == setting
+
+
+@pytest.mark.skipif(shutil.which("systemd-run") is None, reason="systemd-run is not installed")
+def test_a_job_of_an_odd_name_is_refused_or_quoted(job):
+    assert "'it'\"'\"'s $(x)/night.yaml'" in rendered(job(JOB, folder="it's $(x)"), "cron")
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_no_secret_is_rendered(job, to):
+    text = rendered(job(), to, volume="photos")
+    assert "value-of-the-token" not in text
+    assert "MLFLOW_TRACKING_TOKEN" in text
+
+
+def test_what_cannot_be_said_is_refused(job):
+    with pytest.raises(UserError, match="has no schedule, which cron needs"):
+        rendered(job("run: pack\narguments: {data: embedded}\n"), "cron")
+    with pytest.raises(UserError, match="systemd needs the whole path"):
+        rendered(job(), "systemd", folder="here")
+    with pytest.raises(UserError, match="the end of a line"):
+        rendered(job(JOB, "storage=a\nb"), "cron")
+    once = JOB.replace('{run: evaluate, arguments: {run: "{run}"}}', "{run: pack, arguments: {data: embedded}}")
+    with pytest.raises(UserError, match="need a volume that they share"):
+        rendered(job(once), "raycronjob")
+
+
+def test_a_firing_that_others_skip_is_told(job):
+    daily = JOB.replace("30 2 1 * mon", "30 2 * * *")
+    for to in ("systemd", "kubernetes", "raycronjob"):
+        assert re.search(r"# \d{4}-03-\d\d 02:30 does not exist in Europe/Berlin: \w+ skips", rendered(job(daily), to))
+    assert "does not exist" not in rendered(job(daily.replace("30 2", "15 1")), "systemd")
+
+
+def test_the_command_line_prints_the_file(job, tmp_path):
+    job()
+    done = python("-m", "jobs.render", "night", "--to", "slurm", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("#!/usr/bin/env bash\n#SBATCH --job-name=ssl-night\n#SBATCH --nodes=2\n")

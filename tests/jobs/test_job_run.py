@@ -1,0 +1,201 @@
+"""What the cluster runs for a cell: the command, its limits, its retries, what comes after, who is told."""
+
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from job_toys import ROOT, TINY, photographs, python
+
+from jobs import run as jobs_run
+from jobs import spec
+from jobs.spec import Notify
+
+FIRING = "20260101T000000Z"
+
+
+@pytest.fixture
+def heard():
+    """A real web server that keeps what is posted to it."""
+    news: list[dict] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            news.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/secret-path", news
+    server.shutdown()
+
+
+def write(folder: Path, text: str, name: str = "tiny") -> Path:
+    (folder / f"{name}.yaml").write_text(text)
+    return folder / f"{name}.yaml"
+
+
+def test_a_cell_trains_is_told_and_found_in_mlflow_and_what_comes_after_sees_its_run(tmp_path, heard):
+    photographs(tmp_path / "photos", range(40))
+    write(tmp_path, f"""
+run: pretrain
+arguments: {{data: photos, storage: {tmp_path}/runs}}
+matrix: {{seed: [0, 1]}}
+after:
+  - {{run: evaluate, arguments: {{run: "{{run}}", protocols: [knn]}}}}
+  - {{run: pack, arguments: {{data: photos}}}}
+notify: {{webhook: $HOOK, command: 'echo "$JOB_EVENT $JOB_CELL" >> told'}}
+""")  # fmt: skip
+    words = ["-m", "jobs.run", "tiny.yaml", "--firing", FIRING, "--in-place", "--set", *TINY, "--cell"]
+    first = python(*words, "0", cwd=tmp_path, timeout=280, HOOK=heard[0], SSL_NODE_CACHE=str(tmp_path))
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "-m pipeline.evaluate" in first.stdout
+    assert "-m pipeline.pack" not in first.stdout, "it comes after both cells"
+    second = python(*words, "1", cwd=tmp_path, timeout=280, HOOK=heard[0])
+    assert "-m pipeline.pack" in second.stdout, second.stdout + second.stderr
+    assert [(news["event"], news["cell"]) for news in heard[1]] == [("finish", "0"), ("finish", "1")]
+    assert 0 <= heard[1][0]["results"]["knn_top1"] <= 1
+    assert heard[0] not in first.stdout + first.stderr
+    assert (tmp_path / "told").read_text().split() == ["finish", "0", "finish", "1"]
+
+    import mlflow
+
+    store = mlflow.MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    found = store.search_runs(["1"], f"tags.job = 'tiny' and tags.firing = '{FIRING}'")
+    kinds = sorted(run.data.tags["kind"] for run in found)
+    assert kinds == ["evaluation", "evaluation", "pretraining", "pretraining"]
+
+    again = python(*words, "1", cwd=tmp_path, timeout=280, HOOK=heard[0])
+    assert again.returncode == 0
+    assert "continued at" in again.stdout, "the same firing goes on in the same run folder"
+    assert "-m pipeline.pack" not in again.stdout, "what comes after all cells is claimed once"
+
+
+ONCE = spec.Retry()
+
+
+def outcome_of(program: str, retry: spec.Retry = ONCE, limit: float | None = None) -> jobs_run.Outcome:
+    step, cells = spec.Step("pretrain", {}), (spec.Cell("", {}),)
+    job = spec.Job("j", Path("j.yaml"), step, cells, None, None, {}, (), limit, retry, (), Notify())
+    return jobs_run.attempt(["-c", program], job, lambda line: None)
+
+
+def test_a_failure_is_tried_again_and_a_users_mistake_is_not(tmp_path):
+    log = tmp_path / "log"
+    count = f"open({str(log)!r}, 'a').write('x'); n = len(open({str(log)!r}).read()); import sys; "
+    assert outcome_of(count + "sys.exit(0 if n == 3 else 1)", spec.Retry(2)).status == 0
+    assert log.read_text() == "xxx"
+    log.write_text("")
+    assert outcome_of(count + "sys.exit(2)", spec.Retry(5)).status == 2
+    assert log.read_text() == "x"
+    log.write_text("")
+    assert outcome_of(count + "print('why'); sys.exit(7)", spec.Retry(1)).last == "why"
+    assert log.read_text() == "xx"
+
+
+def test_a_time_limit_asks_first_and_kills_then(monkeypatch):
+    monkeypatch.setattr(jobs_run, "GRACE", 1.0)
+    orderly = outcome_of(
+        "import signal, time; signal.signal(15, lambda *_: exit(143)); print('up', flush=True); time.sleep(60)", limit=3
+    )
+    assert (orderly.status, orderly.why) == (143, "time limit")
+    deaf = outcome_of("import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)", spec.Retry(3), limit=3)
+    assert (deaf.status, deaf.why) == (137, "time limit")
+    assert deaf.seconds < 30
+    assert "SIGKILL" in deaf.last
+
+
+def test_what_a_command_leaves_running_does_not_hold_the_job_up():
+    sleeper = "[sys.executable, '-c', 'import time; time.sleep(300)']"
+    program = f"import subprocess, sys; subprocess.Popen({sleeper}); print('done')"
+    started = time.monotonic()
+    assert outcome_of(program).status == 0
+    assert time.monotonic() - started < 60
+
+
+def test_a_failure_is_told_with_its_reason_and_a_missing_secret_is_refused(tmp_path, heard):
+    write(tmp_path, "run: evaluate\narguments: {run: nothing-there}\nnotify: {webhook: $HOOK}\n")
+    done = python("-m", "jobs.run", "tiny.yaml", "--firing", FIRING, cwd=tmp_path, HOOK=heard[0], HOME=str(tmp_path))
+    assert done.returncode == 2
+    assert [news["event"] for news in heard[1]] == ["failure"]
+    assert heard[1][0]["text"].endswith("failed with status 2: error: nothing-there: no such run folder or checkpoint")
+    write(tmp_path, "run: evaluate\narguments: {run: nothing-there}\nsecrets: [MY_TOKEN]\nnotify: {webhook: $HOOK}\n")
+    done = python("-m", "jobs.run", "tiny.yaml", "--firing", FIRING, cwd=tmp_path, HOOK=heard[0], HOME=str(tmp_path))
+    assert (
+        done.stderr.strip() == "error: tiny.yaml: MY_TOKEN not set here; set it where the cluster's nodes are started"
+    )
+
+
+def test_a_webhook_that_fails_and_a_command_that_fails_fail_nothing(capsys):
+    from jobs.notify import News, tell
+
+    news = News("finish", "j", FIRING, "", 'it\'s "$(touch /tmp/no)" done', "run", 1.0, {})
+    tell(
+        Notify("http://127.0.0.1:9/token123", 'test "$JOB_TEXT" = \'it\'"\'"\'s "$(touch /tmp/no)" done\' && exit 3'),
+        news,
+    )
+    said = capsys.readouterr().err
+    assert "the webhook did not take it" in said
+    assert "the command ended with status 3" in said
+    assert "token123" not in said
+    tell(Notify("http://127.0.0.1:9/", "exit 3", ("failure",)), news)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_collapse_is_told_while_it_happens(tmp_path, heard):
+    photographs(tmp_path / "photos", range(40))
+    write(
+        tmp_path,
+        f"run: pretrain\narguments: {{data: photos, storage: {tmp_path}/runs}}\nnotify: {{webhook: {heard[0]}}}\n",
+    )
+    # A learning rate at which nothing can live: every view ends in the same place.
+    settings = [*(word for word in TINY if not word.startswith(("epochs", "objective", "options"))),
+                "epochs=40", "objective=dino", "lr=30.0", "clip=0", "warmup=0", "options.local_views=0",
+        "options.out_dim=16",
+                "options.hidden_dim=16"]  # fmt: skip
+    python("-m", "jobs.run", "tiny.yaml", "--firing", FIRING, "--set", *settings, cwd=tmp_path, timeout=280)
+    assert "collapse" in [news["event"] for news in heard[1]], heard[1]
+    told = next(news for news in heard[1] if news["event"] == "collapse")
+    assert told["text"].startswith("warning: ")
+
+
+def test_claims_are_won_once(tmp_path):
+    import uuid
+
+    for address in (f"{tmp_path}/after.claimed", f"memory://{uuid.uuid4().hex}/after.claimed"):
+        wins: list[bool] = []
+        threads = [threading.Thread(target=lambda a=address, w=wins: w.append(jobs_run.claim(a))) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sum(wins) == 1
+
+
+def test_a_stop_reaches_the_command(tmp_path):
+    write(tmp_path, "run: pretrain\narguments: {data: embedded, epochs: 500}\n")
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'ssl'}"}
+    small = [word for word in TINY if not word.startswith(("epochs", "data"))]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.run", "tiny.yaml", "--firing", FIRING, "--set", *small, f"storage={tmp_path}/runs",
+         f"cache={tmp_path}/cache"],
+        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    said = ""
+    for line in process.stdout:
+        said += line
+        if line.startswith("[ "):
+            process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143, said
+    assert "stopped with a checkpoint" in said

@@ -1,0 +1,160 @@
+"""The scheduler on a fast clock: days pass in milliseconds, it is killed where it hurts most, and no firing is lost."""
+
+import os
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from jobs import scheduler, spec
+from jobs.scheduler import State, alone, due, serve
+from pipeline.errors import UserError
+
+TEXT = """
+run: pack
+arguments: {{data: embedded}}
+schedule: {{cron: '{cron}', time_zone: Europe/Berlin, missed: {missed}}}
+"""
+
+
+class Killed(BaseException):
+    """What a SIGKILL is to the code that it hits."""
+
+
+class FastClock:
+    """Time that passes by sleeping alone, until `end`."""
+
+    def __init__(self, start: datetime, end: datetime) -> None:
+        self.time, self.end = start, end
+
+    def now(self) -> datetime:
+        return self.time
+
+    def sleep(self, seconds: float) -> bool:
+        self.time += timedelta(seconds=seconds)
+        return self.time >= self.end
+
+
+class Cluster:
+    """Takes an id once, as Ray does. A firing may be hit before the cluster hears of it, or after."""
+
+    def __init__(self, seed: int, trouble: float) -> None:
+        self.taken: Counter[str] = Counter()
+        self.asked = 0
+        self.trouble, self.random = trouble, random.Random(seed)
+
+    def __call__(self, job: spec.Job, firing: str) -> None:
+        self.asked += 1
+        fate = self.random.random()
+        if fate < self.trouble:
+            raise Killed if fate < self.trouble / 2 else ConnectionError("no cluster answers")
+        self.taken.setdefault(job.submission(firing, ""), 0)
+        self.taken[job.submission(firing, "")] += self.taken[job.submission(firing, "")] == 0
+        if fate > 1 - self.trouble:
+            raise Killed
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Iterator[Path]:
+    """In memory where that can be: on some disks every rename waits for the platter."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(name: str, cron: str, missed: str = "all") -> spec.Job:
+        Path(f"{name}.yaml").write_text(TEXT.format(cron=cron, missed=missed))
+        return spec.load(f"{name}.yaml")
+
+    return write
+
+
+def expected(job: spec.Job, start: datetime, end: datetime) -> set[str]:
+    return {job.submission(spec.firing_name(f), "") for f in job.timetable.schedule.firings(start, end)}
+
+
+@pytest.mark.parametrize("day", ["2026-03-28", "2026-10-24", "2026-12-31", "2028-02-28"])
+@pytest.mark.parametrize("seed", range(2))
+def test_two_days_with_kills_and_outages_lose_and_double_nothing(job, tmp_path, monkeypatch, day, seed):
+    monkeypatch.setattr(scheduler, "LOOK", 600.0)
+    jobs = [job("quarter", "*/15 * * * *"), job("nightly", "30 2 * * *"), job("monthly", "0 0 1 * *")]
+    start = datetime.fromisoformat(day).replace(tzinfo=UTC) - timedelta(hours=2, seconds=7)
+    clock, cluster = FastClock(start, start + timedelta(days=2)), Cluster(seed, trouble=0.2)
+    kills = 0
+    while clock.time < clock.end:
+        try:
+            serve(lambda: jobs, cluster, State(tmp_path / "state.json"), clock, say=lambda text: None)
+        except Killed:
+            kills += 1
+            clock.time += timedelta(seconds=cluster.random.choice([0, 3, 40, 1900]))  # until somebody starts it again
+    cluster.trouble = 0
+    clock.end = clock.time + timedelta(seconds=1)
+    serve(lambda: jobs, cluster, State(tmp_path / "state.json"), clock, say=print)
+    want = set().union(*(expected(each, start, clock.time - timedelta(seconds=60)) for each in jobs))
+    assert kills > 5
+    assert cluster.asked > len(want)
+    assert want <= set(cluster.taken)
+    assert set(cluster.taken) <= set().union(*(expected(each, start, clock.time) for each in jobs))
+    assert set(cluster.taken.values()) == {1}
+
+
+def test_firings_are_on_time(job, tmp_path):
+    quarter = job("quarter", "*/15 * * * *")
+    start = datetime(2026, 5, 1, 0, 3, 20, tzinfo=UTC)
+    clock, late = FastClock(start, start + timedelta(hours=3)), []
+
+    def fire(job: spec.Job, firing: str) -> None:
+        late.append((clock.time - datetime.strptime(firing, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)).total_seconds())
+
+    serve(lambda: [quarter], fire, State(tmp_path / "state.json"), clock)
+    assert len(late) == 12
+    assert max(late) < 0.1
+
+
+def test_what_an_outage_missed(job):
+    now = datetime(2026, 11, 24, 9, 0, tzinfo=UTC)
+    nights = [datetime(2026, 11, day, 1, 30, tzinfo=UTC) for day in (22, 23, 24)]
+    last = nights[0] - timedelta(hours=1)
+    assert due(job("a", "30 2 * * *", "all"), last, now) == nights
+    assert due(job("b", "30 2 * * *", "last"), last, now) == nights[-1:]
+    assert due(job("c", "30 2 * * *", "none"), last, now) == []
+    assert due(job("d", "30 2 * * *", "none"), last, nights[2] + timedelta(seconds=30)) == nights[2:]
+
+
+def test_a_job_that_fails_to_submit_holds_up_no_other(job, tmp_path):
+    jobs, fired = [job("bad", "0 * * * *"), job("good", "0 * * * *")], Counter()
+
+    def fire(job: spec.Job, firing: str) -> None:
+        fired[job.name] += 1
+        if job.name == "bad":
+            raise UserError("the cluster refuses it")
+
+    start = datetime(2026, 5, 1, 0, 30, tzinfo=UTC)
+    serve(
+        lambda: jobs,
+        fire,
+        State(tmp_path / "state.json"),
+        FastClock(start, start + timedelta(hours=2)),
+        say=lambda t: None,
+    )
+    assert fired["good"] == 2
+    assert fired["bad"] > 60  # once a minute
+
+
+def test_state_is_guarded(tmp_path):
+    with (
+        alone(tmp_path / "s.json"),
+        pytest.raises(UserError, match="another scheduler uses it"),
+        alone(tmp_path / "s.json"),
+    ):
+        pass
+    (tmp_path / "s.json").write_text("[1")
+    with pytest.raises(UserError, match=r"s\.json: is none of ours"):
+        State(tmp_path / "s.json")

@@ -1,0 +1,180 @@
+"""Job files: what they say, and that a mistake in one is named by file, line and way out."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from jobs import spec
+from pipeline.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+GOOD = """\
+run: pretrain
+arguments:
+  data: embedded
+  epochs: 2
+  options:
+    out_dim: 64
+matrix:
+  backbone: [lenet5, vit_ti8]
+  objective: [dino]
+schedule:
+  cron: 15 1 * * *
+  time_zone: Europe/Berlin
+workers: 2
+resources: {cpus: 4, memory: 8GiB}
+environment: {NCCL_DEBUG: WARN}
+secrets: [MLFLOW_TRACKING_TOKEN]
+time_limit: 8h
+retry: {times: 2, wait: 5m}
+after:
+  - run: evaluate
+    arguments: {run: "{run}", data: embedded, protocols: [knn, linear]}
+notify:
+  webhook: $WEBHOOK
+  command: logger "$JOB_TEXT"
+  on: [finish, collapse]
+"""
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str, *settings: str, name: str = "night.yaml", **options) -> spec.Job:
+        Path(name).write_text(text)
+        return spec.load(name, settings, **options)
+
+    return write
+
+
+def test_all_of_a_job_file_is_read(job):
+    read = job(GOOD)
+    assert [cell.name for cell in read.cells] == ["lenet5-dino", "vit_ti8-dino"]
+    assert read.of(read.cells[1]).command() == [
+        "-m", "pipeline.pretrain", "--workers", "2", "--data", "embedded", "--epochs", "2", "--options.out-dim", "64",
+        "--backbone", "vit_ti8", "--objective", "dino",
+    ]  # fmt: skip
+    assert read.time_limit == 8 * 3600
+    assert read.retry == spec.Retry(2, 300)
+    assert read.step.resources == spec.Resources(4, 0, 8 << 30)
+    assert read.timetable.overlap == "skip"
+    assert read.after[0].command("runs/x") == [
+        "-m", "pipeline.evaluate", "runs/x", "--data", "embedded", "--protocols", "knn", "linear",
+    ]  # fmt: skip
+    assert not read.after[0].once
+    assert read.notify.on == ("finish", "collapse")
+
+
+MISTAKES = [
+    ("epochs: 2", "epoch: 2", 4, "epoch: no such option; did you mean --epochs"),
+    ("epochs: 2", "epochs: 0", 4, "epochs 0: must be at least 1"),
+    ("epochs: 2", "epochs: two", 4, "epochs two: is no value for it"),
+    ("data: embedded\n  e", "data: nowhere/photos\n  e", 3,
+     "data nowhere/photos: no such file or folder here; .*data_on: cluster"),
+    ("out_dim: 64", "outdim: 64", 6, "options.outdim: no such option; did you mean --options.out-dim"),
+    ("[lenet5, vit_ti8]", "[lenet5, resnet81]", 8, "backbone 'resnet81' is not known: did you mean .*resnet18"),
+    ("[lenet5, vit_ti8]", "[lenet5, lenet5]", 8, "matrix backbone: lenet5 is given twice"),
+    ("[lenet5, vit_ti8]", "lenet5", 8, "matrix backbone: must be a list of values"),
+    ("objective: [dino]", "objective: [din0]", 9, "objective 'din0' is not known; did you mean dino"),
+    ("objective: [dino]", "epochs: [1, 2]", 9, "epochs is set under arguments too"),
+    ("objective: [dino]", f"seed: {list(range(5000))}", 7,
+     "a matrix of 2 × 5000 = 10,000 cells is more than 100; split it"),
+    ("15 1 * * *", "15 25 * * *", 11, "cron line '15 25 .*' hour '25' is not within 0 to 23"),
+    ("cron: 15 1 * * *", "at: noon", 11, "unknown key 'at'; there are cron"),
+    ("Europe/Berlin", "Europe/Berln", 12, "time_zone 'Europe/Berln': unknown; did you mean Europe/Berlin"),
+    ("  time_zone: Europe/Berlin\n", "", 10, "a schedule needs a time_zone"),
+    ("workers: 2", "worker: 2", 13, "unknown key 'worker'; did you mean workers"),
+    ("workers: 2", "workers: 1.5", 13, "workers 1.5: must be a whole number"),
+    ("8GiB", "8 gigs", 14, "memory '8 gigs': must be a size such as"),
+    ("NCCL_DEBUG: WARN", "API_TOKEN: a1b2c3", 15, "API_TOKEN looks like a secret; name its variable under secrets"),
+    ("data: embedded\n  e", "data: s3://me:pass@bucket/photos\n  e", 3, "data looks like a secret"),
+    ("[MLFLOW_TRACKING_TOKEN]", "{MLFLOW_TRACKING_TOKEN: x}", 16, "secrets must be a list of names"),
+    ("8h", "8 hours", 17, "time_limit '8 hours': must be a time such as 90s, 30m, 8h or 2d"),
+    ("times: 2", "tries: 2", 18, "unknown key 'tries'; did you mean times"),
+    ("run: evaluate", "run: evalute", 20, "run 'evalute': no such entry point; did you mean evaluate"),
+    ("protocols:", "protocol:", 21, "evaluate has no option 'protocol'; did you mean protocols"),
+    ('run: "{run}", ', "", 21, "evaluate needs the argument run"),
+    ("$WEBHOOK", "hooks.example.org/x", 23, "webhook .* must be an http"),
+    ("[finish, collapse]", "[finished]", 25, "event 'finished': unknown; did you mean finish"),
+    ("time_limit: 8h", "time_limit: 8h\ntime_limit: 9h", 18, "time_limit is given twice, in lines 17 and 18; keep one"),
+    ("epochs: 2", "epochs: [", 6, "is not YAML"),
+    ("15 1 * * *", "*/15 * * * *", 11, "is not YAML: .*; put what begins with . in quotes"),
+    ("epochs: 2", "run: runs/mine", 4, "run is the job's own"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("right", "wrong", "line", "said"), MISTAKES, ids=[m[3][:30] for m in MISTAKES])
+def test_a_mistake_is_named_by_file_line_and_way_out(job, right, wrong, line, said):
+    assert GOOD.count(right) == 1
+    with pytest.raises(UserError, match=rf"^night\.yaml:{line}: {said}") as caught:
+        job(GOOD.replace(right, wrong))
+    assert "\n" not in str(caught.value)
+
+
+def test_data_of_the_cluster_is_looked_for_on_the_cluster(job):
+    text = GOOD.replace("data: embedded\n", "data: /nowhere/photos\n") + "data_on: cluster\n"
+    assert job(text).of(job(text).cells[0]).arguments["data"] == "/nowhere/photos"
+    with pytest.raises(UserError, match=r"night\.yaml:3: data /nowhere/photos"):
+        job(text, on_cluster=True)
+
+
+def test_arguments_set_from_outside_take_the_place_of_an_axis(job):
+    read = job(GOOD, "backbone=resnet18", "epochs=1", "betas=[0.9, 0.95]")
+    assert [cell.name for cell in read.cells] == ["dino"]
+    assert read.of(read.cells[0]).command()[4:] == [
+        "--data", "embedded", "--epochs", "1", "--options.out-dim", "64", "--backbone", "resnet18",
+        "--betas", "0.9", "0.95", "--objective", "dino",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="backbone 'resnet81' is not known"):
+        job(GOOD, "backbone=resnet81")
+
+
+def test_names_of_cells_never_meet(job):
+    text = "run: pretrain\narguments: {data: embedded}\nmatrix: {backbone: [timm/x, timm_x]}\n"
+    assert (
+        len(
+            {spec.cell_name(values) for values in (["timm/x"], ["timm_x"], ["a-b", "c"], ["a", "b-c"], ["a", "b", "c"])}
+        )
+        == 5
+    )
+    with pytest.raises(UserError, match=r"night\.yaml:3: backbone 'timm/x'"):
+        job(text)
+    with pytest.raises(UserError, match="a job is named by its file"):
+        job(GOOD, name="My Job.yaml")
+
+
+def test_ids_are_the_same_for_the_same_firing(job):
+    read = job(GOOD)
+    now = datetime(2026, 11, 24, 9, 30, tzinfo=UTC)
+    assert spec.which_firing(read, "scheduled", now) == "20261124T001500Z"
+    assert spec.which_firing(read, "scheduled", datetime(2026, 11, 24, 0, 14, 45, tzinfo=UTC)) == "20261124T001500Z"
+    assert spec.which_firing(read, "scheduled", datetime(2026, 11, 24, 0, 14, 15, tzinfo=UTC)) == "20261123T001500Z"
+    assert spec.which_firing(read, None, now) == "20261124T093000Z"
+    assert read.submission("20261124T001500Z", "lenet5-dino") == "night-20261124T001500Z-lenet5-dino"
+    with pytest.raises(UserError, match="must be scheduled, or a time as in"):
+        spec.which_firing(read, "tonight", now)
+
+
+def test_a_job_that_is_not_there_is_told_with_those_that_are(job, tmp_path):
+    job(GOOD)
+    with pytest.raises(UserError, match=r"nigt\.yaml: no such file; there are .*night\.yaml"):
+        spec.load("nigt.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_job_of_the_repository_is_right(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert spec.load(path.stem).timetable is None or spec.load(path.stem).timetable.schedule.cron
+
+
+def test_checking_imports_no_torch():
+    import subprocess
+    import sys
+
+    program = (
+        "import sys; from jobs import submit, render, scheduler; print({'torch', 'ray', 'mlflow'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "set()", done.stderr

@@ -1,0 +1,59 @@
+"""Contests of backbones whose features are drawn here, so that who is better is known beforehand."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config import Config
+from pipeline.evaluation.evaluate import Findings
+from pipeline.evaluation.feature_set import FeatureSet
+from pipeline.evaluation.protocols import PROTOCOLS
+from pipeline.report.contest import Contest, Cost, Entry
+
+CLASSES = 5
+PLAIN = ("knn", "logistic", "low_shot", "retrieval")
+
+
+def features(n: int, noise: float, seed: int, own: int = 0) -> FeatureSet:
+    """Features whose classes lie apart by about 1, in `noise`; `own` tells backbones apart on the same images."""
+    centres = np.random.default_rng(5).normal(size=(CLASSES, 12)) / 2
+    y = np.random.default_rng(seed).integers(0, CLASSES, n)
+    x = centres[y] + noise * np.random.default_rng([seed, own]).normal(size=(n, 12))
+    x = torch.from_numpy(x).float()
+    views = x[:40, None] + 0.1 * torch.randn(40, 4, 12, generator=torch.Generator().manual_seed(own))
+    classes = tuple(f"class <{i}>" for i in range(CLASSES))
+    return FeatureSet(x, torch.from_numpy(y), classes, (x[:, :4], x), views)
+
+
+def findings(noise: float, own: int = 0, protocols: Sequence[str] = PLAIN) -> Findings:
+    """What protocols find in them."""
+    train, val = features(300, noise, 0, own), features(400, noise, 1, own)
+    numbers: dict[str, float | int | None] = {"train_images": 300, "val_images": 400}
+    evidence: dict[str, Tensor] = {}
+    for name in protocols:
+        for key, value in (PROTOCOLS[name](train, val, seed=0) or {}).items():
+            (evidence if isinstance(value, Tensor) else numbers)[f"{name}_{key}"] = value  # type: ignore[index]
+    return Findings(numbers, evidence, val.labels)
+
+
+def entry(
+    backbone: str, objective: str, trained: Findings, untrained: Findings, *, seen: int = 10_000, seed: int = 0
+) -> Entry:
+    config = Config(
+        backbone=backbone, objective=objective, data="photos", image_size=64, batch_size=64, lr=1e-3, seed=seed,
+        recipe="a recipe & its source",
+    )  # fmt: skip
+    family = "vit" if backbone.startswith("vit") else "cnn"
+    cost = Cost(11_200_000, 1_800_000_000, seen, 1e14, 120.0, "a processor")
+    field = None if family == "vit" else 435
+    return Entry(f"{backbone} + {objective}", f"runs/{backbone}", config, family, cost, field, trained, untrained)
+
+
+def contest(entries: Sequence[Entry], pixels: Findings, protocols: Sequence[str] = PLAIN) -> Contest:
+    return Contest(
+        data="photos", note="its own validation part", classes=tuple(f"class <{i}>" for i in range(CLASSES)),
+        train_images=300, val_images=400, entries=tuple(entries), pixels=pixels, copies=(), protocols=tuple(protocols),
+        seed=0, limit=None, fingerprints=("a" * 32, "b" * 32), seconds={"resnet18 + dino": 3.0},
+    )  # fmt: skip

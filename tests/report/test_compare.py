@@ -1,0 +1,136 @@
+"""The whole command on runs that were really trained, a CNN and a ViT, on images whose kinds are plain to see."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import compare, evaluate
+
+SMALL = (
+    "--engine local --loader opencv --image-size 16 --batch-size 8 --epochs 1 --knn-every 0 --limit 24 "
+    "--precision fp32 "
+    "--options.decoder-width 16 --options.decoder-depth 1 --options.decoder-heads 2"
+)
+TRAIN = (
+    "--backbones",
+    "lenet5",
+    "vit_ti8",
+    "--objectives",
+    "mae",
+    "--data",
+    "photos",
+    "--cache",
+    "cache",
+    "--pretrain",
+)
+LENET, VIT = "runs/lenet5-mae-photos", "runs/vit_ti8-mae-photos"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `photos/`, `cache/` and `runs/`, where a comparison trained a CNN and a ViT and wrote `first/`."""
+    folder = tmp_path_factory.mktemp("compare")
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 40), ("val", 24)):
+        for i in range(count):
+            pixels = rng.integers(0, 120, (20, 20, 3), np.uint8)
+            pixels[..., 2 * (i % 2)] += 120
+            (folder / "photos" / part / "rb"[i % 2]).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / "photos" / part / "rb"[i % 2] / f"{i}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        assert compare.main([*TRAIN, SMALL, "--protocols", "knn", "--output", "first"]) == 0
+    return folder
+
+
+def test_two_runs_become_a_report_and_a_parent_with_children(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    wanted = ["knn", "low_shot", "retrieval", "seeing", "depth", "similarity"]
+    words = [LENET, VIT, "--cache", "cache", "--output", "out", "--protocols", *wanted]
+    assert compare.main(words) == 0
+    said = capsys.readouterr().out
+    assert "On these 24 images" in said
+    page = Path("out/report.html").read_text()
+    for words_shown in (
+        "lenet5 + mae",
+        "vit_ti8 + mae",
+        "untrained",
+        "How far a cell sees",
+        "How alike the layers are",
+    ):
+        assert words_shown in page
+    assert f"python -m pipeline.compare {LENET} {VIT}" in page
+    numbers = json.loads(Path("out/numbers.json").read_text())
+    assert (numbers["train_images"], numbers["val_images"]) == (24, 24)
+    lenet, vit = numbers["entries"]
+    assert (lenet["family"], vit["family"]) == ("cnn", "vit")
+    assert lenet["cost"]["images_seen"] == vit["cost"]["images_seen"] == 24
+    assert lenet["trained"]["knn_top1"] > 0.8  # red from blue, which any network sees
+    assert lenet["trained"]["seeing_field_radius"] > 0
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{trained / 'runs' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("photos")
+    parent, first = client.search_runs([experiment.experiment_id], "tags.kind = 'comparison'")
+    children = client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    assert {child.info.run_name for child in children} == {"lenet5 + mae", "vit_ti8 + mae"}
+    metrics = [set(child.data.metrics) for child in children]
+    assert {"knn_top1", "low_shot_n1", "untrained_knn_top1", "parameters"} <= metrics[0] & metrics[1]
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {"report.html", "numbers.json"}
+    assert parent.info.status == "FINISHED"
+
+    assert first.info.run_id != parent.info.run_id
+
+    # Another comparison finds every feature on disk, and says the same.
+    kept = {file: file.stat().st_mtime_ns for file in Path("cache/features").iterdir()}
+    words = [LENET, VIT, "--cache", "cache", "--output", "again", "--protocols", "knn"]
+    assert compare.main(words) == 0
+    assert {file: file.stat().st_mtime_ns for file in Path("cache/features").iterdir()} == kept
+    again = json.loads(Path("again/numbers.json").read_text())
+    assert again["entries"][1]["trained"]["knn_top1"] == vit["trained"]["knn_top1"]
+
+
+def test_mistakes_are_one_sentence(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+
+    def refused(*words: str, command=compare) -> str:
+        assert command.main([*words, "--cache", "cache"]) == 2
+        return capsys.readouterr().err
+
+    assert "needs at least two runs, not 1" in refused(LENET)
+    assert "runs/nothing: no such run folder" in refused(LENET, "runs/nothing")
+    assert "--protocols fourier: unknown; there are knn" in refused(LENET, VIT, "--protocols", "fourier")
+    assert "--backbones and --objectives go together" in refused("--backbones", "lenet5", "--data", "photos")
+    assert "resnet19" in refused("--backbones", "lenet5", "resnet19", "--objectives", "mae", "--data", "photos")
+    (whole,) = Path(LENET, "checkpoints").glob("*.pt")
+    torn = Path("torn.pt")
+    torn.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    assert "torn.pt: cannot be read" in refused("torn.pt", command=evaluate)
+    assert "torn.pt: cannot be read" in refused(LENET, "torn.pt")
+    foreign = Path("foreign.pt")
+    torch.save({"model": {}}, foreign)
+    assert "is none of ours" in refused("foreign.pt", command=evaluate)
+
+
+def test_what_was_trained_is_not_trained_again_and_other_options_are_refused(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    before = {file: file.stat().st_mtime_ns for file in Path("runs").rglob("*.pt")}
+    assert compare.main([*TRAIN, SMALL, "--protocols", "knn", "--output", "twice"]) == 0
+    assert capsys.readouterr().out.count("trained already") == 2
+    assert {file: file.stat().st_mtime_ns for file in Path("runs").rglob("*.pt")} == before
+    assert compare.main([*TRAIN, SMALL.replace("--epochs 1", "--epochs 2"), "--protocols", "knn"]) == 2
+    assert "trained with other options (--epochs 1 → 2)" in capsys.readouterr().err

@@ -1,0 +1,104 @@
+"""Is the report one file that needs nothing else, and does it show what was found?"""
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from pipeline.report import drawing, page, pictures
+from pipeline.report.contest import Contest, as_json
+from tests.report.contests import contest, entry, findings
+
+ALL = ("knn", "linear", "low_shot", "retrieval", "label_free", "layerwise")
+
+
+@pytest.fixture(scope="module")
+def shown() -> Contest:
+    floor = findings(3.0, 9, ("knn",))
+    two = [findings(noise, i, ALL) for i, noise in enumerate((0.5, 0.8))]
+    kinds = (("resnet18", "dino"), ("vit_ti16", "dino"), ("resnet18", "mae"), ("vit_ti16", "mae"))
+    entries = [entry(b, o, two[i % 2], floor) for i, (b, o) in enumerate(kinds)]
+    return replace(contest(entries, floor, ALL), copies=(("train/a.jpg", "val/b.jpg"),))
+
+
+@pytest.fixture(scope="module")
+def text(shown: Contest) -> str:
+    return page.render(shown, ["python", "-m", "pipeline.compare", "runs/a b", "runs/c"])
+
+
+class Parser(HTMLParser):
+    """Collects tags with what they point to, and checks that they nest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.points: list[str] = []
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "img", "br", "link"):
+            self.open.append(tag)
+        self.points += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "action")]
+        self.ids += [v or "" for k, v in attrs if k == "id"]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.points += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_it_needs_no_other_file_and_no_script(text: str) -> None:
+    parser = Parser()
+    parser.feed(text)
+    assert parser.open == []
+    assert all(point.startswith(("#", "data:")) for point in parser.points)
+    assert "<script" not in text
+    assert not re.search(r"@import|url\((?!#)", text)
+    ids = [i for i in parser.ids if i]
+    assert len(ids) == len(set(ids))  # several drawings on one page
+    assert {point[1:] for point in parser.points if point.startswith("#")} <= set(ids)
+
+
+def test_it_shows_every_number_picture_and_command(shown: Contest, text: str) -> None:
+    for one in shown.entries:
+        assert f"{100 * one.trained.numbers['knn_top1']:.1f}" in text
+        assert f"--config {one.run}/config.yaml" in text
+    titles = re.findall(r"<h2>(.*?)</h2>", text)
+    assert [t for t in titles if t not in ("Numbers", "Fairness", "All comparisons", "Reproduce")] == [
+        "Accuracy", "Few labels", "Where the knowledge sits", "Confusions", "Accuracy and cost",
+        "Scores without labels",
+    ]  # fmt: skip
+    assert "python -m pipeline.compare &#39;runs/a b&#39; runs/c" in text
+    assert "1 validation image is also among the training images" in re.sub(r"<.*?>", "", text)
+    assert "a recipe &amp; its source" in text
+    assert "class &lt;0&gt;" in text
+    assert "class <0>" not in text
+    assert text.index('class="verdict"') < text.index("<h2>Numbers")
+
+
+def test_it_is_made_for_phones_dark_rooms_and_paper(text: str) -> None:
+    assert 'name="viewport" content="width=device-width' in text
+    assert "prefers-color-scheme: dark" in text
+    assert "@media print" in text
+    assert drawing.INK not in text  # drawings take the page's colour
+    assert "currentColor" in text
+
+
+def test_the_pictures_draw_the_numbers(shown: Contest) -> None:
+    drawn = {picture.title: picture.markup for picture in pictures.pictures(shown)}
+    for one in shown.entries:
+        assert f"{one.name}  {100 * one.trained.numbers['knn_top1']:.1f}" in drawn["Accuracy"]
+    assert drawn["Few labels"].count("resnet18 + dino") == 1
+
+
+def test_numbers_are_kept_as_plain_json(shown: Contest) -> None:
+    nan = replace(
+        shown.entries[0], trained=shown.entries[0].trained._replace(numbers={"label_free_alpha_req": float("nan")})
+    )
+    plain = json.loads(json.dumps(as_json(replace(shown, entries=(nan, *shown.entries[1:]))), allow_nan=False))
+    assert plain["entries"][0]["trained"]["label_free_alpha_req"] is None
+    assert plain["entries"][1]["trained"]["knn_top1"] == shown.entries[1].trained.numbers["knn_top1"]
+    assert plain["entries"][1]["cost"]["parameters"] == 11_200_000

@@ -1,0 +1,119 @@
+"""Does the verdict say what was tested, no more and no less?"""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from pipeline.evaluation.paired import Difference
+from pipeline.report import verdict
+from pipeline.report.contest import Contest
+from tests.report.contests import contest, entry, findings
+
+
+@pytest.fixture(scope="module")
+def clear() -> Contest:
+    """The ViT is much better than the CNN, which is better than the floors."""
+    floor = findings(3.0, 9)
+    return contest(
+        [entry("resnet18", "dino", findings(0.9, 1), floor), entry("vit_ti16", "dino", findings(0.5, 2), floor)], floor
+    )
+
+
+@pytest.fixture(scope="module")
+def equal() -> Contest:
+    """Both are equally good, and no better than their untrained selves."""
+    floor = findings(0.8, 9)
+    return contest(
+        [entry("resnet18", "dino", findings(0.8, 1), floor), entry("vit_ti16", "dino", findings(0.8, 2), floor)], floor
+    )
+
+
+def test_a_clear_winner_is_named_with_its_lead(clear: Contest) -> None:
+    first, *others = verdict.sentences(clear, verdict.claims(clear))
+    found = re.fullmatch(
+        r"On these 400 images vit_ti16 \+ dino beats resnet18 \+ dino by ([\d.]+) ± ([\d.]+) points of "
+        r"logistic-regression accuracy\.",
+        first,
+    )
+    assert found
+    a, b = (one.trained.numbers["logistic_top1"] for one in clear.entries)
+    assert float(found[1]) == pytest.approx(100 * (b - a), abs=0.051)
+    assert 1 < float(found[2]) < 8
+    assert any(
+        line.startswith("vit_ti16 + dino is also better than resnet18 + dino in k-NN accuracy") for line in others
+    )
+    assert not any("untrained" in line for line in others)
+
+
+def test_no_winner_is_named_where_there_is_none(equal: Contest) -> None:
+    tested = verdict.claims(equal)
+    lines = verdict.sentences(equal, tested)
+    assert lines[0].startswith(
+        "On these 400 images no difference between resnet18 + dino and vit_ti16 + dino was found"
+    )
+    assert not any("beats" in line or "better than vit" in line or "better than resnet" in line for line in lines)
+    doubts = [line for line in lines if "was not found to be better than its untrained self" in line]
+    assert len(doubts) == 2
+    assert not any(claim.significant for claim in tested)
+
+
+def test_the_sign_of_a_claim_decides_who_is_named() -> None:
+    won = verdict.Claim("a", "b", "linear accuracy", Difference(0.021, 0.013, 0.029, 1e-6), 1e-5)
+    lost = verdict.Claim("a", "b", "linear accuracy", Difference(-0.021, -0.029, -0.013, 1e-6), 1e-5)
+    unsure = verdict.Claim("a", "b", "linear accuracy", Difference(0.021, 0.001, 0.041, 0.04), 0.3)
+    assert won.sentence() == "a beats b by 2.1 ± 0.8 points of linear accuracy."
+    assert lost.sentence() == "b beats a by 2.1 ± 0.8 points of linear accuracy."
+    assert unsure.sentence() == "No difference between a and b was found in linear accuracy (+2.1 ± 2.0 points)."
+
+
+def test_claims_are_adjusted_together_and_cover_every_measure(clear: Contest) -> None:
+    tested = verdict.claims(clear)
+    assert all(claim.p >= claim.difference.p for claim in tested)
+    assert min(claim.p for claim in tested) > min(claim.difference.p for claim in tested)
+    whats = {claim.what for claim in tested if claim.second == "vit_ti16 + dino"}
+    assert {
+        "k-NN accuracy",
+        "retrieval mAP",
+        "accuracy with 1 label a class",
+        "accuracy with 10 % of the labels",
+    } <= whats
+
+
+def test_a_cnn_meets_a_vit_of_the_same_objective_and_the_best_meet_too() -> None:
+    floor, good, fair, poor = (findings(noise, own, ("knn",)) for own, noise in enumerate((3, 0.5, 0.9, 1.5)))
+    entries = [
+        entry("resnet18", "dino", fair, floor), entry("vit_ti16", "dino", poor, floor),
+        entry("resnet18", "mae", poor, floor), entry("vit_ti16", "mae", good, floor),
+    ]  # fmt: skip
+    pairs = [(a.name, b.name) for a, b in verdict.rivals(contest(entries, floor))]
+    assert set(pairs) == {
+        ("resnet18 + mae", "vit_ti16 + mae"),
+        ("resnet18 + dino", "vit_ti16 + dino"),
+        ("vit_ti16 + mae", "resnet18 + dino"),
+    }
+
+
+def test_what_is_unequal_is_said(clear: Contest) -> None:
+    assert verdict.unfair(clear) == []
+    cnn, vit = clear.entries
+    more = replace(vit, cost=replace(vit.cost, images_seen=30_000), config=replace(vit.config, image_size=96))
+    lines = verdict.unfair(replace(clear, entries=(cnn, more)))
+    assert lines == [
+        "images seen in pretraining: vit_ti16 + dino has 3.0 times as many as resnet18 + dino",
+        "image size: resnet18 + dino 64 px, vit_ti16 + dino 96 px",
+    ]
+
+
+def test_label_free_scores_are_correlated_with_accuracy_from_four_runs_on() -> None:
+    floor = findings(3, 0, ("knn",))
+    noises = (0.4, 0.6, 0.8, 1.1, 1.5)
+    entries = [
+        entry("resnet18", "dino", findings(noise, i, ("knn", "label_free")), floor) for i, noise in enumerate(noises)
+    ]
+    found = verdict.trust(contest(entries, floor, ("knn", "label_free")))
+    assert {row[0] for row in found} == set(verdict.LABEL_FREE)
+    for name, accuracy, rho, low, high in found:
+        assert accuracy == "knn_top1"
+        assert -1 <= low <= rho <= high <= 1, name
+    assert verdict.trust(contest(entries[:3], floor, ("knn", "label_free"))) == []
