@@ -11,6 +11,8 @@ from pipeline.evaluation.accuracy import headline
 from pipeline.evaluation.feature_set import FeatureSet
 
 STRENGTHS = (1e-3, 1e-2, 1e-1)
+HELD = 0.2
+"""Of shape and texture together, from which on it means something which of them is the larger."""
 
 
 def factors(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float | Tensor] | None:
@@ -27,4 +29,4 @@ def factors(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float
         found[f"{name}_held"] = max(0.0, (float(numbers["top1"]) - 1 / classes) / (1 - 1 / classes))
         found[f"{name}_predicted"] = numbers["predicted"]
     held = [float(found[f"{name}_held"]) for name in ("shape", "texture")]
-    return found | ({"shape_bias": held[0] / sum(held)} if sum(held) else {})
+    return found | ({"shape_bias": held[0] / sum(held)} if sum(held) > HELD else {})

@@ -9,6 +9,7 @@ drop path, and an average of the weights that is judged.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from objectives.views import View
 from pipeline.data.loader import make_loader
 from pipeline.evaluation.accuracy import headline
 from pipeline.evaluation.feature_set import FeatureSet
-from pipeline.evaluation.images import Images
+from pipeline.evaluation.images import SMALL, Images
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,8 @@ def _batches(images: Images, table: Tensor, recipe: Recipe, batch: int, seed: in
     whole = len(images.labels)
     shown: list[Tensor] = []
     labels: list[Tensor] = []
-    with make_loader(images.path, [view], batch_size=min(batch, whole), seed=seed) as loader:
+    backend: Literal["auto", "opencv"] = "opencv" if whole <= SMALL else "auto"
+    with make_loader(images.path, [view], batch_size=min(batch, whole), seed=seed, backend=backend) as loader:
         for one in loader:
             of = table[one.index]
             shown.append(one.views[0][of >= 0])

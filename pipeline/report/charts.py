@@ -295,7 +295,9 @@ def depth(contest: Contest) -> Iterator[Picture]:
                 axes.plot(np.repeat(at, curve.shape[1]), curve.flatten(), ".", color=colour, ms=3, alpha=0.6)
                 curve = curve.mean(1)
             axes.plot(at, curve, "o-", color=colour, ms=2.5, lw=1.2)
-        if key != "seeing_distance":
+        if key == "seeing_distance":
+            axes.set_ylim(0, max(0.75, axes.get_ylim()[1]))
+        else:
             axes.set_yscale("log")
         axes.set_title(label, fontsize=8)
         axes.set_xticks([0, 1], ["input", "last"])

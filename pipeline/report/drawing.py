@@ -79,7 +79,7 @@ def legend(figure: Figure, contest: Contest) -> None:
 
     handles = [Line2D([], [], marker="o", ls="", color=colour, label=one.name) for one, colour in coloured(contest)]
     columns = 2 if max(len(one.name) for one in contest.entries) > 22 else 3
-    figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=columns, fontsize=8)
+    figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.03), ncols=columns, fontsize=8)
 
 
 def clear_to(colour: str) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.evaluation import interval
+from pipeline.evaluation.changes import CORRUPTIONS, GEOMETRY
 from pipeline.evaluation.evaluate import Findings
 from pipeline.evaluation.paired import Difference, difference, holm
 from pipeline.report.contest import Contest, Entry
@@ -21,17 +22,20 @@ UNEQUAL = 0.1
 
 BUDGETS = {"n1": "1 label a class", "n5": "5 labels a class", "n10": "10 labels a class", "p1": "1 % of the labels",
            "p10": "10 % of the labels"}  # fmt: skip
+UNDER = "k-NN accuracy under "
 LABEL_FREE = ("rankme", "alpha_req", "effective_rank", "uniformity", "alignment", "lidar")
 
 
 class Claim(NamedTuple):
-    """That `first` differs from `second` in `what`; `p` is adjusted for all claims of the report."""
+    """That `first` differs from `second`, a `floor` or another backbone, in `what`; `p` is adjusted for all claims of
+    the report."""
 
     first: str
     second: str
     what: str
     difference: Difference
     p: float
+    floor: bool = False
 
     @property
     def significant(self) -> bool:
@@ -42,7 +46,7 @@ class Claim(NamedTuple):
         if not self.significant:
             return (
                 f"No difference between {self.first} and {self.second} was found in {self.what} "
-                f"({points:+.1f} ± {half:.1f} points)."
+                f"({_points(self).removesuffix(' points')} ± {half:.1f} points)."
             )
         better, worse = (self.first, self.second) if points > 0 else (self.second, self.first)
         return f"{better} beats {worse} by {abs(points):.1f} ± {half:.1f} points of {self.what}."
@@ -73,16 +77,16 @@ def claims(contest: Contest) -> list[Claim]:
     found = []
     for first, second in rivals(contest):
         for what, a, b in measured(first, second):
-            found.append((first.name, second.name, what, difference(a, b, seed=contest.seed)))
+            found.append((first.name, second.name, what, difference(a, b, seed=contest.seed), False))
     for one in contest.entries:
         for floor, findings in ((f"{one.config.backbone} untrained", one.untrained), ("raw pixels", contest.pixels)):
             for protocol, what in (("linear", "linear accuracy"), ("knn", "k-NN accuracy")):
                 answers, theirs = right(one.trained, protocol), right(findings, protocol)
                 if answers is not None and theirs is not None:
-                    found.append((one.name, floor, what, difference(answers, theirs, seed=contest.seed)))
+                    found.append((one.name, floor, what, difference(answers, theirs, seed=contest.seed), True))
                     break
     adjusted = holm([one[3].p for one in found])
-    return [Claim(*one, p) for one, p in zip(found, adjusted)]
+    return [Claim(*one[:4], p, one[4]) for one, p in zip(found, adjusted)]
 
 
 def measured(first: Entry, second: Entry) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -100,11 +104,15 @@ def measured(first: Entry, second: Entry) -> Iterator[tuple[str, Tensor, Tensor]
             yield f"accuracy with {what}", mine[key], theirs[key]
     if "retrieval_precision" in mine and "retrieval_precision" in theirs:
         yield "retrieval mAP", mine["retrieval_precision"], theirs["retrieval_precision"]
-    for key in sorted(mine.keys() & theirs.keys()):
-        if key.startswith("robustness_") and key.endswith("_right"):
-            name = key.removeprefix("robustness_").removesuffix("_right").replace("_", " ")
-            if name != "clean":
-                yield f"k-NN accuracy under {name}", mine[key].double().mean(0), theirs[key].double().mean(0)
+    if "robustness_clean_right" in mine and "robustness_clean_right" in theirs:
+        for name in GEOMETRY:
+            a, b = (one[f"robustness_{name}_right"].double().mean(0) for one in (mine, theirs))
+            yield f"{UNDER}{name.replace('_', ' ')}", a, b
+        a, b = (
+            torch.stack([one[f"robustness_{name}_right"].double().mean(0) for name in CORRUPTIONS]).mean(0)
+            for one in (mine, theirs)
+        )
+        yield f"{UNDER}corruptions", a, b
 
 
 def right(findings: Findings, protocol: str) -> Tensor | None:
@@ -125,21 +133,23 @@ def sentences(contest: Contest, tested: Sequence[Claim]) -> list[str]:
                      f"{lead[1:]}")  # fmt: skip
         found += _grouped(first, second, of[0], of[1:])
     for one in contest.entries:
-        floors = [claim for claim in tested if claim.first == one.name and not _is_entry(contest, claim.second)]
-        for claim in floors:
-            if not (claim.significant and claim.difference.mean > 0):
-                lost = claim.significant and claim.difference.mean < 0
-                found.append(
-                    f"{one.name} {'is worse than' if lost else 'was not found to be better than'} "
-                    f"{'its untrained self' if claim.second.endswith(' untrained') else claim.second} in {claim.what} "
-                    f"({100 * claim.difference.mean:+.1f} points): "
-                    "its pretraining has not shown its worth here."
-                )
+        unproven = [
+            f"{'its untrained self' if claim.second.endswith(' untrained') else claim.second} ({_points(claim)}"
+            f"{', significantly worse' if claim.significant else ''})"
+            for claim in tested
+            if claim.first == one.name and claim.floor and not (claim.significant and claim.difference.mean > 0)
+        ]
+        if unproven:
+            what = next(claim.what for claim in tested if claim.first == one.name and claim.floor)
+            found.append(
+                f"{one.name} was not found to be better than {' or '.join(unproven)} in {what}: its pretraining has "
+                "not shown its worth here."
+            )
     return found
 
 
-def _is_entry(contest: Contest, name: str) -> bool:
-    return any(one.name == name for one in contest.entries)
+def _points(claim: Claim) -> str:
+    return f"{100 * claim.difference.mean:+.1f} points".replace("-", "−")
 
 
 def _grouped(first: Entry, second: Entry, lead: Claim, others: Sequence[Claim]) -> Iterator[str]:
@@ -155,11 +165,17 @@ def _grouped(first: Entry, second: Entry, lead: Claim, others: Sequence[Claim]) 
 
 
 def _listed(of: Sequence[Claim]) -> str:
-    parts = [
-        f"{claim.what} ({abs(100 * claim.difference.mean):.1f} ± "
-        f"{50 * (claim.difference.high - claim.difference.low):.1f})"
-        for claim in of
-    ]
+    """What claims are about, with their differences where they are few; those under a change of the images together."""
+    few = len(of) <= 5
+    parts: list[str] = []
+    for claim in of:
+        name = claim.what
+        if few:
+            half = 50 * (claim.difference.high - claim.difference.low)
+            name += f" ({abs(100 * claim.difference.mean):.1f} ± {half:.1f})"
+        # The second "k-NN accuracy under …" of a sentence is a mere "…".
+        seen = any(part.startswith(UNDER) for part in parts)
+        parts.append(name.removeprefix(UNDER) if seen and name.startswith(UNDER) else name)
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
