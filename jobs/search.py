@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.config import Config
+    from pipeline.training.display import Status
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def rungs(configuration: "Config", count: int, metric: str) -> Iterator[float]:
     job = worker.Job(configuration, folder.address, train, val, device, torch.get_num_threads())
     for rung in range(1, count + 1):
         links = Links(
-            exchange=lambda status, share=rung / count: status.seen >= share * status.planned and share < 1,
+            exchange=partial(_reached, share=rung / count),
             log=lambda metrics, step: None,
             fetch=lambda packed: packed,
         )
@@ -164,6 +166,11 @@ def rungs(configuration: "Config", count: int, metric: str) -> Iterator[float]:
         yield measure(folder, configuration, train, val, metric)
         if not result["stopped"]:
             return
+
+
+def _reached(status: "Status", share: float) -> bool:
+    """Whether a part of a run is over; the last part ends by itself."""
+    return share < 1 and status.seen >= share * status.planned
 
 
 def measure(folder: Any, configuration: "Config", train: Any, val: Any, metric: str) -> float:
