@@ -94,6 +94,14 @@ def read(text: str, name: str) -> Located:
     return Located(name, value, lines)
 
 
+def plain(text: str) -> Any:
+    """The value that a word of the command line stands for, as a YAML file would have it; else the word itself."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        return text
+
+
 def _locate(node: yaml.Node, place: Place, lines: dict[Place, int], name: str) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:

@@ -36,8 +36,8 @@ class Arguments:
 
     job: str
     """A job file, or the name of one in jobs/."""
-    to: Literal["cron", "systemd", "kubernetes", "raycronjob", "slurm"]
-    """What reads it."""
+    to: Literal["cron", "systemd", "kubernetes", "raycronjob", "slurm"] | None = None
+    """What reads it; has to be given."""
     image: str = "ssl-pretraining:latest"
     """The container that holds this code (kubernetes, raycronjob)."""
     address: str | None = None
@@ -58,6 +58,11 @@ def render(job: Job, arguments: Arguments) -> str:
     Raises:
         UserError: the job has no schedule, or the target cannot express something in it.
     """
+    targets: Mapping[str, Callable[[Job, Arguments], str]] = {
+        "cron": cron, "systemd": systemd, "kubernetes": kubernetes, "raycronjob": raycronjob, "slurm": slurm,
+    }  # fmt: skip
+    if arguments.to is None:
+        raise UserError(f"--to: say what reads the file: {', '.join(targets)}")
     if arguments.to != "slurm" and job.timetable is None:
         raise UserError(
             f"{job.path}: has no schedule, which {arguments.to} needs; give it one: schedule: {{cron, time_zone}}"
@@ -65,9 +70,6 @@ def render(job: Job, arguments: Arguments) -> str:
     for text in (*job.settings, arguments.folder, str(job.path), arguments.address or "", arguments.image):
         if "\n" in text or "\r" in text or "\0" in text:
             raise UserError(f"{text!r}: holds the end of a line, which a rendered file cannot; leave it out")
-    targets: Mapping[str, Callable[[Job, Arguments], str]] = {
-        "cron": cron, "systemd": systemd, "kubernetes": kubernetes, "raycronjob": raycronjob, "slurm": slurm,
-    }  # fmt: skip
     return targets[arguments.to](job, arguments)
 
 

@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.config import Config
+    from pipeline.training.display import Status
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,6 @@ def rungs(configuration: "Config", count: int, metric: str) -> Iterator[float]:
     from pipeline import config as configurations
     from pipeline.data import preparation
     from pipeline.training import worker
-    from pipeline.training.display import Status
     from pipeline.training.links import Links
     from pipeline.training.run_folder import RunFolder
 
@@ -156,14 +157,20 @@ def rungs(configuration: "Config", count: int, metric: str) -> Iterator[float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     job = worker.Job(configuration, folder.address, train, val, device, torch.get_num_threads())
     for rung in range(1, count + 1):
-
-        def pause(status: Status, share: float = rung / count) -> bool:
-            return share < 1 and status.seen >= share * status.planned
-
-        result = worker.work(job, Links(pause, log=lambda metrics, step: None, fetch=lambda packed: packed))
+        links = Links(
+            exchange=partial(_reached, share=rung / count),
+            log=lambda metrics, step: None,
+            fetch=lambda packed: packed,
+        )
+        result = worker.work(job, links)
         yield measure(folder, configuration, train, val, metric)
         if not result["stopped"]:
             return
+
+
+def _reached(status: "Status", share: float) -> bool:
+    """Whether a part of a run is over; the last part ends by itself."""
+    return share < 1 and status.seen >= share * status.planned
 
 
 def measure(folder: Any, configuration: "Config", train: Any, val: Any, metric: str) -> float:
@@ -174,7 +181,7 @@ def measure(folder: Any, configuration: "Config", train: Any, val: Any, metric: 
     from pipeline.evaluation.features import extract_all
     from pipeline.evaluation.judge import find
 
-    backbone = find(folder.address).backbone.to("cuda" if torch.cuda.is_available() else "cpu")
+    backbone = find(folder.address)[2].to("cuda" if torch.cuda.is_available() else "cpu")
     size, device = int(configuration.image_size or 0), next(backbone.parameters()).device
     if metric == "knn":
         scores = evaluation.evaluate_backbone(backbone, train, val, image_size=size, protocols=("knn",), device=device)

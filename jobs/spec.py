@@ -232,8 +232,6 @@ def load(job: str | Path, settings: Sequence[str] = (), *, on_cluster: bool = Fa
 
 def _with(file: Located, settings: Sequence[str]) -> Located:
     """The file with some arguments set from outside."""
-    import yaml
-
     if not settings:
         return file
     arguments, matrix = dict(file.at(("arguments",)) or {}), dict(file.at(("matrix",)) or {})
@@ -242,7 +240,7 @@ def _with(file: Located, settings: Sequence[str]) -> Located:
         if not equals or not key:
             raise UserError(f"--set {setting}: must be name=value, as in --set epochs=1")
         matrix.pop(key, None)
-        arguments[key] = yaml.safe_load(value)
+        arguments[key] = located.plain(value)
     return dataclasses.replace(file, value={**file.value, "arguments": arguments, "matrix": matrix or None})
 
 

@@ -6,7 +6,7 @@ import pytest
 from job_toys import Cluster, cluster_of
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with cluster_of(tmp_path_factory.mktemp("home")) as running:
         yield running

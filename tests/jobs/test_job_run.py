@@ -132,6 +132,7 @@ def test_a_failure_is_told_with_its_reason_and_a_missing_secret_is_refused(tmp_p
     assert heard[1][0]["text"].endswith("failed with status 2: error: nothing-there: no such run folder or checkpoint")
     write(tmp_path, "run: evaluate\narguments: {run: nothing-there}\nsecrets: [MY_TOKEN]\nnotify: {webhook: $HOOK}\n")
     done = python("-m", "jobs.run", "tiny.yaml", "--firing", FIRING, cwd=tmp_path, HOOK=heard[0], HOME=str(tmp_path))
+    assert "MY_TOKEN not set here" in heard[1][1]["text"]
     assert (
         done.stderr.strip() == "error: tiny.yaml: MY_TOKEN not set here; set it where the cluster's nodes are started"
     )

@@ -4,11 +4,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from job_toys import ROOT, python
 
 from jobs import spec
 from pipeline.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
 GOOD = """\
 run: pretrain
 arguments:
@@ -170,11 +170,8 @@ def test_every_job_of_the_repository_is_right(path, monkeypatch):
 
 
 def test_checking_imports_no_torch():
-    import subprocess
-    import sys
-
     program = (
         "import sys; from jobs import submit, render, scheduler; print({'torch', 'ray', 'mlflow'} & {*sys.modules})"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = python("-c", program, cwd=ROOT)
     assert done.stdout.strip() == "set()", done.stderr
