@@ -5,7 +5,7 @@ import time
 import pytest
 from job_toys import ROOT, TINY, Cluster, photographs, python
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 FIRING = "20260101T000000Z"
 
 
@@ -39,7 +39,6 @@ def test_a_cluster_that_does_not_answer_is_named(folder):
     assert done.stderr.splitlines()[-1].startswith("error: --address http://127.0.0.1:9: no cluster's job API answers")
 
 
-@pytest.mark.slow
 def test_a_stopped_job_leaves_a_checkpoint_and_its_firing_goes_on(cluster: Cluster, folder):
     (folder / "long.yaml").write_text(f"run: pretrain\narguments: {{data: photos, storage: {folder}/runs}}\n")
     small = [word for word in TINY if not word.startswith("epochs")]
@@ -72,7 +71,6 @@ SMALL = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "jobs").glob("*.yaml")))
 def test_every_job_of_the_repository_runs_at_a_small_size(cluster: Cluster, folder, name):
     text = (ROOT / "jobs" / f"{name}.yaml").read_text().replace("/data/photos", f"{folder}/photos")

@@ -46,6 +46,7 @@ def write(folder: Path, text: str, name: str = "tiny") -> Path:
     return folder / f"{name}.yaml"
 
 
+@pytest.mark.slow
 def test_a_cell_trains_is_told_and_found_in_mlflow_and_what_comes_after_sees_its_run(tmp_path, heard):
     photographs(tmp_path / "photos", range(40))
     write(tmp_path, f"""
@@ -154,6 +155,7 @@ def test_a_webhook_that_fails_and_a_command_that_fails_fail_nothing(capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_a_collapse_is_told_while_it_happens(tmp_path, heard):
     photographs(tmp_path / "photos", range(40))
     write(
@@ -184,6 +186,7 @@ def test_claims_are_won_once(tmp_path):
         assert sum(wins) == 1
 
 
+@pytest.mark.slow
 def test_a_stop_reaches_the_command(tmp_path):
     write(tmp_path, "run: pretrain\narguments: {data: embedded, epochs: 500}\n")
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'ssl'}"}
