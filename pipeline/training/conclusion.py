@@ -1,6 +1,7 @@
 """What a run says at its start and at its end: ten lines, then the table, `summary.json`, and the lines to paste."""
 
 import contextlib
+import json
 import platform
 import shlex
 from importlib.metadata import PackageNotFoundError, version
@@ -55,6 +56,10 @@ def conclude(
         "device": device_name(job.device),
         "seconds": seconds,
     }
+    if summary["images_per_second"] is None and folder.exists("summary.json"):  # it had ended before: no step was left
+        before = json.loads(folder.read("summary.json"))
+        kept = ("images_per_second", "data_wait", "training_seconds", "seconds", "vital_signs", "alarms")
+        summary |= {key: before[key] for key in kept}
     folder.write_json("summary.json", summary)
     final = {
         "knn_top1": summary["knn_top1"],
@@ -68,10 +73,14 @@ def conclude(
         tracker.log_backbone(weights, {"create": "backbones.create", **result["backbone_config"]}, usage(folder))
         tracker.finish("FINISHED")
     table(summary)
+    speed = ""
+    if summary["images_per_second"] is not None:
+        speed = (
+            f"{summary['images_seen']:,} images in {summary['training_seconds']:.0f} s of training: "
+            f"{summary['images_per_second']:.0f} images/s, {summary['data_wait']:.1%} of it waiting for data\n"
+        )
     print(
-        f"\n{summary['images_seen']:,} images in {summary['training_seconds']:.0f} s of training: "
-        f"{summary['images_per_second']:.0f} images/s, {summary['data_wait']:.1%} of it waiting for data\n"
-        f"run folder   {folder.address}\n"
+        f"\n{speed}run folder   {folder.address}\n"
         f"checkpoint   {summary['checkpoint']}\n{usage(folder)}"
         f"look         mlflow ui --backend-store-uri {shlex.quote(tracking.redact(uri))}",
         flush=True,

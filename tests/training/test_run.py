@@ -193,6 +193,17 @@ def test_another_configuration_in_the_same_folder_is_refused_with_the_difference
     assert "--epochs 1 → 2" in capsys.readouterr().err
 
 
+def test_a_finished_run_stays_as_it_is_when_it_is_continued(command, tmp_path, capsys):
+    run = tmp_path / "runs" / "one"
+    words = command("--backbone", "lenet5", "--epochs", "1", "--run", str(run), *MAE)
+    assert pretrain.main(words) == 0
+    before, lines = json.loads((run / "summary.json").read_text()), losses(run)
+    assert pretrain.main(words) == 0
+    assert json.loads((run / "summary.json").read_text()) == before
+    assert losses(run) == lines
+    assert "images/s" in capsys.readouterr().out
+
+
 def test_a_failed_start_stands_in_the_way_of_nothing(command, tmp_path, capsys):
     run = tmp_path / "runs" / "one"
     words = command("--backbone", "vit_ti8", "--epochs", "1", "--run", str(run), *DINO)
