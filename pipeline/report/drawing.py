@@ -45,6 +45,7 @@ def svg(figure: Figure, title: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r' id="image\w+"', "", text)  # named by their content, which may come twice
     mark = re.sub(r"\W+", "-", title.lower())
     text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{mark}-", text)
     width = float(re.search(r'width="([\d.]+)pt"', text).group(1))  # type: ignore[union-attr]
