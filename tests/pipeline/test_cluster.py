@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,8 @@ SMALL = [
     *("--options.hidden-dim", "16", "--epochs", "2"),
 ]
 
+ISOLATED: dict[str, str] = {}
+
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
@@ -29,10 +33,19 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_cluster() -> Iterator[None]:
+    """Let Ray keep to a folder of its own, so that it finds no cluster that another test or person has begun."""
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        ISOLATED["RAY_TMPDIR"] = folder
+        yield
+
+
 def pretrain(photos: Path, run: Path, *words: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'ssl'}", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1"}
     environment["RAY_worker_niceness"] = "0"
     environment.pop("RAY_ADDRESS", None)
+    environment |= ISOLATED
     common = ["--data", str(photos), "--cache", str(photos.parent / "cache"), "--storage", str(run.parent)]
     return subprocess.run(
         [sys.executable, "-m", "pipeline.pretrain", *common, *SMALL, "--run", str(run), *words],

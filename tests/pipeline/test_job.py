@@ -63,14 +63,18 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
     environment |= {"PATH": f"{RAY.parent}:{environment['PATH']}", "HOME": str(base), "SSL_NODE_CACHE": str(other)}
     environment |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
     environment["RAY_worker_niceness"] = "0"
-    start = [str(RAY), "start", "--block", "--num-cpus", "1", "--object-store-memory", str(100 << 20)]
+
+    def start() -> list[str]:
+        agent = f"--dashboard-agent-listen-port={free_port()}"  # its default belongs to another cluster of this machine
+        return [str(RAY), "start", "--block", "--num-cpus", "1", "--object-store-memory", str(100 << 20), agent]
+
     head = [f"--port={port}", "--head", f"--dashboard-port={dashboard}", f"--temp-dir=/tmp/ray-{port}"]
     unpacked = f"/tmp/ray-{port}/session_latest/runtime_resources"  # where a node of this machine would unpack jobs too
     hide = f'mount -t tmpfs none "{cache}" && mount -t tmpfs none "$(readlink -f {unpacked})" && exec "$0" "$@"'
     hidden = ["unshare", "--mount", "sh", "-c", hide]
     log = open(base / "log", "w")  # noqa: SIM115
     options = {"env": environment, "stdout": log, "stderr": log, "cwd": base, "start_new_session": True}
-    nodes = [subprocess.Popen([*start, *head], **options)]
+    nodes = [subprocess.Popen([*start(), *head], **options)]
     address = f"http://127.0.0.1:{dashboard}"
 
     def alive() -> int:
@@ -82,7 +86,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 
     try:
         wait_for("head", lambda: alive() == 1)
-        nodes.append(subprocess.Popen([*hidden, *start, f"--address=127.0.0.1:{port}"], **options))
+        nodes.append(subprocess.Popen([*hidden, *start(), f"--address=127.0.0.1:{port}"], **options))
         wait_for("second node", lambda: alive() == 2)
         yield Cluster(address, environment, photos, cache, other)
     finally:
@@ -119,9 +123,9 @@ def test_a_job_trains_on_nodes_that_share_no_disk_for_the_data(cluster, tmp_path
     assert "raw pixels" in done.stdout
     summary = json.loads((run / "summary.json").read_text())
     assert summary["images_seen"] == 8 * len(losses(run))
-    brought = list(cluster.other_cache.glob("*.beton"))
-    kept = list(cluster.cache.rglob("train.beton"))
-    assert [path.read_bytes() for path in brought] == [path.read_bytes() for path in kept]
+    brought = [path.read_bytes() for path in cluster.other_cache.glob("*.beton")]
+    (kept,) = cluster.cache.rglob("train.beton")
+    assert kept.read_bytes() in brought  # beside the validation set, where rank 0 is on that node
 
 
 def test_a_job_that_is_stopped_saves_and_goes_on(cluster, tmp_path):
