@@ -20,6 +20,7 @@ SMALL_UP_TO = 64  # pixels of the shorter side: where stem="auto" means "small"
 
 
 def has_small_stem(network: nn.Module) -> bool:
+    """Whether `make_stem_small` knows how to reduce this network's stem."""
     if isinstance(network, ConvNeXt):
         return isinstance(network.stem[0], nn.Conv2d) and network.stem[0].stride == network.stem[0].kernel_size
     return isinstance(network, (ResNet, EfficientNet, MobileNetV3, VGG, DenseNet))

@@ -37,6 +37,7 @@ def locate(address: str) -> tuple[fsspec.AbstractFileSystem, str, dict[str, Any]
 
 
 def is_local(files: fsspec.AbstractFileSystem) -> bool:
+    """Whether these files lie on this machine's disk."""
     return isinstance(files, LocalFileSystem)
 
 

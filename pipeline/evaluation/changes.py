@@ -1,8 +1,9 @@
 """Changes of images that people see through: geometry, occlusion, and the common corruptions at five severities.
 
 All work on float images [B, 3, H, W] in [0, 1], on their device, and give the same for the same generator. The
-corruptions follow ImageNet-C (Hendrycks & Dietterich 2019), with its parameters where they have no unit, and scaled by
-side / 224 where they are pixels. Snow and frost are left out: they paste photographs that no formula gives.
+corruptions follow ImageNet-C (Hendrycks & Dietterich 2019), with its parameters as remembered (not yet checked against
+the authors' code), scaled by side / 224 where they are pixels. Snow and frost are left out: they paste photographs
+that no formula gives.
 """
 
 import math
@@ -83,21 +84,25 @@ def patch_shuffle(x: Tensor, severity: int, generator: torch.Generator) -> Tenso
 
 
 def gaussian_noise(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
+    """Normal noise of deviation 0.08 to 0.38, for each channel of each pixel."""
     return x + (0.08, 0.12, 0.18, 0.26, 0.38)[severity - 1] * _normal(x, generator)
 
 
 def shot_noise(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
+    """As if a white pixel had caught 60, 25, 12, 5, 3 photons."""
     photons = (60, 25, 12, 5, 3)[severity - 1]
     return torch.poisson(x.cpu() * photons, generator=generator).to(x) / photons
 
 
 def impulse_noise(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
+    """Salt and pepper: 3, 6, 9, 17, 27 % of all values become 0 or 1."""
     share = (0.03, 0.06, 0.09, 0.17, 0.27)[severity - 1]
     u = torch.rand(x.shape, generator=generator).to(x.device)
     return torch.where(u < share, (u < share / 2).to(x), x)
 
 
 def defocus_blur(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
+    """Out of focus: blurred by a disc of radius 3, 4, 6, 8, 10 px at 224."""
     radius = (3, 4, 6, 8, 10)[severity - 1] * x.shape[-1] / 224
     reach = math.ceil(radius)
     at = torch.arange(-reach, reach + 1, dtype=torch.float64)
@@ -160,6 +165,7 @@ def brightness(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
 
 
 def contrast(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
+    """Each channel drawn towards its mean, to 40, 30, 20, 10, 5 % of its contrast."""
     mean = x.mean((2, 3), keepdim=True)
     return mean + (0.4, 0.3, 0.2, 0.1, 0.05)[severity - 1] * (x - mean)
 
@@ -174,6 +180,7 @@ def elastic(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
 
 
 def pixelate(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
+    """Shrunk to 60, 50, 40, 30, 25 % of the side, then enlarged in squares."""
     share = (0.6, 0.5, 0.4, 0.3, 0.25)[severity - 1]
     size = [max(1, int(side * share)) for side in x.shape[-2:]]
     return F.interpolate(F.interpolate(x, size=size, mode="area"), size=x.shape[-2:], mode="nearest")

@@ -1,7 +1,8 @@
 """Distillation: any backbone learns a frozen teacher's pooled features and cells.
 
-The loss is AM-RADIO's (Ranzinger et al. 2024, arXiv 2312.06709, sec. 3.4) with one teacher; student and teacher see
-the same crop, over a long schedule (Beyer et al. 2022, "a good teacher is patient and consistent", arXiv 2106.05237).
+The loss is AM-RADIO's (Ranzinger et al. 2024, arXiv 2312.06709, sec. 3.4; its constants as remembered) with one
+teacher; student and teacher see the same crop, over a long schedule (Beyer et al. 2022, "a good teacher is patient and
+consistent", arXiv 2106.05237).
 """
 
 from collections.abc import Sequence

@@ -14,11 +14,11 @@ from objectives.contract import Objective, pair
 from objectives.contrast import VITAL_SIGNS, contrast_signs, cosines
 from objectives.distributed import gather, rank, world_size
 from objectives.heads import mlp
+from objectives.joint_embedding import two_views
 from objectives.multicrop import pooled_features
 from objectives.precision import full_precision
 from objectives.schedules import cosine
 from objectives.teacher import Teacher
-from objectives.views import Photometric, View
 
 if TYPE_CHECKING:
     from backbones import Backbone
@@ -29,18 +29,6 @@ def contrast(q: Tensor, k: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     positives are."""
     logits = cosines(q, gather(full_precision(k))) / temperature
     return logits, rank() * len(q) + torch.arange(len(q), device=q.device)
-
-
-def byol_views(size: tuple[int, int], scale: tuple[float, float]) -> tuple[View, View]:
-    """One view always blurred, one seldom blurred and at times solarised (Grill et al. 2020, appendix B)."""
-
-    def colours(blur_p: float, solarize_p: float) -> Photometric:
-        return Photometric(0.4, 0.4, 0.2, 0.1, gray_p=0.2, blur_p=blur_p, solarize_p=solarize_p)
-
-    return (
-        View("view 1", size, scale, photometric=colours(1.0, 0.0)),
-        View("view 2", size, scale, photometric=colours(0.1, 0.2)),
-    )
 
 
 class Encoder(nn.Module):
@@ -99,7 +87,7 @@ class MoCoV3(Objective):
         super().__init__()
         size = pair(image_size)
         backbone.grid(*size)
-        self.views = byol_views(size, scale)
+        self.views = two_views(size, scale, (0.4, 0.4, 0.2, 0.1), blur=(1.0, 0.1), solarize=(0.0, 0.2))
         self.temperature = temperature
         self.momentum = (momentum_start, momentum_end)
         if freeze_stem:

@@ -47,7 +47,10 @@ def nt_xent(logits: Tensor, positive: Tensor) -> Tensor:
 
 
 def decoupled(logits: Tensor, positive: Tensor) -> Tensor:
-    """NT-Xent whose denominator leaves the positive out, so that an easy one weakens no gradient (DCL, eq. 6)."""
+    """NT-Xent whose denominator leaves the positive out, so that an easy one weakens no gradient.
+
+    DCL, equation 6 as LightlySSL cites it.
+    """
     negatives = logits.scatter(1, positive[:, None], -torch.inf)
     return (negatives.logsumexp(dim=1) - logits.gather(1, positive[:, None]).squeeze(1)).mean()
 
