@@ -49,11 +49,12 @@ class OnlineKnn:
             self.every = float(max(planned / MEASUREMENTS, self.bank + val.images))
         else:
             self.every = config.knn_every * planned / epochs
+        self.planned = planned
         self._last = 0
 
     def due(self, seen: int) -> bool:
         """Whether the next interval has been reached; the end is left to the final measurement."""
-        return bool(self.every) and int(seen / self.every) > self._last
+        return bool(self.every) and seen < self.planned and int(seen / self.every) > self._last
 
     def __call__(self, backbone: Backbone, seen: int) -> float:
         """The accuracy now, with `bank` images of the training set to learn from."""
