@@ -18,6 +18,7 @@ from pipeline import config
 from pipeline.command import guarded
 from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.redaction import hide
 
 if TYPE_CHECKING:
     from pipeline.training.run_folder import RunFolder
@@ -96,9 +97,13 @@ def rows(run: "RunFolder", listed: str) -> list[tuple[str, str]]:
 
 def images(address: str) -> list[tuple[str, str]]:
     """The (path, label) of every image in a folder, the label empty where it has none."""
+    from pipeline.data.remote import given
     from pipeline.data.source import LocalFolder, RemoteFolder, open_source
 
-    source = open_source(address)
+    place = given(address)
+    if hide(place) != place:
+        raise UserError(f"--data {address}: the list of what arrives would hold its credentials; give them elsewhere")
+    source = open_source(place)
     if not isinstance(source, LocalFolder | RemoteFolder):
         raise UserError(
             f"--data {address}: is no folder of images, so what arrives in it cannot be told; give a folder"

@@ -536,7 +536,8 @@ MISSING_DATA = "no such file or folder here; correct it, or where only the clust
 
 
 def _exists(address: str) -> bool:
-    return "://" in address or "{run" in address or address.split(":")[0] == "embedded" or Path(address).exists()
+    elsewhere = "://" in address or "{run" in address or address.startswith("$")
+    return elsewhere or address.split(":")[0] == "embedded" or Path(address).exists()
 
 
 def _check_pretraining(file: Located, step: Step, cell: Cell, *, paths: bool) -> None:

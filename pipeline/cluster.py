@@ -184,26 +184,31 @@ def _train(settings: dict[str, Any]) -> dict[str, Any]:
 
     from pipeline.config import Config
     from pipeline.training.links import Links
-    from pipeline.training.run_folder import RunFolder
     from pipeline.training.worker import Job, work
 
     plain = settings["job"]
     job = Job(**{**plain, "config": Config(**plain["config"]), "train": Packed(**plain["train"]),
                  "val": Packed(**plain["val"]) if plain["val"] else None})  # fmt: skip
     beat = Heartbeat(settings["hub"])
-    tracker = None
+    tracker, said = None, list[str]()
     if settings["tracking"] and ray.train.get_context().get_world_rank() == 0:
         from pipeline.tracking import Tracker
 
-        folder = RunFolder(job.run)
-        tracker = Tracker(*settings["tracking"], spool=folder.path("mlflow.spool") if folder.local else None)
+        required = job.config.tracking == "required"
+        tracker = Tracker(*settings["tracking"], run=job.run, required=required, say=said.append)
+
+    def exchange(status: Status) -> bool:
+        while said:
+            status.messages.append(said.pop(0))
+        return beat.exchange(status) or (tracker is not None and tracker.lost)
+
     links = Links(
-        exchange=beat.exchange,
+        exchange=exchange,
         log=tracker.log if tracker else lambda metrics, step: None,
         fetch=lambda packed: fetch(packed, settings["driver"]),
     )
     try:
-        return work(job, links)
+        return work(job, links) | {"unrecorded": tracker is not None and tracker.lost}
     except UserError as error:  # trying again would not help
         return {"user_error": str(error)}
     except FloatingPointError as error:

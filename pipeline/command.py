@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 
 from pipeline.errors import UserError
+from pipeline.redaction import redact
 
 STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -15,13 +16,13 @@ STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 143}
 def guarded(command: Callable[[], int], *, debug: bool = False) -> int:
     """The exit status of a command: its own, 2 for a mistake that the user can mend, 1 for any other failure.
 
-    Errors are told in one line each; with `debug`, after their traceback.
+    Errors are told in one line each; with `debug`, after their traceback. No credentials stand in either.
     """
     try:
         return command()
     except (KeyboardInterrupt, Exception) as error:
         if debug:
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), end="", file=sys.stderr)
         if isinstance(error, KeyboardInterrupt):
             status, line = 130, "stopped"
         elif isinstance(error, UserError):
@@ -29,7 +30,7 @@ def guarded(command: Callable[[], int], *, debug: bool = False) -> int:
         else:
             name = type(error).__name__
             status, line = 1, f"failed: {str(error) or name}{'' if debug else ' (--debug shows where)'}"
-        print(line, file=sys.stderr, flush=True)
+        print(redact(line), file=sys.stderr, flush=True)
         return status
 
 

@@ -17,6 +17,7 @@ import yaml
 from backbones import names
 from pipeline import recipes
 from pipeline.errors import UserError
+from pipeline.redaction import hide
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Config:
     objective: str = "dino"
     """The self-supervised objective; `python -m objectives` lists them."""
     data: str = "embedded"
-    """A folder, .tar, .parquet, .csv or .beton, here or at any fsspec address; "embedded" is a generated set."""
+    """A folder, .tar, .parquet, .csv or .beton, here or at any fsspec address, or '$NAME' of a variable that holds it;
+    "embedded" is a generated set."""
     val_data: str | None = None
     """Held-out images for the k-NN and linear accuracy. Left open: a train/ + val/ pair, else a split by content."""
     epochs: int | None = None
@@ -80,6 +82,9 @@ class Config:
     """Minutes between checkpoints."""
     keep: int = 2
     """Checkpoints kept."""
+    tracking: Literal["optional", "required"] = "optional"
+    """required: refuse to begin while MLflow does not answer, and stop, with a checkpoint, where it is away for ten
+    minutes; optional: what it is to be told waits."""
     run: str | None = None
     """Run folder; left open: a fresh, readable name below the storage."""
     storage: str | None = None
@@ -101,7 +106,7 @@ class Config:
 # Options that say how or where to compute, not what: they may change when a run continues.
 FREE_ON_RESUME = {
     *("workers", "engine", "compile", "loader", "knn_every", "checkpoint_every", "keep"),
-    *("run", "storage", "cache", "resume", "config", "debug"),
+    *("tracking", "run", "storage", "cache", "resume", "config", "debug"),
 }
 
 
@@ -188,8 +193,17 @@ def check(config: Config) -> None:
         raise UserError(f"--workers {config.workers}: --engine local is one process; use --engine ray")
     for name in ("data", "val_data"):
         address = getattr(config, name)
-        if address and "://" not in address and address.split(":")[0] != "embedded" and not Path(address).exists():
+        elsewhere = address and ("://" in address or address.startswith("$") or address.split(":")[0] == "embedded")
+        if address and not elsewhere and not Path(address).exists():
             raise UserError(f"--{name.replace('_', '-')} {address}: no such file or folder")
+    places = {name: getattr(config, name) for name in ("run", "storage", "resume", "init", "cache")}
+    places |= {f"options.{name}": config.options.get(name) for name in ("teacher", "checkpoint")}
+    for name, address in places.items():
+        if address and "://" in str(address) and hide(address) != address:
+            raise UserError(
+                f"--{name.replace('_', '-')} {hide(address)}: credentials in this address would be written down; give "
+                "them in the environment, as its own tools take them, or in ~/.config/fsspec"
+            )
 
 
 def resolve(config: Config, *, images: int, side: int, classes: int = 0) -> Config:
@@ -253,9 +267,14 @@ def resolve(config: Config, *, images: int, side: int, classes: int = 0) -> Conf
     )
 
 
+def without_secrets(config: Config) -> Config:
+    """A configuration to write down: `***` stands for the credentials in the addresses of its data."""
+    return dataclasses.replace(config, data=hide(config.data), val_data=config.val_data and hide(config.val_data))
+
+
 def dump(config: Config) -> str:
-    """A configuration as YAML; tuples become lists."""
-    plain = dataclasses.asdict(config)
+    """A configuration as YAML, without secrets; tuples become lists."""
+    plain = dataclasses.asdict(without_secrets(config))
     plain["betas"] = list(plain["betas"]) if plain["betas"] else None
     plain["options"] = {k: list(v) if isinstance(v, tuple) else v for k, v in plain["options"].items()}
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
@@ -297,7 +316,7 @@ def read(text: str, name: str) -> Config:
 
 def differences(old: Config, new: Config) -> list[str]:
     """Sentences on what a continued run would change that it must not: "lr 0.001 → 0.002"."""
-    before, after = dataclasses.asdict(old), dataclasses.asdict(new)
+    before, after = (dataclasses.asdict(without_secrets(config)) for config in (old, new))
     lines = []
     for key, value in after.items():
         if key in FREE_ON_RESUME or key in ("recipe", "options") or value is None:

@@ -1,5 +1,6 @@
 """`python -m pipeline.pretrain`: from images to a trained, measured backbone."""
 
+import faulthandler
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
 
     def command() -> int:
+        faulthandler.enable(sys.__stderr__ or 2)  # a data disk that fails ends the process (SIGBUS): not without a word
         configuration = config.parse(argv)
         from pipeline.training.launch import launch  # torch comes with it, after all that can be refused without
 

@@ -1,13 +1,16 @@
 """Text without credentials, for everything that is written down or sent somewhere."""
 
 import re
+from urllib.parse import parse_qsl
 
 SECRET_NAME = r"[\w.-]*(?:passw(?:or)?d|secret|token|credentials?|signature|api[_-]?key|access[_-]?key)"
 _SECRETS = (
-    (re.compile(r"(\w://)[^/\s@]+@"), r"\1***@"),
+    # A password may hold slashes; what follows a host's colon up to a slash may be a port.
+    (re.compile(r"\b((?:s3a?|gc?s)://)[^/\s@:]+:[^\s@]+@|(\w://)[^/\s@:]+:(?!\d{1,5}/)[^\s@]+@"), r"\1\2***@"),
+    (re.compile(r"(?<!\w)(?!abfss?:|wasbs?:|az:)(\w[\w+.-]*://)[^/\s@]+@"), r"\1***@"),  # Azure's is a container
     (re.compile(r"(?i)(\bauthorization\b\W+(?:basic|bearer)\s+|\bbearer\s+)[\w.~+/=-]+"), r"\1***"),
     (re.compile(rf"(?i)({SECRET_NAME}[\"']?\s*[=:]\s*[\"']?|--{SECRET_NAME}\s+)[^\s\"'&,;}}]+"), r"\1***"),
-    (re.compile(r"(?i)([?&](?:sig|key|x-amz-[\w-]+|x-goog-[\w-]+)=)[^\s\"'&]+"), r"\1***"),
+    (re.compile(r"(?i)([?&](?:sig|key|auth|code|x-amz-[\w-]+|x-goog-[\w-]+)=)[^\s\"'&]+"), r"\1***"),
     (re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\b(?:gh[pousr]|glpat|hf|sk|xox[abp])[_-][\w-]{16,}"), "***"),
 )
 
@@ -17,3 +20,18 @@ def redact(text: str) -> str:
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
     return text
+
+
+def hide(address: str) -> str:
+    """An address without credentials, and without its query where that may hold some: the same for every signature."""
+    place, question, query = address.partition("?")
+    if "://" not in address or not question:
+        return redact(address)
+    long = any(len(value) >= 16 for _, value in parse_qsl(query, keep_blank_values=True))
+    secret = long or redact(address) != redact(place) + question + query
+    return f"{redact(place)}?{'***' if secret else query}"
+
+
+def bare(address: str) -> str:
+    """An address without its query: what a name is made of, and what tells a file's kind."""
+    return address.partition("?")[0] if "://" in address else address

@@ -1,8 +1,11 @@
 """What a run leaves in MLflow: parameters, metrics against images seen, system load, the data set, the backbone.
 
 The driver calls `start_run` (or `resume_run`) and hands the id to the training loop, where one `Tracker` sends what it
-is given from a thread of its own. Tracking never stops or delays training: while a server does not answer, entries wait
-in memory and in a file of the run folder, and go out in order once it does.
+is given from a thread of its own. Tracking never delays training, nor stops it unless asked to: while a server does not
+answer, entries wait in memory and in a file of the run folder, the spool, and go out in order once it does: with the
+run, with the one that continues it, or by
+
+    python -m pipeline.tracking RUN …      # run folders, or folders of them
 
 A metric's step is the number of images seen. Per metric, steps only grow: an entry at or below the last step the store
 holds is not sent again. Since a resumed run computes the same values as the uninterrupted one, this leaves no step
@@ -10,6 +13,7 @@ twice and none missing, on every kind of store.
 """
 
 import base64
+import fcntl
 import getpass
 import hashlib
 import json
@@ -25,11 +29,16 @@ import time
 import uuid
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import IO, Annotated, Any, Literal, TypedDict
 
+import fsspec
+
+from pipeline.command import guarded
+from pipeline.errors import UserError
 from pipeline.redaction import SECRET_NAME, redact
 
 log = logging.getLogger(__name__)
@@ -40,6 +49,7 @@ PARAM_LENGTH = 500  # what servers of every version store; the whole configurati
 TAG_LENGTH = 5000
 METRICS_PER_REQUEST = 1000
 PARAMS_PER_REQUEST = 100
+PATIENCE = 600.0  # seconds that `--tracking required` lets a store be away
 MOST_WAITING = 1_000_000  # entries, some 350 MB: a day without a server at ten a second
 BUSY = frozenset(
     {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"}
@@ -71,7 +81,7 @@ class DatasetInput(TypedDict):
     classes: int
 
 
-class TrackingError(ValueError):
+class TrackingError(UserError):
     """The store cannot take runs, and waiting would not change that; the message is one sentence."""
 
 
@@ -94,6 +104,21 @@ def default_uri(runs_dir: str | Path) -> str:
     return uri
 
 
+def store_of(run: str) -> str:
+    """Where the run in a folder is recorded, by the folder's address: as `default_uri` of the folder around it."""
+    return default_uri(run.rstrip("/").rpartition("/")[0] or ".")
+
+
+def spool_of(run: str) -> Path:
+    """The file in which what a run has to say waits: in its folder, or below `~/.cache` where that is remote."""
+    return Path(run, "mlflow.spool") if "://" not in run else _spool_below_home(run)
+
+
+def _spool_below_home(name: str) -> Path:
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    return Path.home() / ".cache" / "ssl-pretraining" / "tracking" / f"{digest}.jsonl"
+
+
 def _sqlite_file(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
@@ -111,6 +136,7 @@ def _client(uri: str) -> Any:
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "GIT_PYTHON_REFRESH": "quiet",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     }.items():
         os.environ.setdefault(name, value)
     for chatty in ("alembic", "urllib3.connectionpool", "mlflow"):
@@ -130,8 +156,6 @@ def _alone(file: Path | None) -> Iterator[None]:
     if file is None:
         yield
         return
-    import fcntl
-
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file.with_name(file.name + ".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -158,10 +182,23 @@ def _short(error: Exception) -> str:
     line = redact(str(error)).strip().split("\n")[0]
     if "Caused by" in line:  # requests wraps the one useful clause in four others
         line = line.rsplit("Caused by", 1)[1].strip("( )'\"")
+    if system := re.search(r"\[Errno -?\d+\] ([^\[\]'\")]+)", line):
+        line = system[1]
     return line[:200] or type(error).__name__
 
 
 # --- starting, resuming and ending a run, in the driver -------------------------------------------------------------
+
+
+def require(uri: str) -> None:
+    """Raise `TrackingError` unless the store answers now."""
+    try:
+        _client(uri).search_experiments(max_results=1)
+    except Exception as error:
+        raise TrackingError(
+            f"--tracking required: MLflow at {redact(uri)} does not answer ({_short(error)}); start it, or leave the "
+            "option out: then what is to be recorded waits"
+        ) from None
 
 
 def start_run(
@@ -250,17 +287,23 @@ def resume_run(uri: str, run_id: str, last_step: int) -> str | None:
     return run_id
 
 
-def end_run(uri: str, run_id: str, status: Status) -> None:
-    """Mark a run as over from a process that holds no `Tracker`, such as the driver of workers that died."""
-    try:
-        client = _client(uri)
-        client.set_terminated(_resolve(client, run_id), status)
-    except Exception as error:
-        log.warning("MLflow at %s was not told that the run %s (%s).", redact(uri), status.lower(), _short(error))
+def end_run(uri: str, run_id: str, status: Status, run: str | None = None) -> None:
+    """Mark a run as over from a process that holds no `Tracker`, such as the driver of workers that died.
+
+    `run` is the run's folder, from whose spool goes out first what waits there.
+    """
+    Tracker(uri, run_id, run=run, system_metrics=0).finish(status)
 
 
 def child_run(
-    uri: str, parent_run_id: str, *, name: str, tags: Mapping[str, Any], metrics: Mapping[str, float], step: int
+    uri: str,
+    parent_run_id: str,
+    *,
+    name: str,
+    tags: Mapping[str, Any],
+    metrics: Mapping[str, float | None],
+    step: int,
+    run: str | None = None,
 ) -> str | None:
     """Record an evaluation below its pretraining run, whose tags it shares; gives its id, or None where that failed.
 
@@ -269,31 +312,129 @@ def child_run(
         tags: what tells this evaluation from others: protocol, data; `mlflow.runName` for a name without the parent's.
         metrics: accuracies in [0, 1]; what is None is left out.
         step: images the evaluated backbone had seen.
+        run: the pretraining run's folder, in whose spool the evaluation waits where the store does not answer.
     """
+    request = {
+        "ticket": uuid.uuid4().hex,
+        "name": name,
+        "tags": {key: redact(str(value))[:TAG_LENGTH] for key, value in tags.items() if value is not None},
+        "metrics": {_metric_name(key): float(value) for key, value in metrics.items() if value is not None},
+        "step": step,
+        "time": _now(),
+    }
     try:
         client = _client(uri)
-        parent_run_id = _resolve(client, parent_run_id)
-        parent = client.get_run(parent_run_id)
+        return _create_child(client, _resolve(client, parent_run_id), request)
+    except Exception as error:
+        kept = run is not None and not _hopeless(error) and _keep_child(run, request)
+        waits = f"python -m pipeline.tracking {shlex.quote(str(run))} delivers it" if kept else "it is left out"
+        log.warning("MLflow at %s did not record the evaluation %s (%s); %s.", redact(uri), name, _short(error), waits)
+        return None
+
+
+def _create_child(client: Any, parent_run_id: str, request: Mapping[str, Any]) -> str:
+    """Create an evaluation's run, or find the one an earlier attempt created; safe to repeat."""
+    from mlflow.entities import Metric
+
+    parent = client.get_run(parent_run_id)
+    experiment, own = parent.info.experiment_id, dict(request["tags"])
+    made = client.search_runs([experiment], f"tags.`{TICKET_TAG}` = '{request['ticket']}'", max_results=1)
+    if made:
+        run = made[0]
+    else:
         shared = {key: value for key, value in parent.data.tags.items() if not key.startswith("mlflow.")}
         shared.pop("resumed_at", None)
-        own = {key: redact(str(value))[:TAG_LENGTH] for key, value in tags.items() if value is not None}
         run = client.create_run(
-            parent.info.experiment_id,
-            run_name=own.pop("mlflow.runName", f"{name} of {parent.info.run_name}"),
+            experiment,
+            request["time"],
+            run_name=own.pop("mlflow.runName", f"{request['name']} of {parent.info.run_name}"),
             tags=shared
             | {"kind": "evaluation", "mlflow.parentRunId": parent_run_id, "mlflow.user": _user()}
             | {key: parent.data.tags[key] for key in ("mlflow.runColor",) if key in parent.data.tags}
+            | {TICKET_TAG: request["ticket"]}
             | own,
         )
-        from mlflow.entities import Metric
+    metrics = [Metric(key, value, request["time"], request["step"]) for key, value in request["metrics"].items()]
+    client.log_batch(run.info.run_id, metrics)
+    client.set_terminated(run.info.run_id, "FINISHED")
+    return str(run.info.run_id)
 
-        known = {_metric_name(key): float(value) for key, value in metrics.items() if value is not None}
-        client.log_batch(run.info.run_id, [Metric(key, value, _now(), step) for key, value in known.items()])
-        client.set_terminated(run.info.run_id, "FINISHED")
-        return str(run.info.run_id)
-    except Exception as error:
-        log.warning("MLflow at %s did not record the evaluation %s (%s).", redact(uri), name, _short(error))
-        return None
+
+def _children_of(run: str) -> Path:
+    """Where evaluations of a run wait; a file of their own, since the run may be training."""
+    return spool_of(run).with_suffix(".evaluations")
+
+
+def _keep_child(run: str, request: Mapping[str, Any]) -> bool:
+    try:
+        with _appending(_children_of(run)) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            _append(file, [request])
+    except OSError:
+        return False
+    return True
+
+
+# --- delivering what waits -------------------------------------------------------------------------------------------
+
+
+def deliver(run: str) -> bool:
+    """Send what a run's spools hold, and say what became of it; False where something still waits.
+
+    Args:
+        run: address of the run's folder.
+
+    Raises:
+        UserError: it is no run, or it is training now, and delivers by itself.
+    """
+    files, root = fsspec.core.url_to_fs(run)
+    if not files.exists(f"{root}/mlflow_run_id"):
+        raise UserError(f"{run}: no run is there (it has no mlflow_run_id)")
+    spool, children = spool_of(run), _children_of(run)
+    if not any(file.exists() and file.stat().st_size for file in (spool, children)):
+        print(f"{run}: nothing waits", flush=True)
+        return True
+    uri, given = store_of(run), files.cat_file(f"{root}/mlflow_run_id").decode()
+    with _sole(spool, run), _sole(children, run):
+        count = sum(1 for file in (spool, children) for _ in _read_spool(file))
+        try:
+            client = _client(uri)
+            run_id = _resolve(client, given)
+            files.pipe_file(f"{root}/mlflow_run_id", run_id.encode())
+            for request in _read_spool(children):
+                _create_child(client, run_id, request)
+            if children.exists():
+                os.truncate(children, 0)
+            _name_in_summary(files, f"{root}/summary.json", run_id)
+        except Exception as error:
+            log.warning("%s: MLflow at %s takes nothing (%s): %d entries wait.", run, redact(uri), _short(error), count)
+            return False
+    tracker = Tracker(uri, run_id, run=run, system_metrics=0, ended=True)
+    tracker.close(timeout=3600.0)
+    left = len(tracker._waiting)
+    print(f"{run}: {count - left:,} of {count:,} entries delivered to MLflow at {redact(uri)}", flush=True)
+    return not left
+
+
+def _name_in_summary(files: Any, path: str, run_id: str) -> None:
+    """Let a run's summary, written while no store had taken the run, name it."""
+    if files.exists(path) and not (summary := json.loads(files.cat_file(path)))["mlflow_run_id"]:
+        text = json.dumps(summary | {"mlflow_run_id": run_id}, indent=2, ensure_ascii=False) + "\n"
+        files.pipe_file(path, text.encode())
+
+
+@contextmanager
+def _sole(spool: Path, run: str) -> Iterator[None]:
+    """Hold a spool that no living process writes to."""
+    if not spool.exists():
+        yield
+        return
+    with open(spool, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run}: is at work now, and delivers by itself") from None
+        yield
 
 
 def _given_tags() -> dict[str, Any]:
@@ -449,8 +590,6 @@ def _metric_name(name: str) -> str:
 def _read(address: str | Path) -> str:
     if "://" not in str(address):
         return Path(address).read_text()
-    import fsspec
-
     with fsspec.open(str(address), "rt") as file:
         return str(file.read())
 
@@ -468,8 +607,11 @@ class Tracker:
     Args:
         uri: the store.
         run_id: what `start_run` or `resume_run` gave.
-        spool: the file in which entries wait while the store does not answer, so that they outlive the process: the
-            next `Tracker` of the same run sends them. By default one per run below `~/.cache/ssl-pretraining`.
+        run: the run's folder, in which entries wait while the store does not answer, so that they outlive the process:
+            the next `Tracker` of the same run sends them (see `spool_of`). Left open, they wait below `~/.cache`.
+        required: whether a store that stays away is a reason to stop, see `lost`.
+        ended: the run is over, and only what its spool holds is to be delivered.
+        say: takes a sentence for the user: that the store went away, that it came back.
         system_metrics: seconds between two measurements of processor, memory, disk, network and GPU; 0 takes none.
         interval: seconds between two deliveries, and between two attempts while the store does not answer.
     """
@@ -479,17 +621,24 @@ class Tracker:
         uri: str,
         run_id: str,
         *,
-        spool: str | Path | None = None,
+        run: str | None = None,
         system_metrics: float = 10.0,
         interval: float = 1.0,
+        required: bool = False,
+        ended: bool = False,
+        say: Callable[[str], object] = log.warning,
     ) -> None:
         self.uri = uri
         self.run_id = run_id
-        self._spool = Path(spool) if spool is not None else _default_spool(uri, run_id)
+        self._run = run
+        self._spool = _spool_below_home(f"{uri} {run_id}") if run is None else spool_of(run)
+        self._file: IO[str] | None = None
         self._system_metrics = system_metrics
         self._interval = interval
+        self._required, self._ended, self._say = required, ended, say
         self._changed = threading.Condition()
-        self._waiting: deque[dict[str, Any]] = deque(_read_spool(self._spool))
+        # The end of an earlier process is not this one's: with it, the run goes on.
+        self._waiting = deque(entry for entry in _read_spool(self._spool) if ended or "status" not in entry)
         self._spooled = len(self._waiting)  # so many entries at the head stand in the spool too
         self._attempts = 0  # deliveries tried to the end, for `flush`
         self._hurry = False
@@ -497,11 +646,23 @@ class Tracker:
         self._client: Any = None
         self._stored: dict[str, int] = {}  # the last step of each metric
         self._step = 0
-        self._silent = False  # whether the store failed to answer last time
+        self._silent_since: float | None = None  # when the store failed to answer, if it has not since
         self._refused = False
         self._full = False
+        self._open_spool()
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
+
+    @property
+    def pending(self) -> bool:
+        """Whether no store has taken the run yet, so that `run_id` is a ticket."""
+        return self.run_id.startswith(PENDING)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the store is required and has been away for more than `PATIENCE` seconds."""
+        since = self._silent_since
+        return self._required and since is not None and time.monotonic() - since > PATIENCE
 
     def log(self, metrics: Mapping[str, float | None], step: int) -> None:
         """Note metrics at `step` images seen; returns at once. None is left out; a metric's steps must grow."""
@@ -517,7 +678,7 @@ class Tracker:
             if not full:
                 self._waiting.extend(entries)
             elif not self._full:
-                log.warning("MLflow at %s is away too long: metrics from step %d on are lost.", redact(self.uri), step)
+                self._say(f"MLflow at {redact(self.uri)} is away too long: metrics from step {step} on are lost.")
             self._full = full
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
@@ -554,26 +715,32 @@ class Tracker:
 
     def close(self, timeout: float = 10.0) -> None:
         """Send or keep what is waiting and end the thread; the run goes on, with another `Tracker`."""
-        self.flush(timeout)
-        self._stop()
+        self._stop(self.flush(timeout))
 
     def finish(self, status: Status, timeout: float = 30.0) -> None:
         """End the run as FINISHED, FAILED or KILLED; waits at most `timeout` seconds for what is still to be sent."""
         self._add({"status": status, "time": _now()})
-        delivered = self.flush(timeout)
-        self._stop()
-        if not delivered:
-            log.warning(
-                "MLflow at %s did not take the last %d entries; they wait in %s for this run to be opened again.",
-                redact(self.uri), len(self._waiting), self._spool,
-            )  # fmt: skip
+        if self._stop(self.flush(timeout)):
+            return
+        way = f"see {self._spool}"
+        if self._run:
+            way = f"python -m pipeline.tracking {shlex.quote(self._run)} delivers them"
+        self._say(f"MLflow at {redact(self.uri)} did not take the last {len(self._waiting):,} entries; {way}.")
 
-    def _stop(self) -> None:
+    def _stop(self, delivered: bool) -> bool:
+        """End the thread and let go of the spool, which stays where it holds something."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        if not self._silent:
+        if self._silent_since is None:
             self._thread.join(5.0)
+        with self._changed:
+            if delivered:
+                self._spool.unlink(missing_ok=True)
+            if self._file is not None:
+                self._file.close()
+                self._file = None
+        return delivered
 
     def _add(self, entry: dict[str, Any]) -> None:
         with self._changed:
@@ -608,7 +775,7 @@ class Tracker:
             self.run_id = _resolve(client, self.run_id)
             run = client.get_run(self.run_id)
             self._stored = {metric.key: metric.step for metric in run.data._metric_objs}
-            if run.info.status != "RUNNING":
+            if run.info.status != "RUNNING" and not self._ended:
                 client.update_run(self.run_id, status="RUNNING")
             self._client = client
         while batch := self._next():
@@ -618,18 +785,17 @@ class Tracker:
                 if not _hopeless(error):
                     raise
                 if not self._refused:
-                    log.warning("MLflow at %s refused an entry, which is left out: %s", redact(self.uri), _short(error))
+                    self._say(f"MLflow at {redact(self.uri)} refused an entry, which is left out: {_short(error)}")
                 self._refused = True
             with self._changed:
                 for _ in batch:
                     self._waiting.popleft()
                 self._spooled = max(0, self._spooled - len(batch))
-                if not self._waiting:
-                    self._spooled = 0
-                    self._spool.unlink(missing_ok=True)
-        if self._silent:
-            self._silent = False
-            log.warning("MLflow at %s answers again and has everything that waited.", redact(self.uri))
+                if not self._waiting and self._file is not None:
+                    self._file.truncate(0)
+        if self._silent_since is not None:
+            self._silent_since = None
+            self._say(f"MLflow at {redact(self.uri)} answers again and has everything that waited.")
 
     def _next(self) -> list[dict[str, Any]]:
         """The metrics at the head of the queue, as many as a request takes, or the one entry of another kind there."""
@@ -665,23 +831,45 @@ class Tracker:
             self._stored = stored
 
     def _fail(self, error: Exception) -> None:
-        if not self._silent:
-            log.warning("MLflow at %s takes no entries (%s): they wait.", redact(self.uri), _short(error))
-        self._silent = True
+        if self._silent_since is None:
+            self._silent_since = time.monotonic()
+            limit = f"; after {PATIENCE / 60:g} minutes the run stops, with a checkpoint" if self._required else ""
+            self._say(f"MLflow at {redact(self.uri)} takes no entries ({_short(error)}): they wait{limit}.")
         with self._changed:
             self._write_spool()
 
+    def _open_spool(self) -> None:
+        """Open the spool and mark it as written to by a living process."""
+        with suppress(OSError):  # a full or read-only disk: entries are still in memory
+            self._file = _appending(self._spool)
+            fcntl.flock(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
     def _write_spool(self) -> None:
         """Append the entries that do not stand in the spool yet; the caller holds the lock."""
-        if len(self._waiting) == self._spooled:
+        if len(self._waiting) == self._spooled or self._closed:
             return
-        with suppress(OSError):  # a full disk: the entries are still in memory
-            self._spool.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._spool, "a") as file:
-                file.writelines(json.dumps(entry) + "\n" for entry in list(self._waiting)[self._spooled :])
-                file.flush()
-                os.fsync(file.fileno())
-            self._spooled = len(self._waiting)
+        if self._file is None:
+            self._open_spool()
+        with suppress(OSError):
+            if self._file is not None:
+                _append(self._file, list(self._waiting)[self._spooled :])
+                self._spooled = len(self._waiting)
+
+
+def _appending(spool: Path) -> IO[str]:
+    """A spool to append to; a line that a killed process left unfinished is ended first."""
+    spool.parent.mkdir(parents=True, exist_ok=True)
+    file = open(spool, "a+")  # noqa: SIM115 - the caller closes it
+    file.seek(max(0, file.tell() - 1))
+    if file.read(1) not in ("", "\n"):
+        file.write("\n")
+    return file
+
+
+def _append(file: IO[str], entries: Sequence[Mapping[str, Any]]) -> None:
+    file.writelines(json.dumps(entry) + "\n" for entry in entries)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 @contextmanager
@@ -690,18 +878,11 @@ def _local(address: str) -> Iterator[Path]:
     if "://" not in address:
         yield Path(address)
         return
-    import fsspec
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / address.rsplit("/", 1)[1]
         filesystem, inside = fsspec.core.url_to_fs(address)
         filesystem.get(inside, str(path))
         yield path
-
-
-def _default_spool(uri: str, run_id: str) -> Path:
-    name = hashlib.sha256(f"{uri} {run_id}".encode()).hexdigest()[:16]
-    return Path.home() / ".cache" / "ssl-pretraining" / "tracking" / f"{name}.jsonl"
 
 
 def _read_spool(spool: Path) -> Iterator[dict[str, Any]]:
@@ -728,3 +909,52 @@ def _measure(monitor: Any) -> dict[str, float]:
     for part in monitor.monitors:
         part.clear_metrics()
     return {f"system/{key}": value for key, value in measured.items()}
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Deliver what runs could not tell MLflow while it did not answer, each run in order."""
+
+    runs: tuple[str, ...]
+    """Run folders, or folders of them."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0, or 1 where something still waits, 2 a user's mistake."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+
+    def command() -> int:
+        import tyro
+
+        kind = Annotated[Arguments, tyro.conf.arg(name="")]
+        arguments = tyro.cli(
+            kind, args=argv, prog="python -m pipeline.tracking", config=(tyro.conf.PositionalRequiredArgs,)
+        )
+        done = [deliver(run) for given in arguments.runs for run in _runs_at(given)]
+        return 0 if all(done) else 1
+
+    return guarded(command, debug="--debug" in argv)
+
+
+def _runs_at(address: str) -> list[str]:
+    """The run in a folder, or the runs below it.
+
+    Raises:
+        UserError: there is none.
+    """
+    files, root = fsspec.core.url_to_fs(address)
+    if files.exists(f"{root}/mlflow_run_id"):
+        return [address.rstrip("/") if "://" in address else root]
+    found = sorted(path.rpartition("/")[0] for path in files.glob(f"{root}/*/mlflow_run_id"))
+    if not found:
+        raise UserError(f"{address}: no run is there (it has no mlflow_run_id), and none below it")
+    return [files.unstrip_protocol(path) if "://" in address else path for path in found]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

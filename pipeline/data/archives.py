@@ -12,14 +12,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import groupby
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 
+from pipeline.data.decode import HEAD, Rejected, check_is_image
 from pipeline.data.listing import Item, Payload, Source, is_image_name, labels_from_folders, reason_to_skip
 from pipeline.data.remote import fetch, is_local, said, version
 from pipeline.data.workers import LARGEST_FILE, Extent, Unreadable
 from pipeline.errors import UserError
+from pipeline.redaction import bare
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 TABLE_SUFFIXES = (".csv", ".tsv")
@@ -28,6 +30,11 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "picture", "image_bytes",
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category", "target", "cls", "fine_label", "y")
 _COMPANIONS = ("cls", "json", "txt")
 _COMPANION_SIZE = 1 << 20  # bytes; larger companions of a sample hold no label
+_LABEL_LENGTH = 1000  # characters; longer texts are none
+_HEADER_SIZE = 1 << 20  # bytes of one extended header of a tar, such as a long name
+_ROWS = 1024  # of labels, read at a time
+_TABLE_SIZE = 4 << 30  # bytes of a .csv or .tsv: a hundred million lines
+_HUGE, _RATIO = 64 << 30, 200  # archives that grow to more bytes than the one and by more than the other are bombs
 
 
 class _Files(Source):
@@ -36,8 +43,9 @@ class _Files(Source):
     def __init__(self, address: str, files: fsspec.AbstractFileSystem, paths: Sequence[str]) -> None:
         super().__init__(address)
         self.files, self.paths = files, sorted(paths)
-        folder = posixpath.commonpath([posixpath.dirname(path) for path in self.paths])
-        self.names = [posixpath.relpath(path, folder) if folder else path for path in self.paths]
+        plain = [bare(path) for path in self.paths]
+        folder = posixpath.commonpath([posixpath.dirname(path) for path in plain])
+        self.names = [posixpath.relpath(path, folder) if folder else path for path in plain]
 
     def identity(self) -> Iterator[str]:
         for path, name in zip(self.paths, self.names):
@@ -67,7 +75,9 @@ class TarSource(_Files):
                 if member.isreg() and suffix in _COMPANIONS and member.size <= _COMPANION_SIZE:
                     content = archive.extractfile(member)
                     text = content.read().decode("utf-8", "replace").strip() if content else ""
-                    companions.setdefault(stem, {})[suffix] = text
+                    label = (_label_in_json(text) or "") if suffix == "json" else text
+                    if len(label) <= _LABEL_LENGTH:
+                        companions.setdefault(stem, {})[suffix] = label
                 skip = reason_to_skip(key) if member.isreg() else "not an image: not a regular file of its archive"
                 found.append(Item(key, member.size, skip=skip))
                 extent = Extent(path, member.offset_data, member.size) if plain and not member.issparse() else None
@@ -105,7 +115,7 @@ class TarSource(_Files):
                 return
             if ordinal == self._places[index][1]:
                 content = archive.extractfile(member) if member.size <= LARGEST_FILE else None
-                yield index, content.read() if content else Unreadable(f"too large: {member.size / 1e9:.1f} GB")
+                yield index, _whole_image(content) if content else Unreadable(f"too large: {member.size / 1e9:.1f} GB")
                 index = next(remaining, None)
 
     def _members(self, path: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
@@ -113,14 +123,51 @@ class TarSource(_Files):
         try:
             with self.files.open(path, "rb") as file:
                 seekable = is_local(self.files) and path.lower().endswith(".tar")
-                with tarfile.open(fileobj=file, mode="r:" if seekable else "r|*") as archive:
+                size = self.files.info(path).get("size")
+                with tarfile.open(fileobj=file, mode="r:" if seekable else "r|*", tarinfo=_Member) as archive:
                     for member in archive:
+                        end = member.offset_data + member.size
+                        if not seekable and size and end > max(_HUGE, _RATIO * size):
+                            raise tarfile.ReadError(
+                                f"it grows to over {end / 1e9:.0f} GB, as no archive of images does"
+                            )
                         yield archive, member
                         count += 1
                         archive.members.clear()  # type: ignore[attr-defined] # else it remembers every member
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             place = self.files.unstrip_protocol(path) if not is_local(self.files) else path
             raise UserError(f"{place}: a damaged archive, after {count} files ({said(error)})") from error
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose own headers, all of which tarfile reads into memory, have an end that is near."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        headers = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+        if self.type in (*headers, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK) and self.size > _HEADER_SIZE:
+            raise tarfile.ReadError(f"a header of {self.size:,} bytes")
+        if self.type == tarfile.GNUTYPE_SPARSE:
+            self._refuse_sparse(archive)
+        return super()._proc_member(archive)  # type: ignore[misc]
+
+    def _proc_gnusparse_10(self, member: tarfile.TarInfo, headers: Mapping[str, str], archive: tarfile.TarFile) -> None:
+        self._refuse_sparse(archive)
+        super()._proc_gnusparse_10(member, headers, archive)  # type: ignore[misc]
+
+    def _refuse_sparse(self, archive: tarfile.TarFile) -> None:
+        """The list of a sparse file's parts ends where it says so: unpacked on the fly, that may be never."""
+        if isinstance(archive.fileobj, tarfile._Stream):  # type: ignore[attr-defined]
+            raise tarfile.ReadError("sparse files, which are read from plain .tar files only")
+
+
+def _whole_image(content: IO[bytes]) -> Payload:
+    """The bytes of an open member, only its beginning where that is no image."""
+    head = content.read(HEAD)
+    try:
+        check_is_image(head)
+    except Rejected:
+        return head
+    return head + content.read()
 
 
 def _inside(name: str) -> str:
@@ -144,7 +191,7 @@ def _labels_of_samples(companions: Mapping[str, Mapping[str, str]]) -> dict[str,
     """The label of each sample: its .cls, else the label in its .json, else its .txt unless those are captions."""
     labels = {}
     for stem, texts in companions.items():
-        label = texts.get("cls") or _label_in_json(texts.get("json", ""))
+        label = texts.get("cls") or texts.get("json")
         if label:
             labels[stem] = label
     if labels:
@@ -191,10 +238,28 @@ class ParquetSource(_Files):
                 schema = file.schema_arrow
                 self._image_column(schema)
                 column = next((c for c in LABEL_COLUMNS if c in schema.names), None)
-                values = file.read([column])[column].to_pylist() if column else [None] * file.metadata.num_rows
-                names = _huggingface_names(schema.metadata, column)
-                found += [Item(f"{name}/{row}", label=_as_label(value, names)) for row, value in enumerate(values)]
+                names, rows = _huggingface_names(schema.metadata, column), file.metadata.num_rows
+            if column is None:
+                found += [Item(f"{name}/{row}") for row in range(rows)]
+                continue
+            with self._opened(path, column) as file:
+                labels = self._labels(path, file, column)
+                found += [Item(f"{name}/{row}", label=_as_label(value, names)) for row, value in enumerate(labels)]
         return found
+
+    def _labels(self, path: str, file: Any, column: str) -> Iterator[Any]:
+        """The values of a column, each text held once however often it stands in it."""
+        for batch in file.iter_batches(batch_size=_ROWS, columns=[column]):
+            values = batch.column(0)
+            if hasattr(values, "dictionary"):
+                if values.dictionary.nbytes > _LABEL_LENGTH * (len(values.dictionary) + 1):
+                    raise UserError(
+                        f"{path}: the labels in its column {column} are texts of over {_LABEL_LENGTH} bytes"
+                    )
+                known = values.dictionary.to_pylist()
+                yield from (None if index is None else known[index] for index in values.indices.to_pylist())
+            else:
+                yield from values.to_pylist()
 
     def payloads(self, wanted: Sequence[int]) -> Iterator[tuple[int, Payload]]:
         first = 0  # index of the file's first row
@@ -211,12 +276,13 @@ class ParquetSource(_Files):
     def _rows(
         self, path: str, file: Any, column: str, group: int, first: int, remaining: list[int]
     ) -> Iterator[tuple[int, Payload]]:
-        for batch in file.iter_batches(batch_size=64, row_groups=[group], columns=[column]):
-            after = first + batch.num_rows
-            while remaining and remaining[-1] < after:
-                index = remaining.pop()
-                yield index, self._payload(path, batch.column(0)[index - first].as_py())
-            first = after
+        for batch in file.iter_batches(batch_size=1, row_groups=[group], columns=[column]):
+            if remaining and remaining[-1] == first:
+                if batch.nbytes > LARGEST_FILE:
+                    yield remaining.pop(), Unreadable(f"too large: {batch.nbytes / 1e9:.1f} GB")
+                else:
+                    yield remaining.pop(), self._payload(path, batch.column(0)[0].as_py())
+            first += 1
 
     def _payload(self, path: str, value: Any) -> Payload:
         if isinstance(value, dict):
@@ -225,20 +291,22 @@ class ParquetSource(_Files):
             return value
         if not value:
             return Unreadable("empty: no image in this row")
-        place = posixpath.join(posixpath.dirname(path), value)
+        place = posixpath.join(posixpath.dirname(bare(path)), value)
         if is_local(self.files):
             return Extent(place)
         return next(fetch(self.files, [(0, place)]))[1]
 
     @contextmanager
-    def _opened(self, path: str) -> Iterator[Any]:
+    def _opened(self, path: str, column: str | None = None) -> Iterator[Any]:
+        """A file; a column of texts that is named is read as numbers of texts."""
         import pyarrow
         from pyarrow import parquet
 
         try:
-            with self.files.open(path, "rb") as raw, parquet.ParquetFile(raw) as file:
+            texts = [column] if column else None
+            with self.files.open(path, "rb") as raw, parquet.ParquetFile(raw, read_dictionary=texts) as file:
                 yield file
-        except pyarrow.ArrowException as error:
+        except (pyarrow.ArrowException, MemoryError) as error:
             raise UserError(f"{path}: a parquet file that cannot be read ({said(error)})") from error
 
     def _image_column(self, schema: Any) -> str:
@@ -289,10 +357,15 @@ class TableSource(Source):
 
     @cached_property
     def items(self) -> list[Item]:
+        if (size := int(self.files.info(self.path).get("size") or 0)) > _TABLE_SIZE:
+            raise UserError(f"{self.address}: {size / 1e9:.0f} GB are no table of paths")
         text = self.files.cat_file(self.path).decode("utf-8-sig", "surrogateescape")
         first, _, _ = text.partition("\n")
         delimiter = max(",;\t|", key=first.count)
-        rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if any(row)]
+        try:
+            rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if any(row)]
+        except csv.Error as error:
+            raise UserError(f"{self.address}: is no table ({error})") from None
         path, label, header = self._columns(rows[0] if rows else [])
         return [self._item(row, path, label) for row in rows[header:]]
 
@@ -332,11 +405,18 @@ class TableSource(Source):
     def _fetch(self, places: Iterator[tuple[int, str]]) -> Iterator[tuple[int, Payload]]:
         for scheme, group in groupby(places, key=lambda place: place[1].partition("://")[0]):
             indexed = list(group)
-            files = self.files if "://" not in indexed[0][1] else fsspec.filesystem(scheme)
-            yield from fetch(files, indexed)
+            try:
+                files = self.files if "://" not in indexed[0][1] else fsspec.filesystem(scheme)
+            except (ImportError, ValueError) as error:
+                yield from ((index, Unreadable(f"unreadable: {said(error)}")) for index, _ in indexed)
+                continue
+            if is_local(files) and not is_local(self.files):
+                yield from ((index, Unreadable("refused: a remote table names a file here")) for index, _ in indexed)
+            else:
+                yield from fetch(files, indexed)
 
     def _is_here(self, key: str) -> bool:
         return is_local(self.files) and "://" not in key
 
     def _place(self, key: str) -> str:
-        return key if "://" in key else posixpath.join(posixpath.dirname(self.path), key)
+        return key if "://" in key else posixpath.join(posixpath.dirname(bare(self.path)), key)

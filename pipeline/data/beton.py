@@ -251,6 +251,15 @@ class BetonReader:
         metadata.setflags(write=False)
         return metadata
 
+    def check_whole(self) -> None:
+        """Raise `BetonError` where the file has become shorter: to read what it lost would end the process (SIGBUS)."""
+        left = self.data._mmap.size()  # type: ignore[attr-defined]
+        if left < len(self.data):
+            raise BetonError(
+                f"{self.path}: was cut short while it was read ({left:,} of {len(self.data):,} bytes are left); it is "
+                "packed again when the run is continued"
+            )
+
     def __len__(self) -> int:
         return len(self.metadata)
 

@@ -167,7 +167,8 @@ class Loader:
     ) -> None:
         self.images, self.batch_size, self.backend = len(reader), batch_size, cutter.name
         self.decode_errors: dict[int, int] = {}
-        self._cutter, self._sizes, self._labels = cutter, list(sizes), reader.metadata["label"]
+        self._reader, self._cutter = reader, cutter
+        self._sizes, self._labels = list(sizes), reader.metadata["label"]
         self._seed, self._rank, self._world = seed, rank, world
         self._shuffle, self._drop_last = shuffle, drop_last and shuffle
         self._epoch = self._position = 0
@@ -199,7 +200,7 @@ class Loader:
             self.images, self._seed, self._epoch, self._position, self.batch_size, self._rank, self._world,
             self._shuffle, self._drop_last,
         )  # fmt: skip
-        prefetch = self._prefetch = _Prefetch(self._cutter, steps)
+        prefetch = self._prefetch = _Prefetch(self._reader, self._cutter, steps)
         self._finalizer = weakref.finalize(self, prefetch.stop)  # a loader merely dropped leaves no thread
         for step, flat, failed in prefetch:
             self._epoch, self._position = step.epoch, step.position
@@ -259,11 +260,11 @@ def _plan(
 class _Prefetch:
     """Makes batches in a thread, at most `BATCHES_AHEAD` ahead; what fails there is raised where they are taken."""
 
-    def __init__(self, cutter: Cutter, steps: Iterator[Step]) -> None:
+    def __init__(self, reader: BetonReader, cutter: Cutter, steps: Iterator[Step]) -> None:
         self._queue: Queue[Any] = Queue(BATCHES_AHEAD)
         self._stopped = threading.Event()
         self._thread = threading.Thread(
-            target=_produce, args=(cutter, steps, self._queue, self._stopped), name="prefetch", daemon=True
+            target=_produce, args=(reader, cutter, steps, self._queue, self._stopped), name="prefetch", daemon=True
         )
         self._thread.start()
 
@@ -290,7 +291,9 @@ class _Prefetch:
                 self._thread.join(timeout=0.05)
 
 
-def _produce(cutter: Cutter, steps: Iterator[Step], queue: "Queue[Any]", stopped: threading.Event) -> None:
+def _produce(
+    reader: BetonReader, cutter: Cutter, steps: Iterator[Step], queue: "Queue[Any]", stopped: threading.Event
+) -> None:
     """The thread's work; a function, so that the thread keeps no loader alive."""
 
     def put(item: Any) -> None:
@@ -302,6 +305,7 @@ def _produce(cutter: Cutter, steps: Iterator[Step], queue: "Queue[Any]", stopped
 
     try:
         for step in steps:
+            reader.check_whole()
             put((step, *cutter.cut(step.indices, step.epoch)))
             if stopped.is_set():
                 return

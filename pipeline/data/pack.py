@@ -27,10 +27,11 @@ from pipeline.data.beton import BetonError, BetonReader, BetonWriter
 from pipeline.data.decode import DecodedImage
 from pipeline.data.listing import Source
 from pipeline.data.packed import Packed, read_packed, write_atomically, write_facts
-from pipeline.data.remote import is_local, locate, version
+from pipeline.data.remote import given, is_local, locate, version
 from pipeline.data.source import open_source
 from pipeline.data.workers import Decoders, Task, cores
 from pipeline.errors import UserError
+from pipeline.redaction import bare, hide, redact
 
 VERSION = 2  # of what packing does; a new one packs anew
 CHUNK = 32  # files that a decoding process is given at a time
@@ -83,11 +84,13 @@ def open_split(
     """
     options = _Options(limit, resize, workers or cores(), max_rejected, on_progress)
     folder = Path(cache).expanduser()
+    shown = None if val_data is None else hide(val_data)
+    data, val_data = given(data), None if val_data is None else given(val_data)
     if val_data is None:
         return _packed(data, folder, options, "split")
     train = _packed(data, folder, options, "train").train
     val = _packed(val_data, folder, options._replace(limit=None), "val").train
-    return Split(train, val, f"from {val_data}" + (", the training images themselves" if val_data == data else ""))
+    return Split(train, val, f"from {shown}" + (", the training images themselves" if val_data == data else ""))
 
 
 def pack(
@@ -102,7 +105,7 @@ def pack(
 ) -> Packed:
     """All images of one source as one packed set; arguments as of `open_split`."""
     options = _Options(limit, resize, workers or cores(), max_rejected, on_progress)
-    return _packed(address, Path(cache).expanduser(), options, "all").train
+    return _packed(given(address), Path(cache).expanduser(), options, "all").train
 
 
 class _Options(NamedTuple):
@@ -116,7 +119,7 @@ class _Options(NamedTuple):
 def _packed(address: str, cache: Path, options: _Options, choice: Choice) -> Split:
     """The packed parts of one source: from the cache, or packed now. Without a division there is only `train`."""
     source: Source | Packed
-    if address.split("?")[0].endswith(".beton"):
+    if bare(address).endswith(".beton"):
         if options.resize:
             raise UserError(f"{address}: is packed already; --resize needs the images it was made of")
         source = _beton_here(address, cache)
@@ -129,7 +132,7 @@ def _packed(address: str, cache: Path, options: _Options, choice: Choice) -> Spl
     key = hashlib.blake2b(digest_size=6)
     for word in (VERSION, options.limit, options.resize, choice, *identity):
         key.update(f"{word}\n".encode(errors="surrogateescape"))
-    name = "".join(c if c.isalnum() or c in "._-" else "_" for c in Path(address.rstrip("/")).stem)[:40]
+    name = "".join(c if c.isalnum() or c in "._-" else "_" for c in Path(bare(address).rstrip("/")).stem)[:40]
     folder = cache / f"{name}-{key.hexdigest()}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -160,7 +163,7 @@ def _fill_anew(folder: Path, address: str, source: Source | Packed, options: _Op
     folder.mkdir()
     try:
         note = _fill(folder, address, source, options, choice)
-        write_atomically(folder / "done.json", json.dumps({"source": address, "note": note}) + "\n")
+        write_atomically(folder / "done.json", json.dumps({"source": hide(address), "note": note}) + "\n")
         done = _read(folder)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -264,6 +267,11 @@ class _Entry(NamedTuple):
     digest: bytes
 
 
+def shown(name: str) -> str:
+    """An image's name to be written down; only addresses hold credentials."""
+    return hide(name) if "://" in name else name
+
+
 class _Part:
     """One part while it is written."""
 
@@ -279,10 +287,10 @@ class _Part:
     def add(self, entry: _Entry, label: str | None) -> None:
         assert entry.image is not None
         self.writer.write(entry.image.image, size=entry.image.size)
-        self.names.append(entry.name)
+        self.names.append(shown(entry.name))
         self.labels.append(label)
         self.digests[entry.digest] += 1
-        self.warnings += [(entry.name, warning) for warning in entry.image.warnings]
+        self.warnings += [(shown(entry.name), warning) for warning in entry.image.warnings]
         self.content.update(entry.digest + f"{label}\n".encode(errors="surrogateescape"))
 
     def label(self, classes: tuple[str, ...]) -> None:
@@ -297,7 +305,7 @@ class _Part:
         write_facts(
             packed,
             self.names,
-            source=address,
+            source=hide(address),
             duplicates=sum(count - 1 for count in self.digests.values()),
             warnings=self.warnings[:1000],
             warnings_count=len(self.warnings),
@@ -377,7 +385,7 @@ def _refuse(
 
 def _write_rejected(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
     text = io.StringIO()
-    csv.writer(text).writerows([("path", "reason"), *rows])
+    csv.writer(text).writerows([("path", "reason"), *((shown(path), redact(reason)) for path, reason in rows)])
     write_atomically(path, text.getvalue())
     return path
 
@@ -389,7 +397,7 @@ def _beton_here(address: str, cache: Path) -> Packed:
         if is_local(files):
             return read_packed(path)
         key = hashlib.blake2b(f"{address} {version(info)}".encode(), digest_size=6).hexdigest()
-        target = cache / f"{Path(path).stem}-{key}.beton"
+        target = cache / f"{Path(bare(address)).stem}-{key}.beton"
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(target.with_suffix(".lock")):
             if not target.exists():

@@ -11,13 +11,24 @@ from pipeline.data import embedded
 from pipeline.data.beton import BetonReader
 from pipeline.data.pack import Split, open_split
 from pipeline.data.packed import Packed
+from pipeline.errors import UserError
 
 EMBEDDED = {"train": 2048, "val": 1024}  # images of the generated set
 EMBEDDED_SIZE = 64  # their side in pixels
 
 
 def prepare(config: Config) -> Split:
-    """The packed training and validation sets that a configuration names, packed or drawn now where they are not."""
+    """The packed training and validation sets that a configuration names, packed or drawn now where they are not.
+
+    Raises:
+        UserError: as of `open_split`, or an address was saved without its credentials.
+    """
+    for option, address in (("--data", config.data), ("--val-data", config.val_data)):
+        if address and "://" in address and "***" in address:
+            raise UserError(
+                f"{option} {address}: credentials are not saved with a run; give {option} again with them, or as "
+                "'$NAME' of a variable that holds the address"
+            )
     cache = cache_folder(config.cache)
     if config.data.split(":")[0] == "embedded":
         counts = EMBEDDED | ({"train": config.limit} if config.limit else {})

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -14,13 +15,31 @@ from pipeline.data.listing import Payload
 from pipeline.data.workers import Unreadable
 from pipeline.errors import UserError
 
+KEYLESS = re.compile(r"(?:s3a?|gc?s)://[^/@]+@|(?:s3a?|gc?s)://[^/@:]+:.+@")
 AT_ONCE = 64  # files fetched at a time
 TRIES = 3
 _VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "checksum", "mtime", "LastModified", "last_modified", "created")
 
 
+def given(address: str) -> str:
+    """An address as it was given: itself, or for `$NAME` what that variable holds. Raises `UserError` where it is not.
+
+    So that no command line, no process list, no configuration and no job needs to hold a secret.
+    """
+    if not re.fullmatch(r"\$[A-Za-z_]\w*", address):
+        return address
+    if not (found := os.environ.get(address[1:], "").strip()):
+        raise UserError(f"--data '{address}': the variable {address[1:]} is not set")
+    return found
+
+
 def locate(address: str) -> tuple[fsspec.AbstractFileSystem, str, dict[str, Any]]:
     """(file system, path within it, fsspec's facts about it). Raises `UserError` where it is not or out of reach."""
+    if KEYLESS.match(address):
+        raise UserError(
+            f"{address}: no credentials can stand in such an address; give them in the environment "
+            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS)"
+        )
     if "://" in address or "::" in address:
         try:
             files, path = fsspec.core.url_to_fs(address)

@@ -8,7 +8,9 @@
                             or as paths
     .csv, .tsv              paths, relative to the table, and labels
 
-Each may be local or anything that fsspec reads (s3://, gs://, https://, memory:// …). Nothing is extracted to disk.
+Each may be local or anything that fsspec reads (s3://, gs://, https://, memory:// …). Nothing is extracted to disk, so
+no name in an archive reaches anything. A table or parquet file of this machine may name any file that its user may
+read: what is no image is left out, and only its name and the reason are written down. A remote one names no file here.
 """
 
 import os
@@ -25,12 +27,13 @@ from pipeline.data.listing import Item, Payload, Source, is_image_name, labels_f
 from pipeline.data.remote import fetch, is_local, locate, version
 from pipeline.data.workers import Extent
 from pipeline.errors import UserError
+from pipeline.redaction import bare
 
 
 def open_source(address: str) -> Source:
     """The source at an address. Raises `UserError` where there is none, or it holds no image."""
     files, path, info = locate(address)
-    name = path.lower()
+    name = bare(path).lower()
     if info["type"] == "directory":
         return _open_folder(address, files, path)
     if name.endswith(TAR_SUFFIXES):

@@ -11,6 +11,7 @@ import hashlib
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -22,11 +23,12 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.data.decode import HEAD, DecodedImage, NotAnImage, Rejected, check_is_image, decode
+from pipeline.data.decode import HEAD, MAX_PIXELS, DecodedImage, NotAnImage, Rejected, check_is_image, decode
 
 SECONDS_PER_FILE = 60
 MEMORY = 6 << 30  # bytes of address space of one child
-LARGEST_FILE = 1 << 30  # bytes; no image of the permitted number of pixels is larger
+LARGEST_FILE = MAX_PIXELS * 4 + (64 << 20)  # bytes: 32 bits a pixel, and metadata; no image that is read is larger
+IN_FLIGHT = 256 << 20  # bytes that wait for a decoder, beyond one file
 READY = "ready"
 
 
@@ -91,12 +93,15 @@ class Decoders:
         self._closed = False
 
     def decode(self, chunks: Iterable[Sequence[Task]]) -> Iterator[tuple[Sequence[Task], list[Outcome]]]:
-        """Each chunk with its outcomes, in order; a few chunks are worked on ahead."""
+        """Each chunk with its outcomes, in order; a few chunks are worked on ahead, of `IN_FLIGHT` bytes at most."""
         waiting: deque[tuple[Sequence[Task], Future[list[Outcome]]]] = deque()
+        held = 0
         for chunk in chunks:
             waiting.append((chunk, self._threads.submit(self._run, chunk)))
-            while len(waiting) > self._ahead:
+            held += _held(chunk)
+            while len(waiting) > self._ahead or (held > IN_FLIGHT and waiting):
                 tasks, future = waiting.popleft()
+                held -= _held(tasks)
                 yield tasks, future.result()
         for tasks, future in waiting:
             yield tasks, future.result()
@@ -133,6 +138,11 @@ class Decoders:
                 self._children.remove(child)
                 self._mine.child = None
         return outcomes
+
+
+def _held(chunk: Sequence[Task]) -> int:
+    """Bytes of files that a chunk holds in memory."""
+    return sum(len(task.payload) for task in chunk if isinstance(task.payload, bytes))
 
 
 class _Child:
@@ -231,8 +241,10 @@ def _decode_one(task: Task, resize: int | None) -> Outcome:
 
 
 def _read(extent: Extent) -> bytes:
-    """The bytes of an extent; only its beginning is read where that is no image."""
-    with open(extent.path, "rb", buffering=0) as file:
+    """The bytes of an extent; only its beginning is read where that is no image, nothing of what is no regular file."""
+    with open(os.open(extent.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise NotAnImage("not an image: not a regular file")
         size = os.fstat(file.fileno()).st_size if extent.size < 0 else extent.size
         if extent.start:
             file.seek(extent.start)

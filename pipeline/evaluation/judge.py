@@ -121,12 +121,16 @@ def keep(
     if not folder.exists("mlflow_run_id"):
         return
     run_id = folder.read("mlflow_run_id").decode()
-    uri = tracking.default_uri(str(Path(folder.address).parent) if folder.local else folder.address.rsplit("/", 1)[0])
+    uri = tracking.store_of(folder.address)
+    children = []
     for protocol in protocols:
         numbers = {key: value for key, value in scores.items() if key.startswith(f"{protocol}_")}
         for floor in ("untrained", "pixels"):
             headline = f"{protocol}_{evaluation.PROTOCOLS[protocol].headline}"
             numbers[f"{floor}_{headline}"] = scores[floor].get(headline)
         tags = {"protocol": protocol, "data": data}
-        tracking.child_run(uri, run_id, name=protocol, tags=tags, metrics=numbers, step=seen)
-    print(f"kept in {shlex.quote(folder.path('summary.json'))} and as children of the run in MLflow")
+        children.append(
+            tracking.child_run(uri, run_id, name=protocol, tags=tags, metrics=numbers, step=seen, run=folder.address)
+        )
+    recorded = " and as children of the run in MLflow" if all(children) else ""
+    print(f"kept in {shlex.quote(folder.path('summary.json'))}{recorded}")

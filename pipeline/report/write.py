@@ -64,6 +64,7 @@ def track(held: Contest, folder: Path, uri: str) -> None:
         },
         config_path=None,
     )
+    (folder / "mlflow_run_id").write_text(parent)
     for one in held.entries:
         numbers = {k: v for k, v in one.trained.numbers.items() if v is not None and v == v}  # NaN is no metric
         numbers |= {
@@ -78,8 +79,9 @@ def track(held: Contest, folder: Path, uri: str) -> None:
             "run_folder": one.run,
             "mlflow.runName": one.name,
         }
-        tracking.child_run(uri, parent, name=one.name, tags=tags, metrics=numbers, step=one.cost.images_seen)
-    tracker = tracking.Tracker(uri, parent, system_metrics=0)
+        seen = one.cost.images_seen
+        tracking.child_run(uri, parent, name=one.name, tags=tags, metrics=numbers, step=seen, run=str(folder))
+    tracker = tracking.Tracker(uri, parent, run=str(folder), system_metrics=0)
     for name in ("report.html", "numbers.json"):
         tracker.log_artifact(folder / name)
     tracker.finish("FINISHED")

@@ -45,12 +45,22 @@ def conclude(
 ) -> dict[str, Any]:
     """Write `summary.json`, tell MLflow, print the table and how to go on; returns the summary."""
     config = job.config
+    final = {
+        "knn_top1": result["knn_top1"],
+        "linear_top1": result["linear_top1"],
+        **{f"{floor}_{name}": value for floor in ("untrained", "pixels") for name, value in result[floor].items()},
+    }
+    tracker = tracking.Tracker(uri, run_id, run=folder.address, system_metrics=0)
+    tracker.log({k: v for k, v in final.items() if isinstance(v, int | float)}, result["images_seen"])
+    tracker.flush()
+    if not tracker.pending and tracker.run_id != run_id:
+        folder.write("mlflow_run_id", tracker.run_id)
     summary = {
         "backbone": config.backbone,
         "objective": config.objective,
-        **{key: value for key, value in result.items() if key != "stopped"},
+        **{key: value for key, value in result.items() if key not in ("stopped", "unrecorded")},
         "rejected": job.train.rejected_count,
-        "mlflow_run_id": run_id,
+        "mlflow_run_id": None if tracker.pending else tracker.run_id,
         "config": folder.path("config.yaml"),
         "versions": {"python": platform.python_version(), **versions()},
         "device": device_name(job.device),
@@ -61,17 +71,10 @@ def conclude(
         kept = ("images_per_second", "data_wait", "training_seconds", "seconds", "vital_signs", "alarms")
         summary |= {key: before[key] for key in kept}
     folder.write_json("summary.json", summary)
-    final = {
-        "knn_top1": summary["knn_top1"],
-        "linear_top1": summary["linear_top1"],
-        **{f"{floor}_{name}": value for floor in ("untrained", "pixels") for name, value in summary[floor].items()},
-    }
-    tracker = tracking.Tracker(uri, run_id, system_metrics=0)
-    tracker.log({k: v for k, v in final.items() if isinstance(v, int | float)}, summary["images_seen"])
-    with folder.local_copy("summary.json") as copy, folder.local_copy("backbone.safetensors") as weights:
-        tracker.log_artifact(copy)
-        tracker.log_backbone(weights, {"create": "backbones.create", **result["backbone_config"]}, usage(folder))
-        tracker.finish("FINISHED")
+    tracker.log_artifact(folder.path("summary.json"))
+    weights, made = folder.path("backbone.safetensors"), {"create": "backbones.create", **result["backbone_config"]}
+    tracker.log_backbone(weights, made, usage(folder))
+    tracker.finish("FINISHED")
     table(summary)
     speed = ""
     if summary["images_per_second"] is not None:

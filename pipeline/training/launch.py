@@ -20,6 +20,7 @@ from pipeline.command import STOPPED, Stop, stop_signals
 from pipeline.config import Config
 from pipeline.data import preparation
 from pipeline.errors import UserError
+from pipeline.redaction import bare
 from pipeline.training import conclusion
 from pipeline.training.display import Display, Status
 from pipeline.training.links import Links
@@ -57,7 +58,13 @@ def launch(config: Config, argv: Sequence[str]) -> int:
     earlier = load_earlier(address) if address else None
     if config.resume and earlier is None:
         raise UserError(f"--resume {address}: no run is there (it has no config.yaml)")
+    storage = storage_of(config)
+    folder = RunFolder(address or f"{storage}/{fresh_name(config)}")
+    uri = tracking.store_of(folder.address)
+    if config.tracking == "required":
+        tracking.require(uri)
     train, val, note = preparation.prepare(config)
+    config = configuration.without_secrets(config)
     side, asked = preparation.median_side(train), config.batch_size
     config = configuration.resolve(config, images=train.images, side=side, classes=len(train.classes))
     if asked and asked != config.batch_size:
@@ -65,8 +72,6 @@ def launch(config: Config, argv: Sequence[str]) -> int:
             f"--batch-size {asked} does not fit {train.images:,} training images: {config.batch_size} is used",
             flush=True,
         )
-    storage = storage_of(config)
-    folder = RunFolder(address or f"{storage}/{fresh_name(config)}")
     if earlier and (changes := configuration.differences(earlier, config)):
         if folder.checkpoints():
             raise UserError(
@@ -77,7 +82,6 @@ def launch(config: Config, argv: Sequence[str]) -> int:
     engine = choose_engine(config)
     config = replace(config, run=folder.address, resume=None, config=None)
     job = Job(config, folder.address, train, val, engine.device, engine.threads)
-    uri = tracking.default_uri(storage)
     run_id = begin(job, folder, uri, argv)
     conclusion.introduce(job, folder, engine.name, note, uri)
 
@@ -86,18 +90,22 @@ def launch(config: Config, argv: Sequence[str]) -> int:
         try:
             result = engine.run(job, (uri, run_id), display, stop)
         except BaseException as error:
-            tracking.end_run(uri, run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            status: tracking.Status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+            tracking.end_run(uri, run_id, status, folder.address)
             raise
         finally:
             display.close()
     if result["stopped"]:
-        tracking.end_run(uri, run_id, "KILLED")
+        tracking.end_run(uri, run_id, "KILLED", folder.address)
+        if result["unrecorded"]:
+            away = f"{tracking.PATIENCE / 60:g} minutes"
+            print(f"--tracking required: MLflow at {tracking.redact(uri)} has been away for {away}", file=sys.stderr)
         print(
             f"stopped with a checkpoint at {result['images_seen']:,} images; this continues it:\n"
             f"  python -m pipeline.pretrain --resume {shlex.quote(folder.address)}",
             flush=True,
         )
-        return STOPPED[stop.cause] if stop.cause else 0
+        return STOPPED[stop.cause] if stop.cause else int(result["unrecorded"])
     conclusion.conclude(job, folder, result, uri, run_id, time.monotonic() - started)
     return 0
 
@@ -132,6 +140,7 @@ def begin(job: Job, folder: RunFolder, uri: str, argv: Sequence[str]) -> str:
     if folder.exists("mlflow_run_id"):
         kept = folder.checkpoints()
         if earlier := tracking.resume_run(uri, folder.read("mlflow_run_id").decode(), kept[-1] if kept else 0):
+            folder.write("mlflow_run_id", earlier)
             return earlier
     data = data_name(config)
     with folder.local_copy("config.yaml") as config_path:
@@ -163,7 +172,7 @@ def begin(job: Job, folder: RunFolder, uri: str, argv: Sequence[str]) -> str:
 
 def data_name(config: Config) -> str:
     """A readable name for the data: the last part of its address."""
-    return re.sub(r"\W+", "_", Path(config.data.rstrip("/")).stem).strip("_") or "data"
+    return re.sub(r"\W+", "_", Path(bare(config.data).rstrip("/")).stem).strip("_") or "data"
 
 
 def choose_engine(config: Config) -> Engine:
@@ -181,15 +190,15 @@ def choose_engine(config: Config) -> Engine:
 
 def alone(job: Job, tracking_run: tuple[str, str], display: Display, stop: Stop) -> dict[str, Any]:
     """Train in this process."""
-    folder = RunFolder(job.run)
-    tracker = tracking.Tracker(*tracking_run, spool=folder.path("mlflow.spool") if folder.local else None)
+    required = job.config.tracking == "required"
+    tracker = tracking.Tracker(*tracking_run, run=job.run, required=required, say=display.say)
 
     def exchange(status: Status) -> bool:
         display.show(status)
-        return stop.is_set()
+        return stop.is_set() or tracker.lost
 
     try:
-        return work(job, Links(exchange, tracker.log, lambda packed: packed))
+        return work(job, Links(exchange, tracker.log, lambda packed: packed)) | {"unrecorded": tracker.lost}
     finally:
         tracker.close()
 

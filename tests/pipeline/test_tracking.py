@@ -71,7 +71,8 @@ class Server:
             self.process = subprocess.Popen(
                 command, cwd=self.folder, env=environment, stdout=out, stderr=out, start_new_session=True
             )
-        for _ in range(600):
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline:
             try:
                 with urlopen(f"{self.uri}/health", timeout=1):
                     return
@@ -240,7 +241,7 @@ def test_resumed_run_has_every_step_once(kind: str, uri: str, request: pytest.Fi
     for step in range(0, 100, 10):  # the last checkpoint is at 50 images; the steps after it are already recorded
         killed.log({"loss": step / 7}, step)
     assert killed.flush()
-    killed._stop()
+    killed._stop(False)
     assert resume_run(uri, run_id, 50) == run_id
     resumed = Tracker(uri, run_id, system_metrics=0)
     for step in range(60, 200, 10):
@@ -356,7 +357,7 @@ def test_server_down_at_the_start_and_a_kill(server: Server, tmp_path: Path, cap
     killed = Tracker(server.uri, ticket, system_metrics=0, interval=0.1)
     killed.log({"loss": 1.0}, 64)
     killed.flush(2.0)  # as before a checkpoint; what a kill takes is the thread and the memory
-    killed._stop()
+    killed._stop(False)
     server.start()
     tracker = Tracker(server.uri, ticket, system_metrics=0, interval=0.1)
     tracker.log({"loss": 1.0}, 64)

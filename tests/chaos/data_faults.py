@@ -1,0 +1,58 @@
+"""The packed images fail under a run that trains on them. Functions as of `tracking_faults`."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.chaos.tracking_faults import FOREVER, Run, Server, outcome, until
+
+
+def _trained_to_its_end(folder: Path) -> tuple[Run, Path]:
+    """A run that trains, with a checkpoint and without an MLflow server, and its .beton."""
+    run = Run(folder, Server(folder / "nowhere"))
+    run.server.uri = f"sqlite:///{folder / 'mlflow.db'}"
+    run.begin(*FOREVER, "--checkpoint-every", "0.02")
+    until(lambda: list(run.folder.glob("checkpoints/*.pt")) and run.trained(20), "a checkpoint and 20 steps")
+    (beton,) = run.cache.glob("*/train.beton")
+    return run, beton
+
+
+def cut_short(folder: Path, store: Path | None = None) -> dict[str, Any]:
+    """The packed file is truncated to half while it is trained on, then the run is continued."""
+    run, beton = _trained_to_its_end(folder)
+    try:
+        os.truncate(beton, beton.stat().st_size // 2)
+        begun = time.monotonic()
+        status = run.end()
+        said = run.said("error:|Fatal")
+        assert status == 2, run.said()
+        assert "was cut short while it was read" in said, run.said()
+        lost = run.rows()[-1]["images"] - max(int(path.stem) for path in run.folder.glob("checkpoints/*.pt"))
+        before = len(run.rows())
+        run.begin("--resume", str(run.folder))
+        done = until(lambda: run.trained(before + 1), "training beyond where it stopped")
+        assert run.stop() == 143, run.said()
+    finally:
+        run.process and run.process.kill()
+    return outcome("The packed images are cut short", "truncate to half while training", done - begun, said, lost)
+
+
+def removed(folder: Path, store: Path | None = None) -> dict[str, Any]:
+    """The packed file is deleted while it is trained on: what is open stays readable."""
+    run, beton = _trained_to_its_end(folder)
+    try:
+        beton.unlink()
+        before = len(run.rows())
+        until(lambda: run.trained(before + 20), "20 more steps")
+        assert run.stop() == 143, run.said()
+        run.begin("--resume", str(run.folder))
+        until(lambda: run.trained(before + 60), "steps of the continued run")
+        assert run.stop() == 143, run.said()
+        assert beton.exists()
+    finally:
+        run.process and run.process.kill()
+    return outcome("The packed images are deleted", "rm while training", None, run.said("error") or "nothing")
+
+
+FAULTS = (cut_short, removed)
