@@ -1,8 +1,11 @@
 """Sources that are files with many images inside: tar archives, parquet files, and tables of paths."""
 
+import bz2
 import csv
+import gzip
 import io
 import json
+import lzma
 import os
 import posixpath
 import tarfile
@@ -34,6 +37,7 @@ _LABEL_LENGTH = 1000  # characters; longer texts are none
 _HEADER_SIZE = 1 << 20  # bytes of one extended header of a tar, such as a long name
 _ROWS = 1024  # of labels, read at a time
 _TABLE_SIZE = 4 << 30  # bytes of a .csv or .tsv: a hundred million lines
+_XZ_MEMORY = 1 << 28  # bytes that unpacking an .xz may take; `xz -9` needs a quarter of it
 _HUGE, _RATIO = 64 << 30, 200  # archives that grow to more bytes than the one and by more than the other are bombs
 
 
@@ -121,22 +125,38 @@ class TarSource(_Files):
     def _members(self, path: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
         count = 0
         try:
-            with self.files.open(path, "rb") as file:
-                seekable = is_local(self.files) and path.lower().endswith(".tar")
+            with open(path, "rb") if is_local(self.files) else self.files.open(path, "rb") as file:
+                plain = is_local(self.files) and path.lower().endswith(".tar")
+                content = file if plain else _unpacked(file)
                 size = self.files.info(path).get("size")
-                with tarfile.open(fileobj=file, mode="r:" if seekable else "r|*", tarinfo=_Member) as archive:
+                with tarfile.open(fileobj=content, mode="r:" if plain else "r|", tarinfo=_Member) as archive:
                     for member in archive:
                         end = member.offset_data + member.size
-                        if not seekable and size and end > max(_HUGE, _RATIO * size):
-                            raise tarfile.ReadError(
-                                f"it grows to over {end / 1e9:.0f} GB, as no archive of images does"
-                            )
+                        if not plain and size and end > max(_HUGE, _RATIO * size):
+                            raise tarfile.ReadError(f"it grows to {end / 1e9:.0f} GB, as no archive of images does")
                         yield archive, member
                         count += 1
                         archive.members.clear()  # type: ignore[attr-defined] # else it remembers every member
-        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
             place = self.files.unstrip_protocol(path) if not is_local(self.files) else path
             raise UserError(f"{place}: a damaged archive, after {count} files ({said(error)})") from error
+
+
+def _unpacked(file: Any) -> Any:
+    """What a file holds that may be compressed, unpacked as it is read.
+
+    Not left to tarfile, which skips a member in steps that each copy all that is unpacked already.
+    """
+    packed = io.BufferedReader(file)
+    head = packed.peek(64)
+    if head.startswith(b"\x1f\x8b"):
+        return gzip.GzipFile(fileobj=packed)
+    if head.startswith(b"BZh"):
+        return bz2.BZ2File(packed)
+    if head.startswith(b"\xfd7zXZ"):
+        lzma.LZMADecompressor(memlimit=_XZ_MEMORY).decompress(head, max_length=0)
+        return lzma.LZMAFile(packed)
+    return packed
 
 
 class _Member(tarfile.TarInfo):

@@ -34,7 +34,7 @@ SMALL = [
     *("--options.decoder-depth", "1", "--options.decoder-heads", "2"),
 ]
 FOREVER = ("--epochs", "4000")  # 20,000 steps, of which MLflow is given every tenth
-PATIENCE = 180.0  # seconds to wait for anything on a busy machine
+PATIENCE = 400.0  # seconds to wait for anything on a busy machine
 
 
 class Server:
