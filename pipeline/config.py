@@ -79,7 +79,13 @@ class Config:
     checkpoint_every: float = 5.0
     """Minutes between checkpoints."""
     keep: int = 2
-    """Checkpoints kept."""
+    """Of the newest checkpoints, so many are kept."""
+    keep_every: float | None = None
+    """And one every so many epochs; left open: none for that."""
+    keep_best: bool = True
+    """And the one with the best online k-NN accuracy, which is taken when it is measured."""
+    heal: bool = True
+    """Go back to the last healthy checkpoint and change one thing where the loss is NaN, leaps, or collapses."""
     run: str | None = None
     """Run folder; left open: a fresh, readable name below the storage."""
     storage: str | None = None
@@ -101,6 +107,7 @@ class Config:
 # Options that say how or where to compute, not what: they may change when a run continues.
 FREE_ON_RESUME = {
     *("workers", "engine", "compile", "loader", "knn_every", "checkpoint_every", "keep"),
+    *("keep_every", "keep_best", "heal"),
     *("run", "storage", "cache", "resume", "config", "debug"),
 }
 
@@ -173,7 +180,7 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    for name in ("lr", "checkpoint_every"):
+    for name in ("lr", "checkpoint_every", "keep_every"):
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")

@@ -21,6 +21,7 @@ from pipeline.config import Config
 from pipeline.data import preparation
 from pipeline.errors import UserError
 from pipeline.training import conclusion
+from pipeline.training.checkpoints import newest
 from pipeline.training.display import Display, Status
 from pipeline.training.links import Links
 from pipeline.training.run_folder import RunFolder
@@ -74,6 +75,8 @@ def launch(config: Config, argv: Sequence[str]) -> int:
                 "repeat its options, or give another --run"
             )
         folder.remove("mlflow_run_id")  # its start failed: it begins anew, in MLflow too
+    for sentence in newest(folder)[2]:
+        print(sentence, flush=True)
     engine = choose_engine(config)
     config = replace(config, run=folder.address, resume=None, config=None)
     job = Job(config, folder.address, train, val, engine.device, engine.threads)
@@ -92,8 +95,10 @@ def launch(config: Config, argv: Sequence[str]) -> int:
             display.close()
     if result["stopped"]:
         tracking.end_run(uri, run_id, "KILLED")
+        saved = result["checkpoint_images"]
+        without = "" if saved == result["images_seen"] else "out one here: the last is"
         print(
-            f"stopped with a checkpoint at {result['images_seen']:,} images; this continues it:\n"
+            f"stopped with{without or ' a checkpoint'} at {saved:,} images; this continues it:\n"
             f"  python -m pipeline.pretrain --resume {shlex.quote(folder.address)}",
             flush=True,
         )
