@@ -72,7 +72,7 @@ def replay(arguments: Arguments) -> bool:
             start, seen = seen, seen + len(batch.index)
             if not care.skips(start):
                 values, _ = stepper(batch, start, told["planned"], care)
-                row = {key: float(value) for key, value in values.items()}
+                row = {key: value.item() for key, value in values.items()}
                 was = recorded.get(seen)
                 same = was is None or alike(row["loss"], was["loss"], 0.0 if told["world"] == 1 else 0.01)
                 equal &= same

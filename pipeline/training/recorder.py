@@ -55,15 +55,16 @@ class Recorder:
         if rows:
             self.first_loss, self.last_loss = rows[0]["loss"], rows[-1]["loss"]
 
-    def step(self, seen: int, row: dict[str, float], *, seconds: float, waited: float) -> None:
+    def step(self, row: dict[str, float], *, seconds: float, waited: float) -> None:
         """Record one optimiser step.
 
         Args:
-            row: loss, learning rate, gradient norm and the objective's scalars.
+            row: images seen, loss, learning rate, gradient norm and the objective's scalars.
             seconds: the step took, waiting included.
             waited: of these, for data.
         """
-        self.file.add({"images": seen, **row})
+        seen = int(row["images"])
+        self.file.add(row)
         self.last_loss = row["loss"]
         if self.first_loss != self.first_loss:
             self.first_loss = row["loss"]
@@ -77,8 +78,7 @@ class Recorder:
         status.images_per_second, status.data_wait = images / spent, waits / spent
         status.signs = {sign.name: row[sign.name] for sign in self.health.signs if sign.name in row}
         status.alarms = self.health.alarms
-        self._log({"images": seen, **row}, {"images_per_second": status.images_per_second,
-                                            "data_wait": status.data_wait})  # fmt: skip
+        self._log(row, {"images_per_second": status.images_per_second, "data_wait": status.data_wait})
 
     def skip(self, seen: int) -> None:
         """Record a batch that was left out."""

@@ -105,6 +105,7 @@ class RunFolder:
 
     def checkpoints(self) -> list[int]:
         """Images seen at each whole checkpoint, oldest first."""
+        self.filesystem.invalidate_cache()  # others write there, too
         try:
             found = self.filesystem.ls(f"{self.root}/checkpoints", detail=False)
         except FileNotFoundError:

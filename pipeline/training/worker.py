@@ -97,7 +97,7 @@ class Training:
         self.step_images = self.loader.batch_size * self.world
         self.planned = int(config.epochs or 0) * self.loader.batches_per_epoch * self.step_images
         self.seen, self.stop = 0, False
-        self.pending: tuple[int, list[str], Tensor, float, float] | None = None
+        self.row: dict[str, float] = {}
         self.bundle: Intervention | None = None
         self.ill_rows: list[dict[str, float]] = []
 
@@ -121,7 +121,6 @@ class Training:
             Unwell: the run has fallen ill.
         """
         batches = Batches(self.loader)
-        self.clock = time.perf_counter()
         while self.seen < self.planned and not self.stop:
             if self.bundle and self.seen == self.bundle.begins:
                 self.keep_bundle()
@@ -129,56 +128,35 @@ class Training:
             batch = next(batches)
             waited = time.perf_counter() - started
             self.seen += self.step_images
-            if self.care.skips(seen):
-                self.judge()
+            if not self.care.skips(seen):
+                values, lr = self.stepper(batch, seen, self.planned, self.care)
+                means, self.stop = self.agree(values)
+                self.row = {"images": self.seen, **means, "lr": lr}
+                self.health.check(self.row, self.seen)
                 if self.recorder:
-                    self.recorder.skip(self.seen)
-                self.measure()
-                continue
-            values, lr = self.stepper(batch, seen, self.planned, self.care)
-            self.judge()  # of the step before: a GPU is at this one meanwhile
-            self.pending = (self.seen, list(values), self.summed(values), lr, waited)
+                    self.recorder.step(self.row, seconds=time.perf_counter() - started, waited=waited)
+            elif self.recorder:
+                self.recorder.skip(self.seen)
             self.measure()
-        self.judge()
 
-    def summed(self, values: dict[str, Tensor]) -> Tensor:
-        """Each value summed over all ranks, and behind them whether rank 0 was asked to stop: one small reduction."""
+    def agree(self, values: dict[str, Tensor]) -> tuple[dict[str, float], bool]:
+        """The mean of each value over all ranks, and whether rank 0 was asked to stop: one small reduction a step."""
         asked = float(self.recorder.asked_to_stop()) if self.recorder else 0.0
         packed = torch.stack([v.detach().float().reshape(()) for v in values.values()])
         packed = torch.cat([packed, packed.new_tensor([asked])])
         if self.world > 1:
             dist.all_reduce(packed)
-        return packed
-
-    def judge(self) -> None:
-        """Bring in the numbers of the step that is still pending, and judge them; all ranks see the same."""
-        if self.pending is None:
-            return
-        (seen, names, packed, lr, waited), self.pending = self.pending, None
         *sums, asked = packed.tolist()
-        row = {name: value / self.world for name, value in zip(names, sums)} | {"lr": lr}
-        self.stop = self.stop or asked > 0
-        self.ill_rows = [{"images": seen, **row}]
-        self.health.check(row, seen)
-        now = time.perf_counter()
-        if self.recorder:
-            self.recorder.step(seen, row, seconds=now - self.clock, waited=waited)
-        self.clock = now
+        return {name: value / self.world for name, value in zip(values, sums)}, asked > 0
 
     def measure(self) -> None:
         """Rank 0's online k-NN and checkpoints, where they are due."""
         if self.recorder is None:
             return
-        ends = self.seen >= self.planned
-        knn, checkpoint = self.knn.due(self.seen), self.recorder.checkpoint_due()
-        if not (ends or knn or checkpoint or self.stop):
-            return
-        self.judge()
-        if knn and not self.stop:
+        if self.knn.due(self.seen) and not self.stop:
             self.recorder.knn(self.knn(self.stepper.objective.backbone, self.seen), self.seen)
-        if ends or self.stop or self.recorder.checkpoint_due():
+        if self.seen >= self.planned or self.stop or self.recorder.checkpoint_due():
             self.recorder.checkpoint(self.snapshot())
-        self.clock = time.perf_counter()
 
     def finish(self) -> dict[str, Any]:
         """What the run came to, on rank 0; at its end its backbone is exported and measured."""
@@ -210,16 +188,25 @@ class Training:
 
         Returns:
             Images seen, and sentences on damaged checkpoints that were passed over.
+
+        Raises:
+            UserError: every checkpoint is damaged.
         """
-        found: list[Any] = [0, None, []]
+        seen, state, trouble = 0, None, None
+        said: list[str] = []
         if self.rank == 0:
-            found = list(newest(self.folder, well=well))
+            try:
+                seen, state, said = newest(self.folder, well=well)
+            except UserError as error:
+                trouble = str(error)
         if self.world > 1:
-            number = [found[0]]
-            dist.broadcast_object_list(number)
-            if self.rank and number[0]:
-                found = [number[0], self.folder.load_checkpoint(number[0]), []]
-        seen, state, said = found
+            told: list[Any] = [seen, trouble]
+            dist.broadcast_object_list(told)
+            seen, trouble = told
+            if self.rank and seen:
+                state = self.folder.load_checkpoint(seen)
+        if trouble:
+            raise UserError(trouble)
         if state is None:
             self.stepper.begin(anew=self.seen > 0)
             self.loader.load_state({"epoch": 0, "position": 0})
@@ -238,10 +225,9 @@ class Training:
         Raises:
             FloatingPointError: everything has been tried, or `--no-heal` forbids it.
         """
-        self.pending = None
         if self.recorder:
             self.recorder.checkpoints.wait()
-            self.ill_rows = [*self.recorder.file.rows(), *self.ill_rows]
+            self.ill_rows = [*self.recorder.file.rows(), self.row]
         back, said = self.restore(well=True)
         chosen = self.care.treat(unwell, back, half=self.stepper.half) if self.config.heal else None
         if chosen is None:

@@ -111,7 +111,9 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(folder
     folder.write(f"checkpoints/{128:012d}.pt", bytes(content))
     seen, found, said = newest(folder)
     assert (seen, found["objective"]["w"][0]) == (64, 64)
-    assert len(said) == 1 and "checkpoint 128" in said[0] and "000000000128.pt.damaged" in said[0]
+    assert len(said) == 1
+    assert "checkpoint 128" in said[0]
+    assert "000000000128.pt.damaged" in said[0]
     assert folder.checkpoints() == [64]
     folder.write(f"checkpoints/{64:012d}.pt", b"PK nothing")
     with pytest.raises(UserError, match=r"every checkpoint is damaged.*checkpoint 64"):
