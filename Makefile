@@ -1,6 +1,6 @@
 # Every target sets up .venv on first use and does nothing where that is done. More options: make pretrain ARGS="--data photos/"
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test test-slow test-gpu bench lint clean
+.PHONY: help setup pretrain test test-slow test-gpu chaos bench lint clean
 PYTHON_HERE := .venv/bin/python
 ARGS ?=
 
@@ -22,6 +22,9 @@ test-slow: .venv/ready ## the tests that take minutes
 
 test-gpu: .venv/ready ## the tests that need CUDA
 	$(PYTHON_HERE) -m pytest -m gpu $(ARGS)
+
+chaos: .venv/ready ## do every fault to a real run, and say what it cost
+	$(PYTHON_HERE) -m tests.chaos $(ARGS)
 
 bench: .venv/ready ## measure loading and training against the alternatives and write README's tables
 	$(PYTHON_HERE) -m pipeline.bench loader --write README.md $(ARGS)

@@ -38,7 +38,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import objectives
@@ -441,11 +441,12 @@ def entry_points() -> dict[str, str]:
 
 
 def words(run: str, arguments: Mapping[str, Any], folder: str = "", folders: Sequence[str] = ()) -> list[str]:
-    """Arguments by name as words of the command line; what has no default comes first, without its name,
-    where the entry point reads it so."""
+    """Arguments by name as words of the command line; first, without their names, those that the entry point reads
+    so."""
     known = _options(run)
     module = importlib.import_module(entry_points()["pack" if run in TRAINS else run])
     bare = any(mark in inspect.getsource(module) for mark in ("PositionalRequiredArgs", "from jobs.command import"))
+    unnamed = _unnamed(module)
     positional: list[str] = []
     named: list[str] = []
     for key, value in arguments.items():
@@ -457,13 +458,22 @@ def words(run: str, arguments: Mapping[str, Any], folder: str = "", folders: Seq
             continue
         given = [str(v) for v in (value if isinstance(value, list) else [value])]
         given = [w for word in given for w in (folders if word == "{runs}" else [word.replace("{run}", folder)])]
-        if bare and known.get(key) is dataclasses.MISSING:
+        if key in unnamed or (bare and known.get(key) is dataclasses.MISSING):
             positional += given
         elif len(given) == 1 and given[0].startswith("-"):
             named.append(f"{option}={given[0]}")
         else:
             named += [option, *given]
     return [*positional, *named]
+
+
+def _unnamed(module: Any) -> set[str]:
+    """The options that an entry point takes without their names, whether or not they have a default."""
+    import tyro
+
+    (mark,) = get_args(tyro.conf.Positional[str])[1:]
+    hints = get_type_hints(getattr(module, "Arguments", object), include_extras=True)
+    return {name for name, hint in hints.items() if mark in getattr(hint, "__metadata__", ())}
 
 
 def _options(run: str) -> dict[str, Any]:

@@ -81,7 +81,13 @@ class Config:
     checkpoint_every: float = 5.0
     """Minutes between checkpoints."""
     keep: int = 2
-    """Checkpoints kept."""
+    """Of the newest checkpoints, so many are kept."""
+    keep_every: float | None = None
+    """And one every so many epochs; left open: none for that."""
+    keep_best: bool = True
+    """And the one with the best online k-NN accuracy, which is taken when it is measured."""
+    heal: bool = True
+    """Go back to the last healthy checkpoint and change one thing where the loss is NaN, leaps, or collapses."""
     tracking: Literal["optional", "required"] = "optional"
     """required: refuse to begin while MLflow does not answer, and stop, with a checkpoint, where it is away for ten
     minutes; optional: what it is to be told waits."""
@@ -106,6 +112,7 @@ class Config:
 # Options that say how or where to compute, not what: they may change when a run continues.
 FREE_ON_RESUME = {
     *("workers", "engine", "compile", "loader", "knn_every", "checkpoint_every", "keep"),
+    *("keep_every", "keep_best", "heal"),
     *("tracking", "run", "storage", "cache", "resume", "config", "debug"),
 }
 
@@ -178,7 +185,7 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    for name in ("lr", "checkpoint_every"):
+    for name in ("lr", "checkpoint_every", "keep_every"):
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")

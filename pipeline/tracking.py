@@ -636,6 +636,7 @@ class Tracker:
         self._system_metrics = system_metrics
         self._interval = interval
         self._required, self._ended, self._say = required, ended, say
+        self._lost = False
         self._changed = threading.Condition()
         # The end of an earlier process is not this one's: with it, the run goes on.
         self._waiting = deque(entry for entry in _read_spool(self._spool) if ended or "status" not in entry)
@@ -660,9 +661,10 @@ class Tracker:
 
     @property
     def lost(self) -> bool:
-        """Whether the store is required and has been away for more than `PATIENCE` seconds."""
+        """Whether the store is required and was once away for more than `PATIENCE` seconds."""
         since = self._silent_since
-        return self._required and since is not None and time.monotonic() - since > PATIENCE
+        self._lost = self._lost or (self._required and since is not None and time.monotonic() - since > PATIENCE)
+        return self._lost
 
     def log(self, metrics: Mapping[str, float | None], step: int) -> None:
         """Note metrics at `step` images seen; returns at once. None is left out; a metric's steps must grow."""

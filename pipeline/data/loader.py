@@ -184,6 +184,12 @@ class Loader:
         """Where the next batch begins: the epoch, and the position in images of its global order."""
         return {"epoch": self._epoch, "position": self._position}
 
+    def upcoming(self) -> np.ndarray:
+        """Indices [batch_size * world] of the images of the next global step, in the order of the ranks."""
+        step = next(_plan(self.images, self._seed, self._epoch, self._position, self.batch_size * self._world, 0, 1,
+                          self._shuffle, self._drop_last))  # fmt: skip
+        return step.indices
+
     def load_state(self, state: dict[str, int]) -> None:
         """Go on from `state`, also one taken with another batch or world; it begins with the next `iter(loader)`."""
         epoch, position = int(state["epoch"]), int(state["position"])

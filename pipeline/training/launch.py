@@ -22,6 +22,7 @@ from pipeline.data import preparation
 from pipeline.errors import UserError
 from pipeline.redaction import bare
 from pipeline.training import conclusion
+from pipeline.training.checkpoints import newest
 from pipeline.training.display import Display, Status
 from pipeline.training.links import Links
 from pipeline.training.run_folder import RunFolder
@@ -79,6 +80,8 @@ def launch(config: Config, argv: Sequence[str]) -> int:
                 "repeat its options, or give another --run"
             )
         folder.remove("mlflow_run_id")  # its start failed: it begins anew, in MLflow too
+    for sentence in newest(folder)[2]:
+        print(sentence, flush=True)
     engine = choose_engine(config)
     config = replace(config, run=folder.address, resume=None, config=None)
     job = Job(config, folder.address, train, val, engine.device, engine.threads)
@@ -100,8 +103,10 @@ def launch(config: Config, argv: Sequence[str]) -> int:
         if result["unrecorded"]:
             away = f"{tracking.PATIENCE / 60:g} minutes"
             print(f"--tracking required: MLflow at {tracking.redact(uri)} has been away for {away}", file=sys.stderr)
+        saved = result["checkpoint_images"]
+        without = "" if saved == result["images_seen"] else "out one here: the last is"
         print(
-            f"stopped with a checkpoint at {result['images_seen']:,} images; this continues it:\n"
+            f"stopped with{without or ' a checkpoint'} at {saved:,} images; this continues it:\n"
             f"  python -m pipeline.pretrain --resume {shlex.quote(folder.address)}",
             flush=True,
         )

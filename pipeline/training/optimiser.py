@@ -73,9 +73,9 @@ def build(groups: list[dict[str, Any]], config: Config, device: torch.device) ->
     return LARS(groups, lr=lr)
 
 
-def set_rates(optimiser: torch.optim.Optimizer, config: Config, progress: float) -> float:
-    """Write this step's learning rate and weight decay into every group; returns the learning rate."""
-    lr, peak = learning_rate(config, progress), float(config.lr or 0.0)
+def set_rates(optimiser: torch.optim.Optimizer, config: Config, progress: float, scale: float = 1.0) -> float:
+    """Write this step's learning rate, times `scale`, and weight decay into every group; returns the learning rate."""
+    lr, peak = scale * learning_rate(config, progress), scale * float(config.lr or 0.0)
     start, end = float(config.weight_decay or 0.0), float(config.weight_decay_end or 0.0)
     decay = end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
     for group in optimiser.param_groups:

@@ -6,15 +6,17 @@ import json
 import os
 import re
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 import torch
 
 from pipeline.errors import UserError
 
+WRITING = ".writing-"  # how names of files begin that are not whole yet
 CHECKPOINT = re.compile(r"(\d{12})\.pt$")
 
 
@@ -51,11 +53,18 @@ class RunFolder:
         if not self.local:
             self.filesystem.pipe_file(target, content)
             return
+        with self._replacing(target) as file:
+            file.write(content)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _replacing(target: str) -> Iterator[IO[bytes]]:
+        """A file that takes the place of `target`, on the disk, once all is in it."""
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(target), prefix=".writing-")
+        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(target), prefix=WRITING)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(content)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o644)
@@ -63,6 +72,16 @@ class RunFolder:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+
+    def tidy(self) -> None:
+        """Remove what a process that was killed while writing left half written; only the one that trains may ask."""
+        if self.local:
+            for left in Path(self.root).glob(f"**/{WRITING}*"):
+                left.unlink(missing_ok=True)
+
+    def rename(self, old: str, new: str) -> None:
+        """Rename a file within the folder."""
+        self.filesystem.mv(f"{self.root}/{old}", f"{self.root}/{new}")
 
     def remove(self, name: str) -> None:
         """Remove `name` if it is there."""
@@ -86,37 +105,50 @@ class RunFolder:
 
     def checkpoints(self) -> list[int]:
         """Images seen at each whole checkpoint, oldest first."""
+        self.filesystem.invalidate_cache()  # others write there, too
         try:
             found = self.filesystem.ls(f"{self.root}/checkpoints", detail=False)
         except FileNotFoundError:
             return []
         return sorted(int(match[1]) for path in found if (match := CHECKPOINT.search(path)))
 
-    def save_checkpoint(self, images_seen: int, state: dict[str, Any], keep: int) -> str:
-        """Write a checkpoint, then drop all but the newest `keep`; returns its address."""
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        name = f"checkpoints/{images_seen:012d}.pt"
-        self.write(name, buffer.getvalue())
-        for old in self.checkpoints()[:-keep]:
-            self.filesystem.rm_file(f"{self.root}/checkpoints/{old:012d}.pt")
+    def save_checkpoint(self, images_seen: int, state: dict[str, Any]) -> str:
+        """Write a checkpoint, whole or not at all; returns its address."""
+        return self.save_state(f"checkpoints/{images_seen:012d}.pt", state)
+
+    def save_state(self, name: str, state: dict[str, Any]) -> str:
+        """Write what `torch.save` makes of `state`, whole or not at all; returns its address."""
+        if self.local:
+            with self._replacing(f"{self.root}/{name}") as file:
+                torch.save(state, file)
+        else:
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            self.filesystem.pipe_file(f"{self.root}/{name}", buffer.getvalue())
         return self.path(name)
 
     def load_checkpoint(self, images_seen: int) -> dict[str, Any]:
         """The checkpoint at that many images, on the CPU; never executes what it holds."""
         return read_checkpoint(self.read(f"checkpoints/{images_seen:012d}.pt"), str(images_seen))
 
+    def load_state(self, name: str) -> dict[str, Any]:
+        """What `save_state` wrote, likewise."""
+        return read_checkpoint(self.read(name), self.path(name))
+
 
 def read_checkpoint(content: bytes, name: str) -> dict[str, Any]:
     """A checkpoint from its bytes.
 
     Raises:
-        UserError: a torn or foreign file.
+        UserError: a torn, damaged or foreign file.
     """
     try:
+        if torn := zipfile.ZipFile(io.BytesIO(content)).testzip():
+            raise ValueError(f"the checksum of {torn} is wrong")
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"checkpoint {name}: cannot be read ({str(error).splitlines()[0][:120]})") from None
+        why = (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise UserError(f"checkpoint {name}: cannot be read ({why})") from None
     if not isinstance(state, dict) or "objective" not in state or "config" not in state:
         raise UserError(f"checkpoint {name}: is none of ours (it has no objective and config)")
     return state
@@ -133,10 +165,17 @@ class MetricsFile:
     def __init__(self, folder: RunFolder, until: int) -> None:
         self.folder = folder
         self.lines: list[str] = []
-        if folder.exists("metrics.jsonl"):
-            lines = folder.read("metrics.jsonl").decode().splitlines()
-            self.lines = [line for line in lines if line.endswith("}") and json.loads(line)["images"] <= until]
+        self._behind = False  # whether the disk took less than was added
+        self.lines = [json.dumps(row) for row in self.read(folder, until)]
         folder.write("metrics.jsonl", "".join(line + "\n" for line in self.lines))
+
+    @staticmethod
+    def read(folder: RunFolder, until: int) -> list[dict[str, Any]]:
+        """The rows that a run folder holds, up to `until` images seen; a line that was cut off is none."""
+        if not folder.exists("metrics.jsonl"):
+            return []
+        lines = folder.read("metrics.jsonl").decode().splitlines()
+        return [row for line in lines if line.endswith("}") and (row := json.loads(line))["images"] <= until]
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows so far."""
@@ -145,11 +184,22 @@ class MetricsFile:
     def add(self, row: dict[str, Any]) -> None:
         """Append one row; `row["images"]` orders them."""
         self.lines.append(json.dumps(row))
-        if self.folder.local:
-            with open(f"{self.folder.root}/metrics.jsonl", "a") as file:
-                file.write(self.lines[-1] + "\n")
+        if self.folder.local and not self._behind:
+            try:
+                with open(f"{self.folder.root}/metrics.jsonl", "a") as file:
+                    file.write(self.lines[-1] + "\n")
+            except OSError:  # a full disk: the next flush tries again
+                self._behind = True
 
     def flush(self) -> None:
-        """Make what was added visible at a remote address."""
-        if not self.folder.local:
+        """Make what was added last: on the disk itself, or at a remote address.
+
+        Raises:
+            OSError: it cannot be written; what was added stays in memory for the next flush.
+        """
+        if self.folder.local and not self._behind:
+            with open(f"{self.folder.root}/metrics.jsonl", "a") as file:
+                os.fsync(file.fileno())
+        else:
             self.folder.write("metrics.jsonl", "".join(line + "\n" for line in self.lines))
+            self._behind = False

@@ -4,7 +4,7 @@ The same function runs alone (`--engine local`) and on every Ray Train worker.
 """
 
 import contextlib
-import math
+import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,9 +25,13 @@ from pipeline.data.packed import Packed
 from pipeline.data.photometric import Photometrics
 from pipeline.errors import UserError
 from pipeline.training import measure, optimiser
+from pipeline.training.checkpoints import newest
+from pipeline.training.health import Care, Health, Intervention, Unwell
 from pipeline.training.links import Links
 from pipeline.training.recorder import Recorder
-from pipeline.training.run_folder import RunFolder
+from pipeline.training.run_folder import MetricsFile, RunFolder
+
+RELOADS = 3  # times in a row that a loader which failed is begun anew
 
 
 @dataclass(frozen=True)
@@ -54,77 +58,274 @@ def work(job: Job, links: Links) -> dict[str, Any]:
     """Train to the end, or until asked to stop; rank 0 returns its part of `summary.json`, the others nothing.
 
     Raises:
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the run fell ill, and all that is tried then was tried, or `--no-heal` forbids it.
         UserError: the run folder cannot be reached from here, or the data does not fit the configuration.
     """
-    config, folder = job.config, RunFolder(job.run)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = torch.device(job.device, torch.cuda.current_device()) if job.device == "cuda" else torch.device("cpu")
-    torch.set_num_threads(job.threads)
-    if rank == 0 and not folder.exists("config.yaml"):
-        raise UserError(f"{folder.address}: the nodes do not share it; give --storage an address that all can reach")
+    training = Training(job, links)
+    try:
+        while True:
+            try:
+                training.train()
+                return training.finish()
+            except Unwell as unwell:
+                training.heal(unwell)
+    finally:
+        training.close()
 
-    train, val = links.fetch(job.train), links.fetch(job.val) if job.val and rank == 0 else None
-    objective = build(config).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    opt = optimiser.build(objective.parameter_groups(), config, device)
-    loader = make_loader(
-        train.path, objective.views, batch_size=int(config.batch_size or 0) // world, seed=config.seed,
-        rank=rank, world=world, threads=job.threads, backend=config.loader,
-    )  # fmt: skip
-    photometrics = Photometrics(objective.views, config.seed)
-    step_images = loader.batch_size * world
-    planned = int(config.epochs or 0) * loader.batches_per_epoch * step_images
-    seen = restore(folder, objective, opt, loader)
-    if config.init and not seen:
-        warm_start(config.init, objective)
-    recorder = None
-    if rank == 0:
-        recorder = Recorder(folder, config, links, objective.vital_signs,
-                            seen=seen, planned=planned, batch_size=step_images)  # fmt: skip
-        knn = measure.OnlineKnn(config, train, val, device, planned)
-    model, autocast = prepare(objective, config, device, world)
 
-    batches = iter(loader)
-    stop = False
-    while seen < planned and not stop:
-        started, progress = time.perf_counter(), seen / planned
-        batch = next(batches)
-        waited = time.perf_counter() - started
+class Training:
+    """One rank of a run: all that it holds, and its steps."""
 
-        torch.manual_seed(step_seed(config.seed, seen, rank))
-        for part, sync in parts(batch, config.accumulate, model):
-            views = photometrics([v.to(device, non_blocking=True) for v in part.views], part.index, part.epoch)
+    def __init__(self, job: Job, links: Links) -> None:
+        config, self.folder = job.config, RunFolder(job.run)
+        self.config, self.links = config, links
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.device = device_of(job.device)
+        torch.set_num_threads(job.threads)
+        if self.rank == 0 and not self.folder.exists("config.yaml"):
+            raise UserError(
+                f"{self.folder.address}: the nodes do not share it; give --storage an address that all can reach"
+            )
+        self.train_set, self.val_set = links.fetch(job.train), None
+        if job.val and self.rank == 0:
+            self.val_set = links.fetch(job.val)
+        self.stepper = Stepper(config, self.device, self.rank, self.world)
+        self.loader = make_loader(
+            self.train_set.path, self.stepper.objective.views, batch_size=int(config.batch_size or 0) // self.world,
+            seed=config.seed, rank=self.rank, world=self.world, threads=job.threads, backend=config.loader,
+        )  # fmt: skip
+        self.step_images = self.loader.batch_size * self.world
+        self.planned = int(config.epochs or 0) * self.loader.batches_per_epoch * self.step_images
+        self.seen, self.stop = 0, False
+        self.row: dict[str, float] = {}
+        self.bundle: Intervention | None = None
+        self.ill_rows: list[dict[str, float]] = []
+
+        self.seen, said = self.restore()
+        self.care = Care.read(self.folder)
+        self.health = Health(
+            self.stepper.objective.vital_signs, self.step_images, float(config.warmup or 0.0) * self.planned,
+            heal=config.heal,
+        )  # fmt: skip
+        self.recall()
+        self.recorder: Recorder | None = None
+        if self.rank == 0:
+            self.recorder = Recorder(self.folder, config, links, self.health, seen=self.seen, planned=self.planned,
+                                     batch_size=self.step_images, said=said)  # fmt: skip
+            self.knn = measure.OnlineKnn(config, self.train_set, self.val_set, self.device, self.planned)
+
+    def train(self) -> None:
+        """Take steps until all images are seen or the run is asked to stop.
+
+        Raises:
+            Unwell: the run has fallen ill.
+        """
+        batches = Batches(self.loader)
+        while self.seen < self.planned and not self.stop:
+            if self.bundle and self.seen == self.bundle.begins:
+                self.keep_bundle()
+            started, seen = time.perf_counter(), self.seen
+            batch = next(batches)
+            waited = time.perf_counter() - started
+            self.seen += self.step_images
+            if not self.care.skips(seen):
+                values, lr = self.stepper(batch, seen, self.planned, self.care)
+                means, self.stop = self.agree(values)
+                self.row = {"images": self.seen, **means, "lr": lr}
+                self.health.check(self.row, self.seen)
+                if self.recorder:
+                    self.recorder.step(self.row, seconds=time.perf_counter() - started, waited=waited)
+            elif self.recorder:
+                self.recorder.skip(self.seen)
+            self.measure()
+
+    def agree(self, values: dict[str, Tensor]) -> tuple[dict[str, float], bool]:
+        """The mean of each value over all ranks, and whether rank 0 was asked to stop: one small reduction a step."""
+        asked = float(self.recorder.asked_to_stop()) if self.recorder else 0.0
+        packed = torch.stack([v.detach().float().reshape(()) for v in values.values()])
+        packed = torch.cat([packed, packed.new_tensor([asked])])
+        if self.world > 1:
+            dist.all_reduce(packed)
+        *sums, asked = packed.tolist()
+        return {name: value / self.world for name, value in zip(values, sums)}, asked > 0
+
+    def measure(self) -> None:
+        """Rank 0's online k-NN and checkpoints, where they are due."""
+        if self.recorder is None:
+            return
+        if self.knn.due(self.seen) and not self.stop:
+            self.recorder.knn(self.knn(self.stepper.objective.backbone, self.seen), self.seen)
+        if self.seen >= self.planned or self.stop or self.recorder.checkpoint_due():
+            self.recorder.checkpoint(self.snapshot())
+
+    def finish(self) -> dict[str, Any]:
+        """What the run came to, on rank 0; at its end its backbone is exported and measured."""
+        self.loader.close()
+        if self.recorder is None:
+            return {}
+        self.recorder.checkpoints.wait()
+        self.recorder.complain()
+        with contextlib.suppress(OSError):
+            self.recorder.file.flush()
+        self.links.exchange(self.recorder.status)
+        kept = self.folder.checkpoints()
+        result = {**self.recorder.summary(), "stopped": self.stop, "loader": self.loader.backend,
+                  "checkpoint": self.folder.path(f"checkpoints/{kept[-1]:012d}.pt") if kept else None,
+                  "checkpoint_images": kept[-1] if kept else 0, "interventions": len(self.care.done)}  # fmt: skip
+        if not self.stop:
+            result |= measure.finish(self.config, self.folder, self.stepper.objective.backbone, self.train_set,
+                                     self.val_set, self.device)  # fmt: skip
+        return result
+
+    def close(self) -> None:
+        """End what runs beside the training."""
+        self.loader.close()
+        if self.recorder:
+            self.recorder.checkpoints.wait()
+
+    def restore(self, *, well: bool = False) -> tuple[int, list[str]]:
+        """Put everything back to the newest sound checkpoint, or to the beginning where there is none.
+
+        Returns:
+            Images seen, and sentences on damaged checkpoints that were passed over.
+
+        Raises:
+            UserError: every checkpoint is damaged.
+        """
+        seen, state, trouble = 0, None, None
+        said: list[str] = []
+        if self.rank == 0:
+            try:
+                seen, state, said = newest(self.folder, well=well)
+            except UserError as error:
+                trouble = str(error)
+        if self.world > 1:
+            told: list[Any] = [seen, trouble]
+            dist.broadcast_object_list(told)
+            seen, trouble = told
+            if self.rank and seen:
+                state = self.folder.load_checkpoint(seen)
+        if trouble:
+            raise UserError(trouble)
+        if state is None:
+            self.stepper.begin(anew=self.seen > 0)
+            self.loader.load_state({"epoch": 0, "position": 0})
+        else:
+            self.stepper.load(state)
+            self.loader.load_state(state["loader"])
+        return seen, said
+
+    def recall(self) -> None:
+        """Bring the judge of health to where training stands."""
+        self.health.recall([row for row in MetricsFile.read(self.folder, until=self.seen) if "loss" in row])
+
+    def heal(self, unwell: Unwell) -> None:
+        """Go back to the last checkpoint taken in good health, with one thing changed.
+
+        Raises:
+            FloatingPointError: everything has been tried, or `--no-heal` forbids it.
+        """
+        if self.recorder:
+            self.recorder.checkpoints.wait()
+            self.ill_rows = [*self.recorder.file.rows(), self.row]
+        back, said = self.restore(well=True)
+        chosen = self.care.treat(unwell, back, half=self.stepper.half) if self.config.heal else None
+        if chosen is None:
+            tried = f"; tried in vain: {', '.join(one.change for one in self.care.done)}" if self.care.done else ""
+            kept = f"the last good checkpoint is at {back:,} images" if back else "there is no checkpoint yet"
+            raise FloatingPointError(
+                f"{unwell.sentence}{tried}; {kept}; a lower --lr or --precision fp32 is the usual way out"
+            )
+        self.seen, self.bundle = back, chosen
+        self.recall()
+        if self.recorder:
+            self.care.write(self.folder)
+            self.recorder.checkpoints.drop_after(back)
+            self.recorder.rewind(back)
+            self.recorder.say(*said, chosen.line())
+
+    def keep_bundle(self) -> None:
+        """Keep what reproduces the illness that is being treated: `python -m pipeline.replay` does."""
+        chosen, self.bundle = self.bundle, None
+        if self.recorder is None or chosen is None:
+            return
+        state = self.snapshot() | {
+            "bundle": {
+                **dataclasses.asdict(chosen),
+                "planned": self.planned,
+                "world": self.world,
+                "indices": self.loader.upcoming().tolist(),
+                "step_seed": step_seed(self.config.seed, self.seen, 0),
+                "rows": [row for row in self.ill_rows if "loss" in row and row["images"] > self.seen],
+                "before": [dataclasses.asdict(one) for one in self.care.done if one is not chosen],
+                "train": {key: str(value) for key, value in dataclasses.asdict(self.train_set).items()},
+            }
+        }
+        name = f"bundles/{chosen.cause}-{chosen.until:012d}-{chosen.change}.pt"
+        try:
+            self.folder.save_state(name, state)
+        except (OSError, RuntimeError) as error:
+            self.recorder.say(f"warning: no replay bundle could be written ({error})")
+            return
+        self.recorder.say(f"python -m pipeline.replay {self.folder.path(name)} reproduces it")
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that continuing exactly takes."""
+        return {**self.stepper.state(), "loader": self.loader.state(), "images_seen": self.seen,
+                "config": configuration.dump(self.config)}  # fmt: skip
+
+
+class Stepper:
+    """An objective, its optimiser, and the step that trains them; the randomness of a step is a hash of its place.
+
+    Calling it with a batch takes one step and returns loss, scalars and gradient norm, and the learning rate.
+    """
+
+    def __init__(self, config: Config, device: torch.device, rank: int = 0, world: int = 1) -> None:
+        self.config, self.device, self.rank, self.world = config, device, rank, world
+        self.objective = build(config).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.opt = optimiser.build(self.objective.parameter_groups(), config, device)
+        self.photometrics = Photometrics(self.objective.views, config.seed)
+        self.half = measure.precision(config, device) == "bf16"
+        self.model = prepare(self.objective, config, world)
+
+    def __call__(self, batch: Batch, seen: int, planned: int, care: Care) -> tuple[dict[str, Tensor], float]:
+        config, objective, progress = self.config, self.objective, seen / planned
+        half = self.half and not care.fp32(seen)
+        torch.manual_seed(step_seed(config.seed, seen, self.rank))
+        for part, sync in parts(batch, config.accumulate, self.model):
+            views = [view.to(self.device, non_blocking=True) for view in part.views]
+            views = self.photometrics(views, part.index, part.epoch)
             with sync:
-                with autocast():
-                    labels = (part.label.to(device),) if objective.labelled else ()
-                    loss, scalars = model(views, progress, *labels)
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+                    labels = (part.label.to(self.device),) if objective.labelled else ()
+                    loss, scalars = self.model(views, progress, *labels)
                 (loss / config.accumulate).backward()
         objective.after_backward(progress)
         norm = optimiser.clip(objective, config.clip or 0.0)
-        lr = optimiser.set_rates(opt, config, progress)
-        opt.step()
-        opt.zero_grad(set_to_none=True)
-        seen += step_images
-        objective.after_step(seen / planned)
+        lr = optimiser.set_rates(self.opt, config, progress, care.lr_scale(seen))
+        self.opt.step()
+        self.opt.zero_grad(set_to_none=True)
+        objective.after_step((seen + len(batch.index) * self.world) / planned)
+        return {"loss": loss, **scalars, "grad_norm": norm}, lr
 
-        row, stop = agree({"loss": loss, **scalars, "grad_norm": norm}, recorder, world)
-        refuse_nonfinite(row, seen, folder)
-        if recorder:
-            recorder.step(seen, {**row, "lr": lr}, seconds=time.perf_counter() - started, waited=waited)
-            if stop or seen >= planned or recorder.checkpoint_due():
-                recorder.checkpoint(snapshot(objective, opt, loader, config, seen))
-            if knn.due(seen) and not stop:
-                recorder.knn(knn(objective.backbone, seen), seen)
-    loader.close()
-    if recorder is None:
-        return {}
-    recorder.file.flush()
-    links.exchange(recorder.status)
-    result = {**recorder.summary(), "stopped": stop, "checkpoint": folder.path(f"checkpoints/{seen:012d}.pt"),
-              "loader": loader.backend}  # fmt: skip
-    if not stop:
-        result |= measure.finish(config, folder, objective.backbone, train, val, device)
-    return result
+    def begin(self, *, anew: bool) -> None:
+        """Start from `--init`'s weights, or those drawn from the seed, which it has until it was trained (`anew`)."""
+        if anew:
+            fresh = build(self.config).to(self.device)
+            self.objective.load_state_dict(fresh.state_dict())
+            self.opt.load_state_dict(optimiser.build(fresh.parameter_groups(), self.config, self.device).state_dict())
+        if self.config.init:
+            warm_start(self.config.init, self.objective)
+
+    def state(self) -> dict[str, Any]:
+        """The part of a checkpoint that it holds."""
+        return {"objective": self.objective.state_dict(), "optimiser": self.opt.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.objective.load_state_dict(state["objective"])
+        self.opt.load_state_dict(state["optimiser"])
 
 
 def build(config: Config) -> Objective:
@@ -141,19 +342,40 @@ def build(config: Config) -> Objective:
         raise UserError(str(error)) from error
 
 
-def prepare(objective: Objective, config: Config, device: torch.device, world: int) -> tuple[nn.Module, Any]:
-    """The callable that trains: compiled and spread over the ranks as configured, and its precision."""
+def prepare(objective: Objective, config: Config, world: int) -> nn.Module:
+    """The module that trains: compiled and spread over the ranks as configured."""
     objective.train()
     torch.set_float32_matmul_precision("high")
     if config.compile:
         for module in objective.modules():
             if isinstance(module, backbones.Backbone):
                 module.compile()
-    if world > 1:
-        synchronise(objective)
-    model = nn.parallel.DistributedDataParallel(objective) if world > 1 else objective
-    half = measure.precision(config, device) == "bf16"
-    return model, lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)
+    if world == 1:
+        return objective
+    synchronise(objective)
+    return nn.parallel.DistributedDataParallel(objective)
+
+
+class Batches:
+    """Batches without end. Where the loader fails it is begun anew at its place, a few times in a row."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader, self._batches = loader, iter(loader)
+
+    def __next__(self) -> Batch:
+        for attempt in range(RELOADS + 1):
+            try:
+                return next(self._batches)
+            except Exception as error:
+                if attempt == RELOADS:
+                    raise RuntimeError(f"the loader failed {RELOADS + 1} times in a row: {error}") from error
+                self._batches = iter(self.loader)
+        raise AssertionError
+
+
+def device_of(name: str) -> torch.device:
+    """This process's device: "cpu", or the current one of "cuda"."""
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def parts(batch: Batch, count: int, model: nn.Module) -> Iterator[tuple[Batch, Any]]:
@@ -168,53 +390,6 @@ def parts(batch: Batch, count: int, model: nn.Module) -> Iterator[tuple[Batch, A
 def step_seed(seed: int, seen: int, rank: int) -> int:
     """A seed for one step of one rank: no random state outlives a step, so none needs to be saved."""
     return (seed * 1_000_003 + seen) * 1_009 + rank
-
-
-def agree(values: dict[str, Tensor], recorder: Recorder | None, world: int) -> tuple[dict[str, float], bool]:
-    """The mean of each value over all ranks, and whether rank 0 was asked to stop: one small reduction a step."""
-    asked = float(recorder.asked_to_stop()) if recorder else 0.0
-    packed = torch.stack([v.detach().float().reshape(()) for v in values.values()])
-    packed = torch.cat([packed, packed.new_tensor([asked])])
-    if world > 1:
-        dist.all_reduce(packed)
-    *means, asked = packed.tolist()
-    return {name: value / world for name, value in zip(values, means)}, asked > 0
-
-
-def refuse_nonfinite(row: dict[str, float], seen: int, folder: RunFolder) -> None:
-    """Raise where the loss is NaN or infinite; all ranks see the same loss and stop together."""
-    if not math.isfinite(row["loss"]):
-        kept = folder.checkpoints()
-        resumable = f"the last good checkpoint is at {kept[-1]} images" if kept else "there is no checkpoint yet"
-        raise FloatingPointError(
-            f"the loss is {row['loss']} at {seen} images (gradient norm {row['grad_norm']:.3g}); {resumable}; "
-            "a lower --lr or --precision fp32 is the usual way out"
-        )
-
-
-def snapshot(
-    objective: Objective, opt: torch.optim.Optimizer, loader: Loader, config: Config, seen: int
-) -> dict[str, Any]:
-    """All that continuing exactly takes."""
-    return {
-        "objective": objective.state_dict(),
-        "optimiser": opt.state_dict(),
-        "loader": loader.state(),
-        "images_seen": seen,
-        "config": configuration.dump(config),
-    }
-
-
-def restore(folder: RunFolder, objective: Objective, opt: torch.optim.Optimizer, loader: Loader) -> int:
-    """Put everything back to the newest checkpoint, if there is one; returns the images seen."""
-    found = folder.checkpoints()
-    if not found:
-        return 0
-    saved = folder.load_checkpoint(found[-1])
-    objective.load_state_dict(saved["objective"])
-    opt.load_state_dict(saved["optimiser"])
-    loader.load_state(saved["loader"])
-    return int(saved["images_seen"])
 
 
 def warm_start(address: str, objective: Objective) -> None:

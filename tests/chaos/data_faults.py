@@ -1,26 +1,26 @@
-"""The packed images fail under a run that trains on them. Functions as of `tracking_faults`."""
+"""The packed images fail under a run that trains on them."""
 
 import os
 import time
 from pathlib import Path
-from typing import Any
 
-from tests.chaos.tracking_faults import FOREVER, Run, Server, outcome, until
+from tests.chaos.runs import Place, Row
+from tests.chaos.tracking_faults import FOREVER, Run, Server, until
 
 
-def _trained_to_its_end(folder: Path) -> tuple[Run, Path]:
+def _training(place: Place) -> tuple[Run, Path]:
     """A run that trains, with a checkpoint and without an MLflow server, and its .beton."""
-    run = Run(folder, Server(folder / "nowhere"))
-    run.server.uri = f"sqlite:///{folder / 'mlflow.db'}"
+    run = Run(place, Server(place.folder / "server"))
+    run.server.uri = run.server.store
     run.begin(*FOREVER, "--checkpoint-every", "0.02")
     until(lambda: list(run.folder.glob("checkpoints/*.pt")) and run.trained(20), "a checkpoint and 20 steps")
     (beton,) = run.cache.glob("*/train.beton")
     return run, beton
 
 
-def cut_short(folder: Path, store: Path | None = None) -> dict[str, Any]:
+def cut_short(place: Place) -> Row:
     """The packed file is truncated to half while it is trained on, then the run is continued."""
-    run, beton = _trained_to_its_end(folder)
+    run, beton = _training(place)
     try:
         os.truncate(beton, beton.stat().st_size // 2)
         begun = time.monotonic()
@@ -35,12 +35,12 @@ def cut_short(folder: Path, store: Path | None = None) -> dict[str, Any]:
         assert run.stop() == 143, run.said()
     finally:
         run.process and run.process.kill()
-    return outcome("The packed images are cut short", "truncate to half while training", done - begun, said, lost)
+    return Row("The packed images are cut short", "truncate to half while training", lost, done - begun, said)
 
 
-def removed(folder: Path, store: Path | None = None) -> dict[str, Any]:
+def removed(place: Place) -> Row:
     """The packed file is deleted while it is trained on: what is open stays readable."""
-    run, beton = _trained_to_its_end(folder)
+    run, beton = _training(place)
     try:
         beton.unlink()
         before = len(run.rows())
@@ -52,7 +52,7 @@ def removed(folder: Path, store: Path | None = None) -> dict[str, Any]:
         assert beton.exists()
     finally:
         run.process and run.process.kill()
-    return outcome("The packed images are deleted", "rm while training", None, run.said("error") or "nothing")
+    return Row("The packed images are deleted", "rm while training", 0, None, run.said("error") or "nothing")
 
 
 FAULTS = (cut_short, removed)

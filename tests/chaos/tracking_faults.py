@@ -1,14 +1,7 @@
 """MLflow goes away and comes back: a real `mlflow server` on loopback, killed and started again under real runs.
 
-Every function takes an empty folder and returns what happened:
-
-    fault        what failed
-    injected     how it was made to fail
-    lost_images  images that were trained on and have to be trained on again
-    recovered_s  seconds from the moment that the server answered again until it had everything; None: it need not
-    said         what the user read about it, verbatim
-
-It raises `AssertionError` where a value is missing in MLflow, stands there twice, or the run did not end as it should.
+Every function raises `AssertionError` where a value is missing in MLflow, stands there twice, or the run did not end as
+it should. `seconds` of a row are those from the moment that the server answered again until it had everything.
 """
 
 import json
@@ -24,26 +17,17 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-import numpy as np
-from PIL import Image
+from tests.chaos.runs import BATCH, Place, Row
 
-ROOT = Path(__file__).resolve().parents[2]
-SMALL = [
-    *("--engine", "local", "--loader", "opencv", "--image-size", "16", "--batch-size", "8", "--knn-every", "0"),
-    *("--precision", "fp32", "--backbone", "lenet5", "--objective", "mae", "--options.decoder-width", "16"),
-    *("--options.decoder-depth", "1", "--options.decoder-heads", "2"),
-]
-FOREVER = ("--epochs", "4000")  # 20,000 steps, of which MLflow is given every tenth
+FOREVER = ("--epochs", "3000")  # 20,000 steps, of which MLflow is given every tenth
 PATIENCE = 400.0  # seconds to wait for anything on a busy machine
 
 
 class Server:
     """`mlflow server` on a loopback port of its own, over a store that outlives it."""
 
-    def __init__(self, folder: Path, store: Path | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        if store is not None:  # its tables take seconds to create
-            (folder / "mlflow.db").write_bytes(store.read_bytes())
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -87,27 +71,22 @@ class Server:
 class Run:
     """`python -m pipeline.pretrain` in a process of its own, telling a server."""
 
-    def __init__(self, folder: Path, server: Server) -> None:
-        self.folder, self.server = folder / "runs" / "one", server
-        self.photos, self.cache = folder / "photos", folder / "cache"
-        self.log = folder / "said"
+    def __init__(self, place: Place, server: Server) -> None:
+        self.place, self.server = place, server
+        self.folder, self.cache = place.folder / "runs" / "one", place.folder / "cache"
+        self.log = place.folder / "said"
         self.process: subprocess.Popen[bytes] | None = None
-        generator = np.random.default_rng(0)
-        for i in range(48):
-            (self.photos / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-            pixels = generator.integers(0, 255, (20, 24, 3), np.uint8)
-            Image.fromarray(pixels).save(self.photos / "ab"[i % 2] / f"{i}.png")
 
     @property
     def environment(self) -> dict[str, str]:
-        return {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'ssl'}", "MLFLOW_TRACKING_URI": self.server.uri}
+        """For a process of its own."""
+        return {**self.place.environment(), "MLFLOW_TRACKING_URI": self.server.uri}
 
     def begin(self, *words: str, patience: float | None = None) -> None:
         """Start, or go on; `patience` takes the place of `pipeline.tracking.PATIENCE`, seconds."""
-        common = ["--data", str(self.photos), "--cache", str(self.cache), "--run", str(self.folder), *SMALL]
         start = "import sys; from pipeline import pretrain, tracking; "
         start += f"tracking.PATIENCE = {patience}; " if patience else ""
-        command = [sys.executable, "-c", start + "sys.exit(pretrain.main())", *common, *words]
+        command = [sys.executable, "-c", start + "sys.exit(pretrain.main())", *self.place.words("one", *words)]
         with open(self.log, "ab") as out:
             self.process = subprocess.Popen(command, env=self.environment, stdout=out, stderr=out, preexec_fn=_one_core)
 
@@ -159,7 +138,7 @@ class Run:
         found = client.search_runs([experiment.experiment_id])
         assert len(found) == 1, f"{len(found)} runs in place of one"
         history = client.get_metric_history(found[0].info.run_id, "loss")
-        written = [(row["images"], row["loss"]) for row in self.rows() if (row["images"] // 8) % spaced == 0]
+        written = [(row["images"], row["loss"]) for row in self.rows() if (row["images"] // BATCH) % spaced == 0]
         assert [(m.step, m.value) for m in history] == written, f"{len(history)} values in place of {len(written)}"
         assert found[0].info.status == status, f"{found[0].info.status} in place of {status}"
         assert not (self.folder / "mlflow.spool").exists() or not (self.folder / "mlflow.spool").stat().st_size
@@ -179,15 +158,10 @@ def until(true: Callable[[], object], what: str) -> float:
     return time.monotonic()
 
 
-def outcome(fault: str, injected: str, recovered: float | None, said: str, lost: int = 0) -> dict[str, Any]:
-    """What a function of this module returns."""
-    return {"fault": fault, "injected": injected, "lost_images": lost, "recovered_s": recovered, "said": said}
-
-
-def down_at_the_start(folder: Path, store: Path | None = None) -> dict[str, Any]:
+def down_at_the_start(place: Place) -> Row:
     """No server when the run begins; it comes while the run trains."""
-    server = Server(folder / "server", store)
-    run = Run(folder, server)
+    server = Server(place.folder / "server")
+    run = Run(place, server)
     try:
         run.begin(*FOREVER)
         until(lambda: run.trained(20), "20 steps without a server")
@@ -199,13 +173,13 @@ def down_at_the_start(folder: Path, store: Path | None = None) -> dict[str, Any]
         server.stop()
         run.process and run.process.kill()
     said = run.said("MLflow at")
-    return outcome("MLflow is down when a run begins", "no server; started after 20 steps", done - up, said)
+    return Row("MLflow is down when a run begins", "no server; started after 20 steps", 0, done - up, said)
 
 
-def down_in_the_middle(folder: Path, store: Path | None = None) -> dict[str, Any]:
+def down_in_the_middle(place: Place) -> Row:
     """The server is killed while the run trains, and started again."""
-    server = Server(folder / "server", store)
-    run = Run(folder, server)
+    server = Server(place.folder / "server")
+    run = Run(place, server)
     try:
         server.start()
         run.begin(*FOREVER)
@@ -222,13 +196,13 @@ def down_in_the_middle(folder: Path, store: Path | None = None) -> dict[str, Any
         server.stop()
         run.process and run.process.kill()
     injected = "SIGKILL to the server, restarted 30 steps later"
-    return outcome("MLflow goes away for a while", injected, done - up, run.said("MLflow at"))
+    return Row("MLflow goes away for a while", injected, 0, done - up, run.said("MLflow at"))
 
 
-def down_at_the_end(folder: Path, store: Path | None = None) -> dict[str, Any]:
+def down_at_the_end(place: Place) -> Row:
     """The server is killed while the run trains, and is still away when it ends; the command delivers later."""
-    server = Server(folder / "server", store)
-    run = Run(folder, server)
+    server = Server(place.folder / "server")
+    run = Run(place, server)
     try:
         server.start()
         run.begin("--epochs", "10")
@@ -246,13 +220,13 @@ def down_at_the_end(folder: Path, store: Path | None = None) -> dict[str, Any]:
         run.process and run.process.kill()
     said = run.said("MLflow at") + "\n" + delivered.stdout.strip()
     injected = "SIGKILL to the server after 10 steps; started after the run's end, then python -m pipeline.tracking"
-    return outcome("MLflow is away when a run ends", injected, done - up, said)
+    return Row("MLflow is away when a run ends", injected, 0, done - up, said)
 
 
-def never_there(folder: Path, store: Path | None = None) -> dict[str, Any]:
+def never_there(place: Place) -> Row:
     """No server from beginning to end, an evaluation included; the command delivers later."""
-    server = Server(folder / "server", store)
-    run = Run(folder, server)
+    server = Server(place.folder / "server")
+    run = Run(place, server)
     try:
         run.begin("--epochs", "4")
         assert run.end() == 0, run.said()
@@ -282,13 +256,13 @@ def never_there(folder: Path, store: Path | None = None) -> dict[str, Any]:
     run.check("FINISHED")
     said = "\n".join([run.said("MLflow at"), judged.stderr.strip(), delivered.stdout.strip()])
     injected = "no server from beginning to end; started afterwards, then python -m pipeline.tracking"
-    return outcome("MLflow is never there", injected, done - up, said)
+    return Row("MLflow is never there", injected, 0, done - up, said)
 
 
-def down_and_the_run_killed(folder: Path, store: Path | None = None) -> dict[str, Any]:
+def down_and_the_run_killed(place: Place) -> Row:
     """A run begun without a server is killed; it is continued with one."""
-    server = Server(folder / "server", store)
-    run = Run(folder, server)
+    server = Server(place.folder / "server")
+    run = Run(place, server)
     try:
         run.begin("--epochs", "20", "--checkpoint-every", "0.05")
         until(lambda: list(run.folder.glob("checkpoints/*.pt")) and run.trained(20), "a checkpoint and 20 steps")
@@ -305,13 +279,13 @@ def down_and_the_run_killed(folder: Path, store: Path | None = None) -> dict[str
         run.process and run.process.kill()
     said = run.said("MLflow at")
     injected = "no server, then SIGKILL to the run; both started again"
-    return outcome("MLflow is down and the run is killed", injected, done - up, said, lost)
+    return Row("MLflow is down and the run is killed", injected, lost, done - up, said)
 
 
-def hangs(folder: Path, store: Path | None = None) -> dict[str, Any]:
+def hangs(place: Place) -> Row:
     """The server takes connections and says nothing; then it is itself again."""
-    server = Server(folder / "server", store)
-    run = Run(folder, server)
+    server = Server(place.folder / "server")
+    run = Run(place, server)
     try:
         server.start()
         run.begin(*FOREVER)
@@ -328,13 +302,13 @@ def hangs(folder: Path, store: Path | None = None) -> dict[str, Any]:
     finally:
         server.stop()
         run.process and run.process.kill()
-    return outcome("MLflow hangs", "SIGSTOP to the server, SIGCONT later", done - up, run.said("MLflow at"))
+    return Row("MLflow hangs", "SIGSTOP to the server, SIGCONT later", 0, done - up, run.said("MLflow at"))
 
 
-def required_and_down(folder: Path, store: Path | None = None) -> dict[str, Any]:
+def required_and_down(place: Place) -> Row:
     """`--tracking required` refuses to begin without a server, and stops with a checkpoint where it stays away."""
-    server = Server(folder / "server", store)
-    run = Run(folder, server)
+    server = Server(place.folder / "server")
+    run = Run(place, server)
     try:
         run.begin(*FOREVER, "--tracking", "required")
         assert run.end() == 2, run.said()
@@ -358,7 +332,7 @@ def required_and_down(folder: Path, store: Path | None = None) -> dict[str, Any]
     stopped = run.said("MLflow at .* (takes|has been|did)|stopped with|--resume")
     said = "\n".join([refused, stopped, delivered.stdout.strip()])
     injected = "--tracking required: no server; then SIGKILL to it while training (with 3 s in place of 10 minutes)"
-    return outcome("MLflow is required and away", injected, None, said)
+    return Row("MLflow is required and away", injected, 0, None, said)
 
 
 FAULTS = (

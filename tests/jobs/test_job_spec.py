@@ -1,9 +1,11 @@
 """Job files: what they say, and that a mistake in one is named by file, line and way out."""
 
+import importlib
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import tyro
 from job_toys import ROOT, python
 
 from jobs import spec
@@ -175,3 +177,15 @@ def test_checking_imports_no_torch():
     )
     done = python("-c", program, cwd=ROOT)
     assert done.stdout.strip() == "set()", done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_what_comes_after_every_job_is_read_by_its_entry_point_as_it_is_meant(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for step in spec.load(path.stem).after:
+        _, name, *words = step.command("/runs/a", ["/runs/a", "/runs/b"])
+        options = (tyro.conf.PositionalRequiredArgs,)
+        read = tyro.cli(importlib.import_module(name).Arguments, args=words, config=options)
+        folders = {"{run}": "/runs/a", "{runs}": ("/runs/a", "/runs/b")}
+        for key, value in step.arguments.items():
+            assert getattr(read, key) == folders.get(value, value)

@@ -20,7 +20,7 @@ def resolved(*argv: str, images: int = 5000, side: int = 160, classes: int = 0) 
 
 def test_the_bare_command_is_complete():
     filled = resolved()
-    left_open = {"val_data", "limit", "knn_every", "run", "storage", "cache", "resume", "init", "config"}
+    left_open = {"val_data", "limit", "knn_every", "keep_every", "run", "storage", "cache", "resume", "init", "config"}
     open_now = {f.name for f in dataclasses.fields(filled) if getattr(filled, f.name) is None}
     assert open_now == left_open
     assert filled.backbone == "vit_s16"

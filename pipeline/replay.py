@@ -1,0 +1,116 @@
+"""`python -m pipeline.replay BUNDLE`: take again the steps in which a run fell ill, from the state before them."""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pipeline.command import guarded
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Take again the steps in which a run fell ill, from the state before them, and compare them with what was seen."""
+
+    bundle: str
+    """A file of a run's bundles/ folder."""
+    precision: Literal["auto", "bf16", "fp32"] | None = None
+    """Compute in another precision than the run did."""
+    lr: float | None = None
+    """Train with another learning rate than the run's."""
+    data: str | None = None
+    """The packed .beton, where it has moved since."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def replay(arguments: Arguments) -> bool:
+    """Print each step beside what the run recorded; returns whether all are equal.
+
+    One process computes the whole batch, so for a run of several workers equal means close: 1 % of the loss.
+
+    Raises:
+        UserError: no bundle, or its images are no longer there.
+    """
+    import torch
+
+    from pipeline import config as configuration
+    from pipeline.data.loader import make_loader
+    from pipeline.training.health import Care, Intervention
+    from pipeline.training.run_folder import RunFolder
+    from pipeline.training.worker import Stepper, device_of
+
+    parent, _, name = arguments.bundle.rpartition("/")
+    folder = RunFolder(parent or ".")
+    if not folder.exists(name):
+        raise UserError(f"{arguments.bundle}: no such file")
+    state = folder.load_state(name)
+    if "bundle" not in state:
+        raise UserError(f"{arguments.bundle}: is a checkpoint, no bundle (those are in a run's bundles/)")
+    told: dict[str, Any] = state["bundle"]
+    config = configuration.read(state["config"], arguments.bundle)
+    changes = {key: value for key in ("precision", "lr") if (value := getattr(arguments, key)) is not None}
+    config = dataclasses.replace(config, workers=1, **changes)
+    data = arguments.data or told["train"]["path"]
+    if not Path(data).exists():
+        raise UserError(f"{data}: the packed images are not there; name the .beton with --data")
+
+    stepper = Stepper(config, device_of("cuda" if torch.cuda.is_available() else "cpu"))
+    stepper.load(state)
+    care = Care([Intervention(**one) for one in told["before"]])
+    print(f"{told['sentence']}\nimages of the first step: {', '.join(map(str, told['indices']))}", flush=True)
+    recorded = {row["images"]: row for row in told["rows"]}
+    seen, equal = int(state["images_seen"]), True
+    with make_loader(data, stepper.objective.views, batch_size=int(config.batch_size or 0), seed=config.seed,
+                     backend=config.loader) as loader:  # fmt: skip
+        loader.load_state(state["loader"])
+        for batch in loader:
+            start, seen = seen, seen + len(batch.index)
+            if not care.skips(start):
+                values, _ = stepper(batch, start, told["planned"], care)
+                row = {key: value.item() for key, value in values.items()}
+                was = recorded.get(seen)
+                same = was is None or alike(row["loss"], was["loss"], 0.0 if told["world"] == 1 else 0.01)
+                equal &= same
+                print(
+                    f"{seen:>12,} images  loss {row['loss']:.6g}  gradient norm {row['grad_norm']:.4g}"
+                    + (f"  {'as' if same else 'but'} recorded: {was['loss']:.6g}" if was else ""),
+                    flush=True,
+                )
+            if seen >= told["until"]:
+                break
+    print("reproduced" if equal else "not reproduced: the losses differ", flush=True)
+    return equal
+
+
+def alike(one: float, other: float, tolerance: float) -> bool:
+    """Whether two losses are the same: both not finite, or within `tolerance` of each other, relatively."""
+    if not (math.isfinite(one) and math.isfinite(other)):
+        return not (math.isfinite(one) or math.isfinite(other))
+    return abs(one - other) <= max(tolerance, 1e-6) * max(abs(one), abs(other))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0 reproduced, 3 not reproduced, 1 failed, 2 a user's mistake, 130 Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+
+    def command() -> int:
+        import tyro
+
+        arguments = tyro.cli(
+            Annotated[Arguments, tyro.conf.arg(name="")],
+            args=argv,
+            prog="python -m pipeline.replay",
+            config=(tyro.conf.PositionalRequiredArgs,),
+        )
+        return 0 if replay(arguments) else 3
+
+    return guarded(command, debug="--debug" in argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,334 @@
+"""Faults of one process and its disk. Each function does one, asserts what must hold then, and says what it cost."""
+
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+from pipeline import pretrain, replay
+from pipeline.training import worker
+from pipeline.training.run_folder import RunFolder
+from tests.chaos.runs import BATCH, Place, Row, assert_same_run, assert_tracked, losses
+
+EPOCHS = ("--epochs", "12")
+
+
+def killed_at_random(place: Place, trials: int = 5, seed: int = 0) -> Row:
+    """SIGKILL again and again, at random moments of start, training and writing, until the run is through."""
+    whole = place.whole("whole", *EPOCHS)
+    draw, worst, seconds, kills = random.Random(seed), 0, 0.0, 0
+    for trial in range(trials):
+        name = f"killed{trial}"
+        run = place.folder / "runs" / name
+        while True:
+            process = place.start(name, *EPOCHS, "--checkpoint-every", "0.002")
+            reach = draw.randint(1, 60)  # steps of this life
+            begun = _seen(run)
+            while process.poll() is None and _seen(run) < begun + reach * BATCH:
+                time.sleep(0.002)
+            time.sleep(draw.random() * 0.05)
+            if process.poll() is None and kills < 3 * (trial + 1):
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                kills += 1
+                kept = RunFolder(str(run)).checkpoints()
+                worst = max(worst, _seen(run) - (kept[-1] if kept else 0))
+                killed = time.monotonic()
+                continue
+            assert process.wait(600) == 0, place.log(name)[-2000:]
+            seconds = max(seconds, time.monotonic() - killed)
+            break
+        assert_same_run(whole, run)
+        assert_tracked(run, place.folder / "runs" / "mlflow.db")
+        assert not list(run.glob("**/.writing-*"))
+    return Row(
+        f"killed {kills} times in {trials} runs", "SIGKILL at random moments", worst, None,
+        "nothing; the same command again: (continued at … images)",
+    )  # fmt: skip
+
+
+def killed_while_writing(place: Place) -> Row:
+    """SIGKILL in the moment that a checkpoint is half written."""
+    whole, run = place.whole("whole", *EPOCHS), place.folder / "runs" / "torn"
+    process = place.start("torn", *EPOCHS, "--checkpoint-every", "0.0001")
+    _until(lambda: list((run / "checkpoints").glob(".writing-*")) and RunFolder(str(run)).checkpoints(), process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    lost = _seen(run) - RunFolder(str(run)).checkpoints()[-1]
+    again = time.monotonic()
+    assert place.start("torn", *EPOCHS).wait(600) == 0, place.log("torn")[-2000:]
+    assert_same_run(whole, run)
+    assert not list(run.glob("**/.writing-*"))
+    return Row("killed while writing a checkpoint", "SIGKILL as the file appears", lost, time.monotonic() - again,
+               "nothing; the same command again continues")  # fmt: skip
+
+
+def bit(place: Place) -> Row:
+    """One bit of the newest checkpoint is turned."""
+    return _damaged(place, "bit")
+
+
+def torn(place: Place) -> Row:
+    """The newest checkpoint is cut short."""
+    return _damaged(place, "torn")
+
+
+def _damaged(place: Place, how: str) -> Row:
+    whole, run = place.whole("whole", *EPOCHS), place.folder / "runs" / how
+    process = place.start(how, *EPOCHS, "--checkpoint-every", "0.0005")
+    _until(lambda: len(RunFolder(str(run)).checkpoints()) >= 2, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    folder = RunFolder(str(run))
+    older, newest = folder.checkpoints()[-2:]
+    path = run / "checkpoints" / f"{newest:012d}.pt"
+    content = bytearray(path.read_bytes())
+    if how == "bit":
+        content[len(content) // 2] ^= 16
+    else:
+        del content[len(content) // 2 :]
+    path.write_bytes(content)
+    again = time.monotonic()
+    assert place.start(how, *EPOCHS).wait(600) == 0, place.log(how)[-2000:]
+    said = next(line for line in place.log(how).splitlines() if "damaged" in line)
+    assert f"checkpoint {newest}" in said
+    assert path.with_suffix(".pt.damaged").exists()
+    assert_same_run(whole, run)
+    return Row(f"newest checkpoint damaged ({how})", "one bit turned" if how == "bit" else "cut in half",
+               newest - older, time.monotonic() - again, said)  # fmt: skip
+
+
+def object_store(place: Place) -> Row:
+    """A run whose folder is on S3 is killed, its newest checkpoint damaged there, and it is continued."""
+    whole = place.whole("whole", *EPOCHS)
+    with s3() as files:
+        run = RunFolder("s3://runs/remote")
+        process = place.start("s3://runs/remote", *EPOCHS, "--checkpoint-every", "0.0005")
+        _until(lambda: len(run.checkpoints()) >= 2, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        older, newest = run.checkpoints()[-2:]
+        key = f"runs/remote/checkpoints/{newest:012d}.pt"
+        content = bytearray(files.cat_file(key))
+        content[len(content) // 2] ^= 1
+        files.pipe_file(key, bytes(content))
+        again = time.monotonic()
+        assert place.start("s3://runs/remote", *EPOCHS).wait(600) == 0, place.log("remote")[-2000:]
+        said = next(line for line in place.log("remote").splitlines() if "damaged" in line)
+        assert f"checkpoint {newest}" in said
+        assert_same_run(whole, run)
+        assert run.exists("summary.json")
+        return Row("killed, and a checkpoint on S3 damaged", "SIGKILL, one bit of the object turned", newest - older,
+                   time.monotonic() - again, said)  # fmt: skip
+
+
+def full_disk(place: Place) -> Row:
+    """The disk of the run folder fills up while it trains; later there is room again. Needs root, for a small tmpfs."""
+    disk = place.folder / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)], check=True)
+    try:
+        run = disk / "run"
+        long = ("--epochs", "100000", "--checkpoint-every", "0.002", "--run", str(run))
+        process = place.start("full", *long)
+        folder = RunFolder(str(run))
+        _until(lambda: len(folder.checkpoints()) >= 2, process)
+        with open(disk / "ballast", "wb") as file:
+            try:
+                while True:
+                    file.write(b"x" * 4096)
+                    file.flush()
+            except OSError:
+                pass
+        _until(lambda: "no checkpoint could be written" in place.log("full"), process)
+        reached = folder.checkpoints()[-1]
+        said = next(line for line in place.log("full").splitlines() if "no checkpoint could be written" in line)
+        assert "training goes on" in said
+        assert folder.load_checkpoint(reached)["images_seen"] == reached
+        (disk / "ballast").unlink()
+        _until(lambda: folder.checkpoints()[-1] > reached, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 143, place.log("full")[-2000:]
+        seen = [n for n, _ in losses(run)]
+        assert seen == list(range(BATCH, seen[-1] + 1, BATCH))
+        assert folder.checkpoints()[-1] == seen[-1]
+        return Row("disk full", "a tmpfs filled to the last byte, then emptied", 0, None, said)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def not_a_number(place: Place) -> Row:
+    """One batch gives a loss that is NaN: it is left out, the rest of the run is as it was until there."""
+    whole, run = place.whole("whole", *EPOCHS), place.folder / "runs" / "nan"
+    with poisoned(lambda progress: abs(progress - 0.5) < 1e-9):
+        assert pretrain.main(place.words("nan", *EPOCHS)) == 0
+        before, after = dict(losses(whole)), losses(run)
+        ill = next(n for n, loss in after if loss is None)
+        assert [n for n, _ in after] == list(before)
+        assert all(loss == before[n] for n, loss in after if n < ill)
+        bundle = next((run / "bundles").glob("nonfinite-*-skip.pt"))
+        assert replay.main([str(bundle)]) == 0  # the same poison, the same NaN
+    assert replay.main([str(bundle)]) == 3  # without it the batch is well
+    return Row("a loss that is NaN", "one batch's loss multiplied by NaN", ill - BATCH, None, _intervened(run))
+
+
+def never_a_number(place: Place) -> Row:
+    """A learning rate at which no step can succeed: everything is tried, then the run stops, with all kept."""
+    words = place.words("diverged", *EPOCHS, "--optimiser", "sgd", "--lr", "1e30", "--clip", "0", "--warmup", "0")
+    assert pretrain.main(words) == 1
+    run = RunFolder(str(place.folder / "runs" / "diverged"))
+    said = _intervened(Path(run.address))
+    assert run.exists("interventions.json")
+    assert run.exists("config.yaml")
+    return Row("a loss that stays NaN", "--lr 1e30", 0, None, f"{said} … then: failed, exit 1")
+
+
+def loss_spike(place: Place) -> Row:
+    """One step throws the weights far away: the loss leaps, the run goes back and leaves that batch out."""
+    run = place.folder / "runs" / "spike"
+    mae = (
+        "--backbone",
+        "lenet5",
+        "--objective",
+        "mae",
+        "--options.decoder-width",
+        "16",
+        "--options.decoder-depth",
+        "1",
+    )
+    words = place.words("spike", "--optimiser", "sgd", "--lr", "0.01", "--clip", "0", "--epochs", "24",
+                        kind=(*mae, "--options.decoder-width", "16", "--options.decoder-heads", "2"))  # fmt: skip
+    with thrown(lambda progress: abs(progress - 0.6) < 1e-9):
+        assert pretrain.main(words) == 0
+    rows = losses(run)
+    left_out = [n for n, loss in rows if loss is None]
+    assert left_out
+    assert [n for n, _ in rows] == list(range(BATCH, rows[-1][0] + 1, BATCH))
+    kept = [loss for _, loss in rows if loss is not None]
+    assert max(kept[-20:]) < 2 * min(kept)
+    return Row("a leap of the loss", "one step's gradient times 1e4", left_out[-1], None, _intervened(run))
+
+
+def loader_dies(place: Place, times: int = 2) -> Row:
+    """The loader's thread fails, twice in a row: it is begun anew at its place, and no loss is another."""
+    from pipeline.data.opencv_loader import OpenCVCutter
+
+    whole, run = place.whole("whole", *EPOCHS), place.folder / "runs" / "loader"
+    cut, calls = OpenCVCutter.cut, iter(range(10_000))
+
+    def fails(self, indices, epoch):
+        if 20 <= next(calls) < 20 + times:
+            raise OSError(5, "Input/output error")
+        return cut(self, indices, epoch)
+
+    with mock.patch.object(OpenCVCutter, "cut", fails):
+        assert pretrain.main(place.words("loader", *EPOCHS)) == 0
+    assert_same_run(whole, run)
+    return Row("a loader that fails", f"an I/O error, {times} times in a row", 0, None, "nothing")
+
+
+FAULTS = (
+    killed_at_random,
+    killed_while_writing,
+    bit,
+    torn,
+    object_store,
+    full_disk,
+    not_a_number,
+    never_a_number,
+    loss_spike,
+    loader_dies,
+)
+
+
+@contextmanager
+def s3():
+    """An S3 server on this machine with an empty bucket `runs`, which this process and its children speak to."""
+    import fsspec
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    account = {
+        "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1",
+    }  # fmt: skip
+    try:
+        with mock.patch.dict("os.environ", account):
+            fsspec.filesystem("s3").clear_instance_cache()
+            files = fsspec.filesystem("s3")
+            files.mkdir("runs")
+            yield files
+            files.clear_instance_cache()
+    finally:
+        server.stop()
+
+
+@contextmanager
+def poisoned(when: Callable[[float], bool]):
+    """Objectives whose loss is NaN where `when(progress)`."""
+
+    def poison(module, arguments, output):
+        loss, scalars = output
+        return (loss * float("nan"), scalars) if when(arguments[1]) else output
+
+    with _built(lambda objective: objective.register_forward_hook(poison)):
+        yield
+
+
+@contextmanager
+def thrown(when: Callable[[float], bool]):
+    """Objectives whose gradients are ten thousand times too large where `when(progress)`."""
+
+    def throw(objective):
+        def after_backward(progress):
+            for parameter in objective.parameters():
+                if when(progress) and parameter.grad is not None:
+                    parameter.grad.mul_(1e4)
+
+        objective.after_backward = after_backward
+
+    with _built(throw):
+        yield
+
+
+@contextmanager
+def _built(change: Callable):
+    build = worker.build
+
+    def changed(config):
+        objective = build(config)
+        change(objective)
+        return objective
+
+    with mock.patch.object(worker, "build", changed):
+        yield
+
+
+def _intervened(run: Path) -> str:
+    from pipeline.training.health import Care
+
+    return Care.read(RunFolder(str(run))).done[0].line()
+
+
+def _seen(run: Path) -> int:
+    """Images seen at the last whole line of a run's metrics."""
+    try:
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+    except OSError:
+        return 0
+    whole = [line for line in lines if line.endswith("}")]
+    return int(whole[-1].split(",")[0].split(":")[1]) if whole else 0
+
+
+def _until(condition: Callable[[], object], process: subprocess.Popen, seconds: float = 180.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"it ended with {process.returncode}"
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.005)

@@ -1,0 +1,38 @@
+"""Every fault of one process and its disk; `python -m tests.chaos` does the same and prints what each cost."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+from tests.chaos import local_faults as faults
+from tests.chaos.runs import Place, Row
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Place:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return Place(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [faults.not_a_number, faults.never_a_number, faults.loss_spike, faults.loader_dies, faults.torn, faults.bit],
+)
+def test_it_is_survived(fault, place):
+    assert isinstance(fault(place), Row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [faults.killed_while_writing, faults.killed_at_random, faults.object_store])
+def test_a_kill_is_survived_to_the_last_bit(fault, place):
+    assert fault(place).lost >= 0
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_survived(place):
+    if os.geteuid() != 0:
+        pytest.skip("a small disk to fill takes root")
+    assert faults.full_disk(place).lost == 0

@@ -1,0 +1,132 @@
+"""Checkpoints written beside the training: what stays, what a fault leaves, what is found when they are read."""
+
+import threading
+import uuid
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import UserError
+from pipeline.training.checkpoints import Checkpoints, Keep, newest, read_facts
+from pipeline.training.run_folder import RunFolder
+
+
+@pytest.fixture(params=["disk", "memory"])
+def folder(request, tmp_path):
+    return RunFolder(str(tmp_path / "run") if request.param == "disk" else f"memory://{uuid.uuid4().hex}/run")
+
+
+def state(value: float) -> dict:
+    return {"objective": {"w": torch.full((1000,), value)}, "optimiser": {"state": [torch.ones(2)]}, "config": ""}
+
+
+@given(
+    steps=st.lists(st.integers(1, 40), min_size=1, max_size=30),
+    well=st.lists(st.booleans(), min_size=30, max_size=30),
+    knn=st.lists(st.none() | st.floats(0, 1), min_size=30, max_size=30),
+    last=st.integers(1, 4),
+    every=st.sampled_from([0.0, 25.0, 64.0]),
+)
+def test_the_rule_keeps_the_newest_the_best_one_of_each_interval_and_a_healthy_one(steps, well, knn, last, every):
+    keep, found, facts, lost = Keep(last, every, best=True), [], {}, set()
+    for i, step in enumerate(steps):
+        seen = (found[-1] if found else 0) + step
+        found.append(seen)
+        facts[seen] = {"well": well[i]} | ({} if knn[i] is None else {"knn_top1": knn[i]})
+        spared = keep.spared(found, facts)
+        assert set(found[-last:]) <= spared
+        lost |= set(found) - spared
+        found = [n for n in found if n in spared]
+    everything = sorted(facts)
+    healthy = [n for n in everything if facts[n]["well"]]
+    assert not healthy or healthy[-1] in found
+    measured = [facts[n]["knn_top1"] for n in everything if "knn_top1" in facts[n]]
+    if measured:
+        assert max(measured) in [facts[n].get("knn_top1") for n in found]
+    if every:
+        for multiple in range(1, int(everything[-1] / every) + 1):
+            first = next(n for n in everything if n >= multiple * every)
+            assert first in found
+    assert lost.isdisjoint(found)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_what_is_written_is_what_was(folder, monkeypatch):
+    checkpoints, may_write = Checkpoints(folder, Keep(last=1)), threading.Event()
+    slow = RunFolder.save_checkpoint
+    monkeypatch.setattr(RunFolder, "save_checkpoint", lambda *a: may_write.wait(10) and slow(*a))
+    trained = state(1.0)
+    checkpoints.save(64, trained, well=True)
+    assert folder.checkpoints() == []
+    trained["objective"]["w"].fill_(2.0)
+    may_write.set()
+    checkpoints.save(128, trained, well=False, knn_top1=0.5)
+    checkpoints.wait()
+    assert folder.checkpoints() == [64, 128]  # the newest, and the newest healthy one
+    assert folder.load_checkpoint(64)["objective"]["w"][0] == 1.0
+    assert folder.load_checkpoint(128)["objective"]["w"][0] == 2.0
+    assert read_facts(folder) == {64: {"well": True}, 128: {"well": False, "knn_top1": 0.5}}
+
+
+def test_a_disk_that_is_full_costs_nothing_but_the_new_checkpoint(folder, monkeypatch):
+    checkpoints = Checkpoints(folder, Keep(last=3))
+    for seen in (64, 128):
+        checkpoints.save(seen, state(seen), well=True)
+    write = RunFolder.save_checkpoint
+
+    def full(self, seen, content):
+        if len(self.checkpoints()) > room:
+            raise OSError(28, "No space left on device")
+        return write(self, seen, content)
+
+    monkeypatch.setattr(RunFolder, "save_checkpoint", full)
+    room = 1  # for one beside the new one: the older makes way
+    checkpoints.save(192, state(192), well=True)
+    checkpoints.wait()
+    assert checkpoints.trouble is None
+    assert folder.checkpoints() == [128, 192]
+    room = 0
+    checkpoints.save(256, state(256), well=True)
+    checkpoints.wait()
+    assert "No space left on device" in checkpoints.trouble
+    assert "the last good one is at 192 images" in checkpoints.trouble
+    assert folder.load_checkpoint(192)["objective"]["w"][0] == 192
+    monkeypatch.undo()
+    checkpoints.save(320, state(320), well=True)
+    checkpoints.wait()
+    assert checkpoints.trouble is None
+    assert newest(folder)[0] == 320
+
+
+@pytest.mark.parametrize("fault", ["cut", "bit"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(folder, fault):
+    for seen in (64, 128):
+        folder.save_checkpoint(seen, state(seen))
+    content = bytearray(folder.read(f"checkpoints/{128:012d}.pt"))
+    if fault == "cut":
+        content = content[: len(content) // 2]
+    else:
+        content[len(content) // 2] ^= 4
+    folder.write(f"checkpoints/{128:012d}.pt", bytes(content))
+    seen, found, said = newest(folder)
+    assert (seen, found["objective"]["w"][0]) == (64, 64)
+    assert len(said) == 1
+    assert "checkpoint 128" in said[0]
+    assert "000000000128.pt.damaged" in said[0]
+    assert folder.checkpoints() == [64]
+    folder.write(f"checkpoints/{64:012d}.pt", b"PK nothing")
+    with pytest.raises(UserError, match=r"every checkpoint is damaged.*checkpoint 64"):
+        newest(folder)
+
+
+def test_the_newest_healthy_one_is_found_and_later_ones_can_be_dropped(folder):
+    checkpoints = Checkpoints(folder, Keep(last=3))
+    for seen, well in ((64, True), (128, False), (192, False)):
+        checkpoints.save(seen, state(seen), well=well)
+    checkpoints.wait()
+    assert newest(folder)[0] == 192
+    assert newest(folder, well=True)[0] == 64
+    checkpoints.drop_after(64)
+    assert folder.checkpoints() == [64]
+    assert set(read_facts(folder)) == {64}
