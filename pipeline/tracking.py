@@ -740,7 +740,8 @@ class Tracker:
             if delivered:
                 self._spool.unlink(missing_ok=True)
             if self._file is not None:
-                self._file.close()
+                with suppress(OSError):
+                    self._file.close()
                 self._file = None
         return delivered
 
@@ -836,7 +837,8 @@ class Tracker:
         if self._silent_since is None:
             self._silent_since = time.monotonic()
             limit = f"; after {PATIENCE / 60:g} minutes the run stops, with a checkpoint" if self._required else ""
-            self._say(f"MLflow at {redact(self.uri)} takes no entries ({_short(error)}): they wait{limit}.")
+            if not self._waiting or "status" not in self._waiting[-1]:  # else `finish` is about to say it
+                self._say(f"MLflow at {redact(self.uri)} takes no entries ({_short(error)}): they wait{limit}.")
         with self._changed:
             self._write_spool()
 

@@ -19,7 +19,7 @@ from urllib.request import urlopen
 
 from tests.chaos.runs import BATCH, Place, Row
 
-FOREVER = ("--epochs", "3000")  # 20,000 steps, of which MLflow is given every tenth
+FOREVER = ("--epochs", "3400")  # 20,000 steps, of which MLflow is given every tenth
 PATIENCE = 400.0  # seconds to wait for anything on a busy machine
 
 
