@@ -182,14 +182,13 @@ def tune(
     Returns:
         For every trial what was `drawn`, its `run`, and its last `value` and `rung`, or its `error`.
     """
-    import ray
     from ray import tune as ray_tune
     from ray.tune.schedulers import ASHAScheduler
 
-    from pipeline.cluster import connect
+    from pipeline.cluster import begin, connect
 
     if not connect(1):
-        ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        begin()
     kinds = {"log": ray_tune.loguniform, "even": ray_tune.uniform, "of": ray_tune.choice}
 
     def run(drawn: dict[str, Any]) -> None:

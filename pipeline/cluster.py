@@ -48,8 +48,19 @@ def connect(workers: int) -> bool:
             raise UserError(f"RAY_ADDRESS={address}: no cluster answers there ({error})") from None
         if workers == 1:
             return False
-        ray.init(include_dashboard=False, num_cpus=max(workers, os.cpu_count() or 1), **quiet)
+        begin(num_cpus=max(workers, os.cpu_count() or 1))
     return True
+
+
+def begin(**options: Any) -> None:
+    """Begin a cluster on this machine, which listens on loopback only; `options` are those of `ray.init`."""
+    import ray
+    from ray._private import ray_constants
+
+    # Ray has a switch for it, named after the systems on which it is the default; children read the variable.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=False, **options)
 
 
 def placement(workers: int) -> tuple[str, int]:

@@ -8,7 +8,10 @@ import os
 import pickle
 import re
 import socket
+import subprocess
+import sys
 import tarfile
+import tempfile
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -30,6 +33,7 @@ from pipeline.errors import UserError
 from pipeline.redaction import bare, hide, redact
 from pipeline.training.run_folder import read_checkpoint
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     *("--engine", "local", "--loader", "opencv", "--image-size", "16", "--batch-size", "8", "--knn-every", "0"),
     *("--precision", "fp32", "--backbone", "lenet5", "--objective", "mae", "--options.decoder-width", "16"),
@@ -386,3 +390,23 @@ def test_errors_of_other_libraries_are_told_without_secrets(tmp_path, capfd, mon
     assert "Traceback" in said
     assert SECRET not in said
     assert json.loads(json.dumps(redact(said))) == said
+
+
+# --- nobody else is listened to --------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+def test_a_cluster_that_we_begin_listens_on_loopback_only():
+    program = (
+        "import psutil; from pipeline.cluster import connect; connect(2)\n"
+        "for one in [psutil.Process(), *psutil.Process().children(recursive=True)]:\n"
+        "    for c in one.net_connections('inet'):\n"
+        "        if c.status == 'LISTEN': print(one.name(), c.laddr.ip)\n"
+    )
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'ssl'}", "RAY_TMPDIR": folder}
+        environment.pop("RAY_ADDRESS", None)
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    listening = [line.rsplit(" ", 1) for line in done.stdout.splitlines()]
+    assert {"gcs_server", "raylet"} <= {name for name, _ in listening}, done.stderr
+    assert {address.removeprefix("::ffff:") for _, address in listening} == {"127.0.0.1"}
