@@ -184,6 +184,8 @@ def _short(error: Exception) -> str:
         line = line.rsplit("Caused by", 1)[1].strip("( )'\"")
     if system := re.search(r"\[Errno -?\d+\] ([^\[\]'\")]+)", line):
         line = system[1]
+    elif "timed out" in line:
+        line = "no answer in time"
     return line[:200] or type(error).__name__
 
 

@@ -1,5 +1,6 @@
 """Tracking against real stores: an sqlite file, and an MLflow server on this machine that comes and goes."""
 
+import fcntl
 import json
 import logging
 import os
@@ -18,7 +19,8 @@ from urllib.request import urlopen
 import pytest
 
 from pipeline import tracking
-from pipeline.tracking import Tracker, child_run, default_uri, end_run, redact, resume_run, start_run
+from pipeline.errors import UserError
+from pipeline.tracking import Tracker, child_run, default_uri, end_run, redact, resume_run, spool_of, start_run
 
 DATASET: tracking.DatasetInput = {
     "name": "flowers", "digest": "f00d" * 16, "path": "s3://key:hunter2@bucket/flowers", "images": 1020, "classes": 17,
@@ -155,6 +157,8 @@ def test_environment_names_another_store(tmp_path: Path, monkeypatch: pytest.Mon
         "Authorization: Basic hunter2==",
         "ghp_hunter2hunter2hunter2",
         "AKIAHUNTER2HUNTER2AB".replace("hunter2", ""),
+        "s3://KEY:hunt/hunter2@bucket/x",
+        "sftp://me:hunt/hunter2@host/x",
     ],
 )
 def test_secrets_are_redacted(text: str) -> None:
@@ -164,7 +168,15 @@ def test_secrets_are_redacted(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["s3://bucket/path@v2/x.tar", "photos/me@home", "tokens=196", "vit_s16 --lr 0.001", "mask_token", "sigma=0.1"],
+    [
+        "s3://bucket/path@v2/x.tar",
+        "photos/me@home",
+        "tokens=196",
+        "vit_s16 --lr 0.001",
+        "mask_token",
+        "sigma=0.1",
+        "http://h:80/a@2x",
+    ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:
     assert redact(text) == text
@@ -252,6 +264,77 @@ def test_resumed_run_has_every_step_once(kind: str, uri: str, request: pytest.Fi
     run = tracking._client(uri).get_run(run_id)
     assert run.info.status == "KILLED"
     assert run.data.tags["resumed_at"] == "50 images"
+
+
+def test_what_is_sent_again_from_the_beginning_is_stored_once(uri: str) -> None:
+    """As a resumed run does with what it wrote down: the killed process had told a part of it, and not the rest."""
+    run_id = begin(uri)
+    killed = Tracker(uri, run_id, system_metrics=0)
+    for step in range(0, 50, 10):
+        killed.log({"loss": step / 7, "lr": 0.1}, step)
+    assert killed.flush()
+    killed._stop(True)
+    resumed = Tracker(uri, run_id, system_metrics=0)
+    for step in range(0, 100, 10):
+        resumed.log({"loss": step / 7, "lr": 0.1, "late": 1.0}, step)
+    resumed.finish("FINISHED")
+    for key in ("loss", "lr", "late"):
+        assert [step for step, _ in history(uri, run_id, key)] == list(range(0, 100, 10))
+
+
+def test_what_waits_outlives_a_kill_in_the_middle_of_a_line(uri: str, tmp_path: Path) -> None:
+    run_id, run = begin(uri), tmp_path / "runs" / "one"
+    run.mkdir()
+    spool = spool_of(str(run))
+    entries = [{"metric": "loss", "value": step / 7, "step": step, "time": 1000 + step} for step in range(3)]
+    ended = {"status": "KILLED", "time": 2000}
+    spool.write_text("".join(json.dumps(entry) + "\n" for entry in [*entries, ended]) + '{"metric": "lo')
+    tracker = Tracker(uri, run_id, run=str(run), system_metrics=0)
+    tracker.log({"loss": 3 / 7}, 3)
+    tracker.close()
+    assert history(uri, run_id) == [(step, pytest.approx(step / 7)) for step in range(4)]
+    assert tracking._client(uri).get_run(run_id).info.status == "RUNNING"  # the end was of an earlier process
+    assert not spool.exists()
+
+
+def test_a_run_at_work_delivers_by_itself(uri: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run_id, run = begin(uri), tmp_path / "runs" / "one"
+    run.mkdir()
+    (run / "mlflow_run_id").write_text(run_id)
+    entry = {"metric": "loss", "value": 1.0, "step": 1, "time": 1000}
+    spool_of(str(run)).write_text(json.dumps(entry) + "\n" + json.dumps({"status": "FAILED", "time": 2000}) + "\n")
+    with open(spool_of(str(run))) as held:
+        fcntl.flock(held, fcntl.LOCK_SH)  # as a `Tracker` does
+        assert tracking.main([str(run)]) == 2
+        assert "is at work now, and delivers by itself" in capsys.readouterr().err
+    assert tracking.main([str(run.parent)]) == 0
+    assert f"{run}: 2 of 2 entries delivered" in capsys.readouterr().out
+    assert history(uri, run_id) == [(1, 1.0)]
+    assert tracking._client(uri).get_run(run_id).info.status == "FAILED"
+    assert tracking.main([str(run)]) == 0
+    assert "nothing waits" in capsys.readouterr().out
+    assert tracking.main([str(tmp_path)]) == 2
+    assert "no run is there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_a_required_store_is_lost_after_a_while(monkeypatch: pytest.MonkeyPatch, required: bool) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(tracking, "PATIENCE", 0.5)
+    said: list[str] = []
+    tracker = Tracker("http://127.0.0.1:9", "0" * 32, system_metrics=0, required=required, say=said.append)
+    tracker.log({"loss": 1.0}, 1)
+    assert not tracker.lost
+    eventually(lambda: tracker._silent_since and time.monotonic() - tracker._silent_since > 0.6)
+    assert tracker.lost == required
+    tracker.close(0.1)
+    assert ("the run stops, with a checkpoint" in said[0]) == required
+
+
+def test_a_required_store_has_to_answer(uri: str) -> None:
+    tracking.require(uri)
+    with pytest.raises(UserError, match=r"--tracking required: MLflow at http://127\.0\.0\.1:9 does not answer"):
+        tracking.require("http://127.0.0.1:9")
 
 
 def test_run_of_another_store_is_not_resumed(uri: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -373,6 +456,23 @@ def test_server_down_at_the_start_and_a_kill(server: Server, tmp_path: Path, cap
     assert run.info.run_name == "vit_s16-dino-flowers-0712"
     assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["config.yaml"]
     assert len(client.search_runs([run.info.experiment_id])) == 1
+
+
+def test_server_killed_while_it_stores_has_everything_once(server: Server) -> None:
+    server.start()
+    run_id = begin(server.uri)
+    tracker = Tracker(server.uri, run_id, system_metrics=0, interval=0.1)
+    for step in range(20_000):
+        tracker.log({"loss": float(step)}, step)
+    eventually(lambda: len(tracker._waiting) < 19_000)  # some requests are answered, one is under way
+    server.stop()
+    assert tracker._waiting
+    tracker.flush(1.0)
+    server.start()
+    tracker.finish("FINISHED", timeout=120.0)
+    assert history(f"sqlite:///{server.folder / 'mlflow.db'}", run_id) == [
+        (step, float(step)) for step in range(20_000)
+    ]
 
 
 def test_memory_is_bounded_while_nothing_is_taken(
