@@ -183,11 +183,20 @@ class _Member(tarfile.TarInfo):
 def _whole_image(content: IO[bytes]) -> Payload:
     """The bytes of an open member, only its beginning where that is no image."""
     head = content.read(HEAD)
+    return head + content.read() if _begins_as_image(head) else head
+
+
+def _image_or_head(content: bytes) -> Payload:
+    """The bytes of a file, only its beginning where that is no image: what refuses it needs no more."""
+    return content if _begins_as_image(content[:HEAD]) else content[:HEAD]
+
+
+def _begins_as_image(head: bytes) -> bool:
     try:
         check_is_image(head)
     except Rejected:
-        return head
-    return head + content.read()
+        return False
+    return True
 
 
 def _inside(name: str) -> str:
@@ -308,7 +317,7 @@ class ParquetSource(_Files):
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes):
-            return value
+            return _image_or_head(value)
         if not value:
             return Unreadable("empty: no image in this row")
         place = posixpath.join(posixpath.dirname(bare(path)), value)

@@ -184,7 +184,7 @@ def test_an_archive_that_grows_without_end_is_refused(tmp_path):
     archive.write(info.tobuf(tarfile.GNU_FORMAT))  # nothing follows: it is refused for what it claims
     archive.close()
     begun = time.monotonic()
-    with pytest.raises(UserError, match="grows to over 107 GB"):
+    with pytest.raises(UserError, match="grows to 107 GB"):
         _ = open_source(str(archive.path)).items
     assert time.monotonic() - begun < 10
 
@@ -208,14 +208,15 @@ def test_a_plain_tar_of_a_hole_is_listed(tmp_path):
 
 def test_one_huge_value_for_all_rows_of_a_parquet_is_listed(tmp_path):
     huge = 160 * MB
-    values = pa.array([jpeg(i) for i in range(GOOD)] + [b"\xff\xd8\xff" + bytes(huge)], pa.binary())
+    values = pa.array([jpeg(i) for i in range(GOOD)] + [bytes(huge)], pa.binary())
     rows = pa.DictionaryArray.from_arrays(pa.array([0, 1, *[GOOD] * 60, 2, 3], pa.int32()), values)
     path = tmp_path / "photos.parquet"
-    pq.write_table(pa.table({"image": rows}), path, compression="zstd", dictionary_pagesize_limit=2 * huge)
+    options = {"compression": "zstd", "dictionary_pagesize_limit": 2 * huge, "store_schema": False}
+    pq.write_table(pa.table({"image": rows}), path, **options)
     assert path.stat().st_size < MB
     _, peak, said = packed(path, tmp_path)
     assert f"{GOOD} images" in said
-    assert "60 truncated" in said
+    assert "60 not an image" in said
     assert peak < 1500 * MB  # of 9,600
 
 
@@ -227,7 +228,7 @@ def test_huge_labels_of_a_parquet_are_refused(tmp_path):
     assert path.stat().st_size < 4 * MB
     _, peak, said = packed(path, tmp_path)
     assert "error:" in said
-    assert "column label holds texts of over 1000 bytes, no labels" in said
+    assert "the labels in its column label are texts of over 1000 bytes" in said
     assert peak < 600 * MB  # of 16,000
 
 
