@@ -168,9 +168,9 @@ def data_name(config: Config) -> str:
 
 def choose_engine(config: Config) -> Engine:
     """The engine that the configuration and the machine call for; begins or joins a Ray cluster where needed."""
-    if config.engine == "ray" and cluster.connect(config.workers):
-        device, threads = cluster.placement(config.workers)
-        place = f"Ray Train, {config.workers} worker{'s' * (config.workers > 1)}"
+    if config.engine == "ray" and cluster.connect(config.group[1]):
+        device, threads = cluster.placement(*config.group)
+        place = f"Ray Train, {config.workers} worker{'s' * (config.group[1] > 1)}"
         return Engine(f"{place} on {device}, {threads} cores each", device, threads, cluster.fit)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     threads = len(os.sched_getaffinity(0))
@@ -189,7 +189,7 @@ def alone(job: Job, tracking_run: tuple[str, str], display: Display, stop: Stop)
         return stop.is_set()
 
     try:
-        return work(job, Links(exchange, tracker.log, lambda packed: packed))
+        return work(job, Links(exchange, tracker.log))
     finally:
         tracker.close()
 

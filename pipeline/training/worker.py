@@ -37,7 +37,7 @@ class Job:
     Args:
         config: resolved.
         run: address of the run folder.
-        train, val: packed sets; without `val` nothing is measured.
+        train, val: packed sets, on this machine's disk; without `val` nothing is measured.
         device: "cuda" or "cpu".
         threads: CPU threads for each worker.
     """
@@ -64,16 +64,16 @@ def work(job: Job, links: Links) -> dict[str, Any]:
     if rank == 0 and not folder.exists("config.yaml"):
         raise UserError(f"{folder.address}: the nodes do not share it; give --storage an address that all can reach")
 
-    train, val = links.fetch(job.train), links.fetch(job.val) if job.val and rank == 0 else None
+    train, val = job.train, job.val
     objective = build(config).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     opt = optimiser.build(objective.parameter_groups(), config, device)
+    step_images = config.batch_of(world)
     loader = make_loader(
-        train.path, objective.views, batch_size=int(config.batch_size or 0) // world, seed=config.seed,
+        train.path, objective.views, batch_size=step_images // world, seed=config.seed,
         rank=rank, world=world, threads=job.threads, backend=config.loader,
     )  # fmt: skip
     photometrics = Photometrics(objective.views, config.seed)
-    step_images = loader.batch_size * world
-    planned = int(config.epochs or 0) * loader.batches_per_epoch * step_images
+    planned = config.planned(loader.images)
     seen = restore(folder, objective, opt, loader)
     if config.init and not seen:
         warm_start(config.init, objective)
@@ -104,7 +104,7 @@ def work(job: Job, links: Links) -> dict[str, Any]:
         lr = optimiser.set_rates(opt, config, progress)
         opt.step()
         opt.zero_grad(set_to_none=True)
-        seen += step_images
+        seen = min(seen + step_images, planned)  # other workers may have left a last step that is no whole one
         objective.after_step(seen / planned)
 
         row, stop = agree({"loss": loss, **scalars, "grad_norm": norm}, recorder, world)
