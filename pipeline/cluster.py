@@ -51,8 +51,11 @@ def connect(workers: int) -> bool:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
+    import ray._private.worker
     from ray._private.services import find_bootstrap_address
 
+    # Of a raylet that dies Ray prints its last 20 lines, whatever `log_to_driver` says; the hub says what is lost.
+    ray._private.worker.print_to_stdstream = lambda *words, **options: None
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     named = os.environ.get("RAY_ADDRESS")
     if address := named or find_bootstrap_address(None):
@@ -179,7 +182,7 @@ def fit(job: Any, tracking: tuple[str, str] | None, display: Display, stop: thre
         try:
             if stop.is_set():
                 hub.stop.remote()
-            status, messages, alone = ray.get(hub.news.remote(), timeout=LOST)
+            status, messages, alone, starts = ray.get(hub.news.remote(), timeout=LOST)
             head.check()
         except (ray.exceptions.RayError, ConnectionError) as error:
             raise RuntimeError(f"the Ray cluster is gone ({_first_line(error)}); {_continues(job)}") from error
@@ -191,9 +194,9 @@ def fit(job: Any, tracking: tuple[str, str] | None, display: Display, stop: thre
             told = False
         elif stop.is_set():
             return {"stopped": True, "images_seen": (RunFolder(job.run).checkpoints() or [0])[-1]}
-        elif not told and (sentence := _waits(fewest, job.threads, cuda=cuda)):
+        elif not told and (starts > 1 or room(job.threads, cuda=cuda) < fewest):
             told = True
-            display.say(sentence)
+            display.say(_waits(fewest, job.threads, cuda=cuda))
     for message in [] if "error" in outcome else ray.get(hub.news.remote())[1]:
         display.say(message)
     if "error" in outcome:
@@ -452,17 +455,15 @@ def _read(path: str, start: int, count: int) -> bytes:
 
 
 def _waits(workers: int, threads: int, *, cuda: bool) -> str:
-    """What a run that cannot start its workers is waiting for, "" where there is room and they only take their time."""
+    """What a run that cannot start its workers is waiting for."""
     import ray
 
     free = {kind: int(ray.available_resources().get(kind, 0)) for kind in ("CPU", "GPU")}
-    if free["CPU"] >= workers * threads and (free["GPU"] >= workers or not cuda):
-        return ""
-    each, free_gpus = f"{threads} CPU core{'s' * (threads > 1)}{' and a GPU' * cuda}", free["GPU"]
-    idle = f"{free['CPU']} cores{f' and {free_gpus} GPUs' * cuda} free"
+    each = f"{threads} CPU core{'s' * (threads > 1)}{' and a GPU' * cuda}"
+    idle = " and ".join([f"{free['CPU']} cores", *([f"{free['GPU']} GPUs"] if cuda else [])])
     return (
         f"waiting for room for {workers} worker{'s' * (workers > 1)} of {each}: the machines of the cluster could hold "
-        f"{room(threads, cuda=cuda)}, and have {idle}"
+        f"{room(threads, cuda=cuda)}, and have {idle} free"
     )
 
 

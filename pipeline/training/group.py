@@ -17,7 +17,7 @@ SOURCES = tuple(str(Path(__file__).resolve().parents[2] / name) for name in ("pi
 PEER_GONE = re.compile(r"connection (closed|reset|refused)|broken pipe|socket closed|remote process exited", re.I)
 TIMED_OUT = re.compile(r"timed out waiting|timeout|hanging for", re.I)
 NODE_GONE = re.compile(r"node.{0,80}(died|dead|terminated|was marked|failed)|actor's node", re.I | re.S)
-OUT_OF_MEMORY = re.compile(r"out of memory|memory pressure|can't allocate memory|bad_alloc|OOM|MemoryError", re.I)
+OUT_OF_MEMORY = re.compile(r"OutOfMemory|MemoryError|CUDA out of memory|allocate memory|bad_alloc|low on memory", re.I)
 KILLED = re.compile(r"worker process has died|died unexpectedly|connection error code|SYSTEM_ERROR", re.I)
 
 
@@ -53,6 +53,7 @@ class Hub:
     _failures: int = 0
     _faulted: bool = False
     _alone: float = field(default_factory=time.monotonic)  # since when there has been no worker
+    _starts: int = 0  # groups begun since
     _left: bool = False
     _workers: dict[int, Worker] = field(default_factory=dict)
 
@@ -61,6 +62,7 @@ class Hub:
     def hear(self, rank: int, name: str, doing: str) -> None:
         """A sign of life of a worker: what it is called, and which of our lines it is in."""
         self._workers[rank] = Worker(name, doing, time.monotonic())
+        self._starts = 0
 
     def verdict(self) -> str:
         """Why no further group is to be tried, "" while one is."""
@@ -116,6 +118,7 @@ class Hub:
     def starting(self) -> None:
         """A new group is put together."""
         self._scatter()
+        self._starts += 1
         if self.leaving != "stop":
             self.leaving = ""
 
@@ -147,9 +150,10 @@ class Hub:
         if NODE_GONE.search(text):
             return f"{who} was lost with its machine"
         if KILLED.search(text):
-            return f"{who} was killed"
+            return f"{who} was killed, by someone or by its machine's kernel for want of memory"
         if not own:
-            return f"{who} lost another worker ({_line(text)})"
+            gone = [one.name for other, one in self._workers.items() if other not in errors]
+            return f"{gone[0] if len(gone) == 1 else 'a worker'} is gone: {who} lost its connection to it"
         return f"{who} failed: {_line(text)}"
 
     def _stuck(self, waiting: int) -> str:
@@ -169,11 +173,12 @@ class Hub:
 
     # --- the driver
 
-    def news(self) -> tuple[dict[str, Any] | None, list[str], float]:
-        """What is new since the last call, status and messages, and the seconds for which there has been no worker."""
+    def news(self) -> tuple[dict[str, Any] | None, list[str], float, int]:
+        """What is new since the last call, status and messages; the seconds for which there has been no worker, and how
+        many groups were begun in them."""
         status, self.status = self.status, None
         messages, self.messages = self.messages, []
-        return status, messages, 0.0 if self._workers else time.monotonic() - self._alone
+        return status, messages, 0.0 if self._workers else time.monotonic() - self._alone, self._starts
 
     def stop(self) -> None:
         """End the run with a checkpoint."""
