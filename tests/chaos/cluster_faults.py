@@ -132,11 +132,6 @@ class Run:
         goal = self.checkpoints()[-1] + steps * BATCH
         self.until(f"{steps} steps beyond it", lambda: (self.images() or [0])[-1] >= goal)
 
-    def stop(self) -> int:
-        """SIGTERM, and the exit status."""
-        self.process.terminate()
-        return self.process.wait(60)
-
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
@@ -251,6 +246,19 @@ def ended(run: Run, fault: str, how: str, action: Callable[[], Any], seconds: fl
         "said": "\n".join(said),
         "status": status,
     }
+
+
+def stopped(machines: Machines, run: Run) -> dict[str, Any]:
+    """What `ray job stop` does, too; `recovered_s` is the seconds until the checkpoint lies there."""
+    asked = []
+
+    def ask() -> None:
+        asked.append(time.time())
+        run.process.terminate()
+
+    found = ended(run, "the run is told to stop", "SIGTERM to the driver", ask)
+    newest = run.folder / "checkpoints" / f"{run.checkpoints()[-1]:012d}.pt"
+    return found | {"recovered_s": round(newest.stat().st_mtime - asked[0], 1)}
 
 
 def head_lost(machines: Machines, run: Run) -> dict[str, Any]:

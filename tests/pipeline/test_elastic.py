@@ -93,9 +93,7 @@ def survivor(tmp_path_factory) -> Iterator[tuple[faults.Run, dict[str, dict[str,
     folder = tmp_path_factory.mktemp("survivor")
     with faults.running(folder, 2, "--workers", "1..2", "--timeout", "0.5") as (machines, run):
         rows = {fault.__name__: fault(machines, run) for fault in faults.ONE_AFTER_THE_OTHER}
-        run.until_trained()
-        assert run.stop() == 143
-        yield run, rows
+        yield run, rows | {"stopped": faults.stopped(machines, run)}
 
 
 WORDS = {
@@ -121,6 +119,15 @@ def test_a_fault_is_named_and_got_over(survivor, fault):
         assert on[3] == "nothing is lost"
     else:
         assert on[3] == f"{row['lost_images']:,} images are trained again"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_sigterm_leaves_a_checkpoint_of_the_last_step(survivor):
+    row = survivor[1]["stopped"]
+    assert (row["status"], row["lost_images"]) == (143, 0)
+    assert f"python -m pipeline.pretrain --resume {survivor[0].folder}" in row["said"]
 
 
 @pytest.mark.ray
