@@ -185,7 +185,8 @@ def fit(job: Any, tracking: tuple[str, str] | None, display: Display, stop: thre
             status, messages, alone, starts = ray.get(hub.news.remote(), timeout=LOST)
             head.check()
         except (ray.exceptions.RayError, ConnectionError) as error:
-            raise RuntimeError(f"the Ray cluster is gone ({_first_line(error)}); {_continues(job)}") from error
+            why = str(error) if isinstance(error, ConnectionError) else "Ray no longer answers on the driver's machine"
+            raise RuntimeError(f"the Ray cluster is gone: {why}; {_continues(job)}") from error
         for message in messages:
             display.say(message)
         if status is not None:

@@ -166,9 +166,12 @@ def running(folder: Path, nodes: int, *words: str, **variables: str) -> Iterator
 
 
 def injected(run: Run, fault: str, how: str, action: Callable[[], Any], seconds: float = 900) -> dict[str, Any]:
-    """Break something once the run is well beyond a checkpoint, wait for the next group's first step: a row."""
+    """Break something once the run is well beyond a checkpoint, wait for the next group's first step: a row.
+
+    `kept_images` is the newest checkpoint at the fault.
+    """
     run.until_trained()
-    place, started = len(run.output), time.monotonic()
+    place, started, kept = len(run.output), time.monotonic(), run.checkpoints()[-1]
     action()
     run.until("a group that goes on", lambda: re.search("go(es)? on from", run.output[place:]), seconds)
     took = time.monotonic() - started
@@ -177,6 +180,7 @@ def injected(run: Run, fault: str, how: str, action: Callable[[], Any], seconds:
     return {
         "fault": fault,
         "injected": how,
+        "kept_images": kept,
         "lost_images": int(lost[1].replace(",", "")) if lost else 0,
         "recovered_s": round(took, 1),
         "said": "\n".join(said),
@@ -265,6 +269,11 @@ def head_lost(machines: Machines, run: Run) -> dict[str, Any]:
     head = machines.nodes[0]
     kill = lambda: head.kill_all_processes(check_alive=False, allow_graceful=False)  # noqa: E731
     return ended(run, "the cluster's head is restarted", "all of the head node's Ray processes killed", kill)
+
+
+def head_silent(machines: Machines, run: Run) -> dict[str, Any]:
+    kill = machines.nodes[0].kill_gcs_server
+    return ended(run, "the cluster's head dies, the machines live on", "Ray's gcs_server killed", kill)
 
 
 def data_lost(machines: Machines, run: Run) -> dict[str, Any]:
