@@ -290,10 +290,10 @@ def ray_cluster(job: Job, arguments: Arguments) -> dict[str, Any]:
         }
     }
     if trains:
-        count = job.workers or 1
+        fewest, most = job.group
         cluster["workerGroupSpecs"] = [
             {
-                "groupName": "train", "replicas": count, "minReplicas": count, "maxReplicas": count,
+                "groupName": "train", "replicas": most, "minReplicas": fewest, "maxReplicas": most,
                 "rayStartParams": {}, "template": pod("ray-worker", takes.cpus, takes.gpus, takes.memory),
             }
         ]  # fmt: skip
@@ -345,10 +345,10 @@ class _Dumper(yaml.SafeDumper):
 def slurm(job: Job, arguments: Arguments) -> str:
     """A script for sbatch. SLURM has no schedules of its own: scrontab, or cron, submits it."""
     takes = job.step.resources
-    nodes = job.workers or 1
+    fewest, most = job.group
     options = [
         f"job-name=ssl-{job.name}",
-        f"nodes={nodes}",
+        f"nodes={fewest}" if fewest == most else f"nodes={fewest}-{most}",
         "ntasks-per-node=1",
         f"cpus-per-task={math.ceil(takes.cpus) or 1}",
     ]
@@ -374,7 +374,7 @@ cd {shlex.quote(arguments.folder)}
 PORT=$(({PLAIN_PORT} + ${{SLURM_JOB_ID:-0}} % 1000))
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export RAY_USAGE_STATS_ENABLED=0
-exec srun --export=ALL .venv/bin/ray symmetric-run --address "$HEAD:$PORT" --min-nodes {nodes} -- \\
+exec srun --export=ALL .venv/bin/ray symmetric-run --address "$HEAD:$PORT" --min-nodes {fewest} -- \\
     .venv/bin/python {" ".join(words)}
 """
     )

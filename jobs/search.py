@@ -157,11 +157,7 @@ def rungs(configuration: "Config", count: int, metric: str) -> Iterator[float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     job = worker.Job(configuration, folder.address, train, val, device, torch.get_num_threads())
     for rung in range(1, count + 1):
-        links = Links(
-            exchange=partial(_reached, share=rung / count),
-            log=lambda metrics, step: None,
-            fetch=lambda packed: packed,
-        )
+        links = Links(exchange=partial(_reached, share=rung / count), log=lambda metrics, step: None)
         result = worker.work(job, links)
         yield measure(folder, configuration, train, val, metric)
         if not result["stopped"]:

@@ -11,7 +11,7 @@
       time_zone: Europe/Berlin
       overlap: skip                   while the last firing still runs: skip | wait | stop | allow
       missed: last                    after an outage of the scheduler: last | all | none
-    workers: 2                        processes that train, as `--workers`
+    workers: 2                        processes that train, as `--workers`; also 2..8
     resources: {cpus: 8, gpus: 1, memory: 32GiB}       of each worker, or of the entry point where there are none
     environment: {NCCL_DEBUG: WARN}
     secrets: [MLFLOW_TRACKING_TOKEN]  names of variables that the cluster must have; values never stand here
@@ -139,7 +139,7 @@ class Job:
     path: Path
     step: Step
     cells: tuple[Cell, ...]
-    workers: int | None
+    workers: int | str | None
     timetable: Timetable | None
     environment: Mapping[str, str]
     secrets: tuple[str, ...]
@@ -148,6 +148,11 @@ class Job:
     after: tuple[Step, ...]
     notify: Notify
     settings: tuple[str, ...] = field(default=())
+
+    @property
+    def group(self) -> tuple[int, int]:
+        """The fewest and the most workers."""
+        return config.Config(workers=self.workers or 1).group
 
     def of(self, cell: Cell) -> Step:
         """The command of one cell."""
@@ -211,7 +216,7 @@ def load(job: str | Path, settings: Sequence[str] = (), *, on_cluster: bool = Fa
         path=path,
         step=step,
         cells=read_matrix(job_file),
-        workers=number(job_file, ("workers",), least=1),
+        workers=read_workers(job_file),
         timetable=read_schedule(job_file),
         environment=read_environment(job_file),
         secrets=read_secrets(job_file),
@@ -408,12 +413,26 @@ def read_notify(file: Located) -> Notify:
     return Notify(webhook, command, tuple(on))
 
 
+def read_workers(file: Located) -> int | str | None:
+    """How many workers train, as `--workers` takes it."""
+    value = file.at(("workers",))
+    if value is None:
+        return None
+    try:
+        fewest, most = config.Config(workers=value).group
+    except UserError:
+        fewest, most = 0, 0
+    if not 1 <= fewest <= most:
+        file.fail(("workers",), f"workers {value!r}: must be a whole number, at least 1, or two as in 2..8")
+    return value if isinstance(value, int) else str(value)
+
+
 def number(file: Located, place: Place, *, least: float) -> Any:
     """A number at a place, None where nothing is; whole where it is a count of things."""
     value = file.at(place)
     if value is None:
         return None
-    whole = place[-1] in ("workers", "times")
+    whole = place[-1] == "times"
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or value < least:
         file.fail(place, f"{place[-1]} {value!r}: must be a {'whole ' if whole else ''}number, at least {least:g}")
     return value

@@ -64,8 +64,10 @@ class Config:
     seed: int = 0
     limit: int | None = None
     """Use at most this many training images."""
-    workers: int = 1
-    """Processes that train together, one to a GPU or to a share of the CPU cores."""
+    workers: int | str = 1
+    """Processes that train together, one to a GPU or a share of the cores; 2..8: as many as there are machines for."""
+    timeout: float = 10.0
+    """Minutes that a worker may keep the others waiting before training goes back to the newest checkpoint."""
     engine: Literal["ray", "local"] = "ray"
     """ray: Ray Train, on the cluster that is there or on this machine; local: this process, without Ray."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -108,10 +110,32 @@ class Config:
     options: dict[str, Any] = field(default_factory=dict)
     recipe: str | None = None
 
+    @property
+    def group(self) -> tuple[int, int]:
+        """The fewest and the most workers that may train.
+
+        Raises:
+            UserError: `workers` is neither a number nor two of them.
+        """
+        fewest, dots, most = str(self.workers).partition("..")
+        if not (fewest.isdecimal() and (most.isdecimal() or not dots)):
+            raise UserError(f"--workers {self.workers}: must be a number, or the fewest and the most, as in 2..8")
+        return int(fewest), int(most or fewest)
+
+    def batch_of(self, workers: int) -> int:
+        """Images of a step of that many workers: `batch_size`, or the next below that they can share out equally."""
+        batch = int(self.batch_size or 0)
+        return batch - batch % (workers * self.accumulate)
+
+    def planned(self, images: int) -> int:
+        """Images of the whole run over a training set of `images`, whoever trains it: whole batches of every epoch."""
+        batch = int(self.batch_size or 0)
+        return int(self.epochs or 0) * (images // batch) * batch
+
 
 # Options that say how or where to compute, not what: they may change when a run continues.
 FREE_ON_RESUME = {
-    *("workers", "engine", "compile", "loader", "knn_every", "checkpoint_every", "keep"),
+    *("workers", "timeout", "engine", "compile", "loader", "knn_every", "checkpoint_every", "keep"),
     *("keep_every", "keep_best", "heal"),
     *("tracking", "run", "storage", "cache", "resume", "config", "debug"),
 }
@@ -145,7 +169,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "python -m pipeline.pre
         (f.name, _hidden(f.type) if f.name == "recipe" else _argument(f.type), None)
         for f in dataclasses.fields(Config)
         if f.default is None
-    ]
+    ] + [("workers", Annotated[int | str, tyro.conf.arg(metavar="INT|INT..INT")], 1)]
     Arguments: Any = dataclasses.make_dataclass(
         "Arguments",
         [*open_fields, ("options", Options, field(default_factory=Options))],
@@ -181,22 +205,27 @@ def check(config: Config) -> None:
         names.resolve(config.backbone)
     except names.UnknownBackbone as error:
         raise UserError(f"--backbone {error}") from None
-    for name in ("epochs", "batch_size", "image_size", "limit", "workers", "accumulate", "keep"):
+    for name in ("epochs", "batch_size", "image_size", "limit", "accumulate", "keep"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    for name in ("lr", "checkpoint_every", "keep_every"):
+    fewest, most = config.group
+    if fewest < 1:
+        raise UserError(f"--workers {config.workers}: must be at least 1")
+    if fewest > most:
+        raise UserError(f"--workers {config.workers}: the fewest come first, as in {most}..{fewest}")
+    for name in ("lr", "checkpoint_every", "keep_every", "timeout"):
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
     if config.warmup is not None and not 0 <= config.warmup < 1:
         raise UserError(f"--warmup {config.warmup}: is a share of the run, from 0 to below 1")
-    if config.batch_size is not None and config.batch_size % (config.workers * config.accumulate):
+    if config.batch_size is not None and config.batch_size % (most * config.accumulate):
         raise UserError(
-            f"--batch-size {config.batch_size}: is global, so it must divide by --workers {config.workers} "
+            f"--batch-size {config.batch_size}: is global, so it must divide by --workers {most} "
             f"times --accumulate {config.accumulate}"
         )
-    if config.engine == "local" and config.workers > 1:
+    if config.engine == "local" and most > 1:
         raise UserError(f"--workers {config.workers}: --engine local is one process; use --engine ray")
     for name in ("data", "val_data"):
         address = getattr(config, name)
@@ -229,12 +258,12 @@ def resolve(config: Config, *, images: int, side: int, classes: int = 0) -> Conf
     scale = recipes.scale_of(config.data, images, side)
     recipe = recipes.find(config.objective, names.family(config.backbone), scale)
     batch = config.batch_size or recipe.batch_size
-    parts = config.workers * config.accumulate
+    parts = config.group[1] * config.accumulate
     batch = min(batch, images)
     batch -= batch % parts
     if batch < 1:
         raise UserError(
-            f"--data {config.data}: {images} images are too few for {config.workers} workers "
+            f"--data {config.data}: {images} images are too few for {config.group[1]} workers "
             f"times {config.accumulate} accumulated parts"
         )
     filled: dict[str, Any] = {
@@ -339,7 +368,7 @@ def differences(old: Config, new: Config) -> list[str]:
 EXAMPLES = """Examples:
   python -m pipeline.pretrain --backbone vit_s16
   python -m pipeline.pretrain --backbone resnet18 --objective mae --data photos/ --epochs 100
-  ray job submit --working-dir . -- python -m pipeline.pretrain --backbone vit_s16 --data s3://photos --workers 8
+  ray job submit --working-dir . -- python -m pipeline.pretrain --backbone vit_s16 --data s3://photos --workers 2..8
   python -m pipeline.pretrain --resume runs/vit_s16-dino-photos-0712"""
 
 

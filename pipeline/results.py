@@ -50,7 +50,7 @@ def row(run: str) -> tuple[list[str], str]:
         str(config["epochs"]),
         *(accuracy(name, summary, floors) for name in SCORES),
     ]
-    workers = f", {config['workers']} workers" if config["workers"] > 1 else ""
+    workers = f", {config['workers']} workers" if config["workers"] != 1 else ""
     return cells, f"{summary['device']}{workers}, torch {summary['versions']['torch']}"
 
 

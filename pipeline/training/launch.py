@@ -182,9 +182,9 @@ def data_name(config: Config) -> str:
 
 def choose_engine(config: Config) -> Engine:
     """The engine that the configuration and the machine call for; begins or joins a Ray cluster where needed."""
-    if config.engine == "ray" and cluster.connect(config.workers):
-        device, threads = cluster.placement(config.workers)
-        place = f"Ray Train, {config.workers} worker{'s' * (config.workers > 1)}"
+    if config.engine == "ray" and cluster.connect(config.group[1]):
+        device, threads = cluster.placement(*config.group)
+        place = f"Ray Train, {config.workers} worker{'s' * (config.group[1] > 1)}"
         return Engine(f"{place} on {device}, {threads} cores each", device, threads, cluster.fit)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     threads = len(os.sched_getaffinity(0))
@@ -203,7 +203,7 @@ def alone(job: Job, tracking_run: tuple[str, str], display: Display, stop: Stop)
         return stop.is_set() or tracker.lost
 
     try:
-        return work(job, Links(exchange, tracker.log, lambda packed: packed)) | {"unrecorded": tracker.lost}
+        return work(job, Links(exchange, tracker.log)) | {"unrecorded": tracker.lost}
     finally:
         tracker.close()
 

@@ -41,7 +41,7 @@ class Job:
     Args:
         config: resolved.
         run: address of the run folder.
-        train, val: packed sets; without `val` nothing is measured.
+        train, val: packed sets, on this machine's disk; without `val` nothing is measured.
         device: "cuda" or "cpu".
         threads: CPU threads for each worker.
     """
@@ -86,16 +86,14 @@ class Training:
             raise UserError(
                 f"{self.folder.address}: the nodes do not share it; give --storage an address that all can reach"
             )
-        self.train_set, self.val_set = links.fetch(job.train), None
-        if job.val and self.rank == 0:
-            self.val_set = links.fetch(job.val)
+        self.train_set, self.val_set = job.train, job.val
+        self.step_images = config.batch_of(self.world)
         self.stepper = Stepper(config, self.device, self.rank, self.world)
         self.loader = make_loader(
-            self.train_set.path, self.stepper.objective.views, batch_size=int(config.batch_size or 0) // self.world,
+            self.train_set.path, self.stepper.objective.views, batch_size=self.step_images // self.world,
             seed=config.seed, rank=self.rank, world=self.world, threads=job.threads, backend=config.loader,
         )  # fmt: skip
-        self.step_images = self.loader.batch_size * self.world
-        self.planned = int(config.epochs or 0) * self.loader.batches_per_epoch * self.step_images
+        self.planned = config.planned(self.loader.images)
         self.seen, self.stop = 0, False
         self.row: dict[str, float] = {}
         self.bundle: Intervention | None = None
@@ -127,7 +125,7 @@ class Training:
             started, seen = time.perf_counter(), self.seen
             batch = next(batches)
             waited = time.perf_counter() - started
-            self.seen += self.step_images
+            self.seen = min(seen + self.step_images, self.planned)  # of another group's steps a part may be left
             if not self.care.skips(seen):
                 values, lr = self.stepper(batch, seen, self.planned, self.care)
                 means, self.stop = self.agree(values)
@@ -306,7 +304,7 @@ class Stepper:
         lr = optimiser.set_rates(self.opt, config, progress, care.lr_scale(seen))
         self.opt.step()
         self.opt.zero_grad(set_to_none=True)
-        objective.after_step((seen + len(batch.index) * self.world) / planned)
+        objective.after_step(min(seen + len(batch.index) * self.world, planned) / planned)
         return {"loss": loss, **scalars, "grad_norm": norm}, lr
 
     def begin(self, *, anew: bool) -> None:

@@ -89,6 +89,7 @@ MISTAKES = [
     ("  time_zone: Europe/Berlin\n", "", 10, "a schedule needs a time_zone"),
     ("workers: 2", "worker: 2", 13, "unknown key 'worker'; did you mean workers"),
     ("workers: 2", "workers: 1.5", 13, "workers 1.5: must be a whole number"),
+    ("workers: 2", "workers: 8..2", 13, "workers '8..2': must be a whole number, at least 1, or two as in 2..8"),
     ("8GiB", "8 gigs", 14, "memory '8 gigs': must be a size such as"),
     ("NCCL_DEBUG: WARN", "API_TOKEN: a1b2c3", 15, "API_TOKEN looks like a secret; name its variable under secrets"),
     ("data: embedded\n  e", "data: s3://me:pass@bucket/photos\n  e", 3, "data looks like a secret"),

@@ -70,6 +70,27 @@ def test_two_workers_train_as_one_process_does(photos, tmp_path):
     assert "raw pixels" in both.stdout
 
 
+def test_a_cluster_that_another_run_has_begun_for_itself_is_left_alone():
+    private = (
+        "import ray; ray.init(address='local', num_cpus=1, include_dashboard=False); print('up', flush=True); input()"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'ssl'}", **ISOLATED}
+    environment.pop("RAY_ADDRESS", None)
+    other = subprocess.Popen(
+        [sys.executable, "-c", private], env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "up\n"
+        joined = subprocess.run(
+            [sys.executable, "-c", "from pipeline import cluster; print(cluster.connect(1))"],
+            env=environment, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert joined.stdout == "False\n", joined.stderr
+    finally:
+        other.communicate("\n")
+
+
 def test_one_worker_needs_no_cluster(photos, tmp_path):
     done = pretrain(photos, tmp_path / "one", "--engine", "ray")
     assert done.returncode == 0, done.stderr

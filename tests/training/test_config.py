@@ -78,6 +78,15 @@ def test_a_batch_larger_than_the_data_is_made_to_fit(tmp_path):
     assert filled.batch_size == 100
 
 
+def test_the_length_of_a_run_does_not_depend_on_who_trains_it():
+    filled = resolved("--batch-size", "32", "--workers", "2..4", "--epochs", "3", images=107)
+    assert filled.group == (2, 4)
+    assert [filled.batch_of(workers) for workers in (1, 2, 3, 4)] == [32, 32, 30, 32]
+    assert filled.planned(107) == 3 * 96
+    parts = dataclasses.replace(filled, accumulate=4)
+    assert [parts.batch_of(workers) for workers in (1, 2, 3, 4)] == [32, 32, 24, 32]
+
+
 def test_options_of_the_objective_are_set_on_the_command_line():
     filled = resolved("--options.out-dim", "77", "--options.global-scale", "0.3", "0.9")
     assert filled.options["out_dim"] == 77
@@ -95,8 +104,10 @@ def test_a_teachers_address_holds_in_any_folder(tmp_path, monkeypatch):
 def test_a_saved_configuration_comes_back(tmp_path):
     filled = resolved("--seed", "3", "--options.out-dim", "77")
     path = tmp_path / "config.yaml"
-    path.write_text(config.dump(filled))
-    assert config.load(path) == filled
+    for workers in (filled.workers, 2, "2..8"):
+        filled = dataclasses.replace(filled, workers=workers)
+        path.write_text(config.dump(filled))
+        assert config.load(path) == filled
     again = config.parse(["--config", str(path), "--lr", "0.125"])
     assert config.differences(filled, again) == [f"--lr {filled.lr} → 0.125"]
 
@@ -113,6 +124,11 @@ def test_a_saved_configuration_comes_back(tmp_path):
         (["--lr", "-1"], "above 0"),
         (["--warmup", "5"], "share of the run"),
         (["--batch-size", "9", "--workers", "2"], "must divide"),
+        (["--batch-size", "12", "--workers", "2..8"], "must divide by --workers 8"),
+        (["--workers", "0"], "at least 1"),
+        (["--workers", "8..2"], "the fewest come first, as in 2..8"),
+        (["--workers", "2..many"], "the fewest and the most, as in 2..8"),
+        (["--timeout", "0"], "above 0"),
         (["--workers", "2", "--engine", "local"], "use --engine ray"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
         (["--objective", "distillation"], "--options.teacher: left open; name a run folder"),
