@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -253,7 +253,8 @@ class BetonReader:
 
     def check_whole(self) -> None:
         """Raise `BetonError` where the file has become shorter: to read what it lost would end the process (SIGBUS)."""
-        left = self.data._mmap.size()  # type: ignore[attr-defined]
+        mapped: Any = self.data
+        left = mapped._mmap.size()
         if left < len(self.data):
             raise BetonError(
                 f"{self.path}: was cut short while it was read ({left:,} of {len(self.data):,} bytes are left); it is "

@@ -243,8 +243,11 @@ def _decode_one(task: Task, resize: int | None) -> Outcome:
 def _read(extent: Extent) -> bytes:
     """The bytes of an extent; only its beginning is read where that is no image, nothing of what is no regular file."""
     descriptor = os.open(extent.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise Rejected("unreadable: Is a directory")
         raise NotAnImage("not an image: not a regular file")
     with open(descriptor, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size if extent.size < 0 else extent.size

@@ -184,6 +184,17 @@ def test_every_cut_of_a_file_is_noticed(whole, tmp_path):
             BetonReader(cut)
 
 
+def test_a_file_that_becomes_shorter_or_goes_while_it_is_open(whole):
+    """Read where it was cut, it would end the process (SIGBUS): `tests.chaos.data_faults` does that to a run."""
+    reader, images = BetonReader(whole), list(BetonReader(whole))
+    whole.rename(whole.with_suffix(".gone"))
+    reader.check_whole()
+    assert [np.array_equal(now[0], then[0]) for now, then in zip(reader, images)] == [True] * 6
+    os.truncate(whole.with_suffix(".gone"), len(reader.data) - 1)
+    with pytest.raises(BetonError, match=r"whole\.beton: was cut short while it was read .* packed again"):
+        reader.check_whole()
+
+
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 2400), value=st.integers(0, 255))
 def test_a_changed_byte_is_a_sentence_or_harmless(whole, tmp_path, at, value):

@@ -245,7 +245,8 @@ def test_a_table_may_name_any_file_of_its_user_and_tells_nothing_of_what_is_no_i
     rejected, peak, said = packed(table, tmp_path)
     assert f"{GOOD} images" in said
     assert set(rejected) == set(others), said
-    for name in ("/dev/zero", "/dev/stdin", "../pipe", "/"):
+    assert rejected["/"] == "unreadable: Is a directory"
+    for name in ("/dev/zero", "/dev/stdin", "../pipe"):
         assert rejected[name] == "not an image: not a regular file"
     assert rejected["/etc/passwd"].startswith("not an image: ")
     assert rejected["nosuch://x/1.jpg"].startswith("unreadable: ")
