@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 RETRIES = 3  # failures in a row, none of which got beyond the checkpoint of the one before, that are tried again
 SOURCES = tuple(str(Path(__file__).resolve().parents[2] / name) for name in ("pipeline", "ssl", "backbones"))
@@ -28,6 +28,17 @@ class Worker:
     name: str
     doing: str
     at: float
+
+
+class News(NamedTuple):
+    """What the driver hears: rank 0's newest status if there is a new one, what there is to say, the seconds for which
+    there has been no worker, the groups begun in them, and why no further group is to be tried, "" while one is."""
+
+    status: dict[str, Any] | None
+    messages: list[str]
+    alone: float
+    starts: int
+    gave_up: str
 
 
 @dataclass(repr=False)
@@ -63,10 +74,6 @@ class Hub:
         """A sign of life of a worker: what it is called, and which of our lines it is in."""
         self._workers[rank] = Worker(name, doing, time.monotonic())
         self._starts = 0
-
-    def verdict(self) -> str:
-        """Why no further group is to be tried, "" while one is."""
-        return self.gave_up
 
     def give_up(self, why: str) -> None:
         """No further group is to be tried."""
@@ -173,12 +180,12 @@ class Hub:
 
     # --- the driver
 
-    def news(self) -> tuple[dict[str, Any] | None, list[str], float, int]:
-        """What is new since the last call, status and messages; the seconds for which there has been no worker, and how
-        many groups were begun in them."""
-        status, self.status = self.status, None
-        messages, self.messages = self.messages, []
-        return status, messages, 0.0 if self._workers else time.monotonic() - self._alone, self._starts
+    def news(self) -> "News":
+        """What is new since the last call."""
+        alone = 0.0 if self._workers else time.monotonic() - self._alone
+        news = News(self.status, self.messages, alone, self._starts, self.gave_up)
+        self.status, self.messages = None, []
+        return news
 
     def stop(self) -> None:
         """End the run with a checkpoint."""
