@@ -62,10 +62,10 @@ class Hub:
     _moved: float | None = None  # when that was
     _began: int = -1  # where the group before began
     _failures: int = 0
-    _faulted: bool = False
+    _over: bool = False  # this group has failed or left
+    _again: bool = False  # one before it has
     _alone: float = field(default_factory=time.monotonic)  # since when there has been no worker
     _starts: int = 0  # groups begun since
-    _left: bool = False
     _workers: dict[int, Worker] = field(default_factory=dict)
 
     # --- rank 0, and every worker
@@ -82,7 +82,7 @@ class Hub:
     def began(self, workers: int, images: int, reached: int) -> None:
         """The group has made its first step, from `images` on; `reached` is how far the metrics file had come."""
         now, reached = time.monotonic(), max(reached, self.images)
-        if self._began >= 0 or self._faulted or self._left:
+        if self._again:
             lost = max(0, reached - images)
             again = f"{lost:,} images are trained again" if lost else "nothing is lost"
             after = f" after {now - self._moved:.1f} s" if self._moved else ""
@@ -91,7 +91,7 @@ class Hub:
         if images > self._began:
             self._failures = 0
         self._began, self.images, self._moved = images, images, now
-        self.training, self._faulted, self._left = True, False, False
+        self.training, self._again = True, False
 
     def beat(self, status: dict[str, Any]) -> str:
         """Rank 0's newest status in, why to leave out."""
@@ -114,7 +114,7 @@ class Hub:
 
     def left(self) -> None:
         """The group has left its checkpoint."""
-        self._left, self.training = True, False
+        self.training, self._over, self._again = False, True, True
 
     # --- Ray's controller
 
@@ -125,17 +125,18 @@ class Hub:
     def starting(self) -> None:
         """A new group is put together."""
         self._scatter()
+        self._over = False
         self._starts += 1
         if self.leaving != "stop":
             self.leaving = ""
 
     def fault(self, errors: dict[int, str]) -> None:
         """Workers of the group failed: rank → what their error says. Ends the run where trying again is no use."""
-        if self._faulted or self._left:
+        if self._over:
             return
         cause = self.explain(errors)
         self._scatter()
-        self._faulted = True
+        self._over = self._again = True
         self._failures += 1
         if self.gave_up:
             return

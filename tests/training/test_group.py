@@ -115,6 +115,15 @@ def test_failures_in_a_row_from_one_checkpoint_end_the_run_and_progress_forgives
     assert hub.news().gave_up == (f"{KILLED}; 4 times in a row none got beyond the checkpoint at 500 images")
 
 
+def test_groups_that_fail_before_their_first_step_end_the_run_too():
+    hub = Hub(600)
+    for _ in range(group.RETRIES + 1):
+        hub.starting()
+        assert not hub.news().gave_up
+        hub.fault({0: "Traceback\nKeyError: 'x'"})
+    assert hub.news().gave_up == "worker 0 failed: KeyError: 'x'; 4 times in a row none got beyond the beginning"
+
+
 def test_what_a_thread_is_doing_is_a_line_of_ours():
     assert group.doing(threading.get_ident()).startswith("group.py:")
     done = threading.Event()
