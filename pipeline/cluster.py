@@ -187,31 +187,32 @@ def fit(job: Any, tracking: tuple[str, str] | None, display: Display, stop: thre
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    head, told = _Head(ray.get_runtime_context().gcs_address), False
-    while thread.is_alive():
+    head, told, running = _Head(ray.get_runtime_context().gcs_address), False, True
+    while running:  # and once more when it has ended, for the last news
         thread.join(BEAT)
+        running = thread.is_alive()
         try:
             if stop.is_set():
                 hub.stop.remote()
-            status, messages, alone, starts = ray.get(hub.news.remote(), timeout=LOST)
+            news = ray.get(hub.news.remote(), timeout=LOST)
             head.check()
         except (ray.exceptions.RayError, ConnectionError) as error:
             why = str(error) if isinstance(error, ConnectionError) else "Ray no longer answers on the driver's machine"
             raise RuntimeError(f"the Ray cluster is gone: {why}; {_continues(job)}") from error
-        for message in messages:
+        for message in news.messages:
             display.say(message)
-        if status is not None:
-            display.show(Status(**status))
-        if alone < PATIENCE:
+        if news.status is not None:
+            display.show(Status(**news.status))
+        if news.gave_up:
+            raise RuntimeError(f"{news.gave_up}; {_continues(job)}")
+        if news.alone < PATIENCE:
             told = False
         elif stop.is_set():
             kept = (RunFolder(job.run).checkpoints() or [0])[-1]
             return {"stopped": True, "unrecorded": False, "images_seen": kept, "checkpoint_images": kept}
-        elif not told and (starts > 1 or room(job.threads, cuda=cuda) < fewest):
+        elif not told and (news.starts > 1 or room(job.threads, cuda=cuda) < fewest):
             told = True
             display.say(_waits(fewest, job.threads, cuda=cuda))
-    for message in [] if "error" in outcome else ray.get(hub.news.remote())[1]:
-        display.say(message)
     if "error" in outcome:
         raise RuntimeError(f"{_cause(outcome['error'])}; {_continues(job)}") from outcome["error"]
     value = outcome["value"]
@@ -219,8 +220,6 @@ def fit(job: Any, tracking: tuple[str, str] | None, display: Display, stop: thre
         raise UserError(value["user_error"])
     if "nonfinite" in value:
         raise FloatingPointError(value["nonfinite"])
-    if "gave_up" in value:
-        raise RuntimeError(f"{value['gave_up']}; {_continues(job)}")
     return dict(value)
 
 
@@ -284,15 +283,13 @@ def _train(settings: dict[str, Any]) -> dict[str, Any]:
     job = Job(**{**plain, "config": Config(**plain["config"]), "train": Packed(**plain["train"]),
                  "val": Packed(**plain["val"]) if plain["val"] else None})  # fmt: skip
     rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
-    if gave_up := ray.get(hub.verdict.remote()):
-        return {"gave_up": gave_up}
     heart = Heart(hub, rank, world, RunFolder(job.run))
     driver, facts = settings["driver"], settings["facts"]
     try:
         val = fetch(job.val, driver, facts[1]) if job.val and rank == 0 else None
         job = dataclasses.replace(job, train=fetch(job.train, driver, facts[0]), val=val)
     except UserError as error:
-        ray.get(hub.give_up.remote(str(error)))  # the next group hears of it: the others of this one wait below
+        ray.get(hub.give_up.remote(str(error)))  # the driver ends the run: the other workers wait below
         raise
     ray.train.collective.barrier()  # however long a node's copy takes, no collective of torch's waits for it
     heart.watch()

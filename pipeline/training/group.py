@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 RETRIES = 3  # failures in a row, none of which got beyond the checkpoint of the one before, that are tried again
 SOURCES = tuple(str(Path(__file__).resolve().parents[2] / name) for name in ("pipeline", "ssl", "backbones"))
@@ -28,6 +28,17 @@ class Worker:
     name: str
     doing: str
     at: float
+
+
+class News(NamedTuple):
+    """What the driver hears: rank 0's newest status if there is a new one, what there is to say, the seconds for which
+    there has been no worker, the groups begun in them, and why no further group is to be tried, "" while one is."""
+
+    status: dict[str, Any] | None
+    messages: list[str]
+    alone: float
+    starts: int
+    gave_up: str
 
 
 @dataclass(repr=False)
@@ -51,10 +62,10 @@ class Hub:
     _moved: float | None = None  # when that was
     _began: int = -1  # where the group before began
     _failures: int = 0
-    _faulted: bool = False
+    _over: bool = False  # this group has failed or left
+    _again: bool = False  # one before it has
     _alone: float = field(default_factory=time.monotonic)  # since when there has been no worker
     _starts: int = 0  # groups begun since
-    _left: bool = False
     _workers: dict[int, Worker] = field(default_factory=dict)
 
     # --- rank 0, and every worker
@@ -64,10 +75,6 @@ class Hub:
         self._workers[rank] = Worker(name, doing, time.monotonic())
         self._starts = 0
 
-    def verdict(self) -> str:
-        """Why no further group is to be tried, "" while one is."""
-        return self.gave_up
-
     def give_up(self, why: str) -> None:
         """No further group is to be tried."""
         self.gave_up = self.gave_up or why
@@ -75,7 +82,7 @@ class Hub:
     def began(self, workers: int, images: int, reached: int) -> None:
         """The group has made its first step, from `images` on; `reached` is how far the metrics file had come."""
         now, reached = time.monotonic(), max(reached, self.images)
-        if self._began >= 0 or self._faulted or self._left:
+        if self._again:
             lost = max(0, reached - images)
             again = f"{lost:,} images are trained again" if lost else "nothing is lost"
             after = f" after {now - self._moved:.1f} s" if self._moved else ""
@@ -84,7 +91,7 @@ class Hub:
         if images > self._began:
             self._failures = 0
         self._began, self.images, self._moved = images, images, now
-        self.training, self._faulted, self._left = True, False, False
+        self.training, self._again = True, False
 
     def beat(self, status: dict[str, Any]) -> str:
         """Rank 0's newest status in, why to leave out."""
@@ -107,7 +114,7 @@ class Hub:
 
     def left(self) -> None:
         """The group has left its checkpoint."""
-        self._left, self.training = True, False
+        self.training, self._over, self._again = False, True, True
 
     # --- Ray's controller
 
@@ -118,17 +125,18 @@ class Hub:
     def starting(self) -> None:
         """A new group is put together."""
         self._scatter()
+        self._over = False
         self._starts += 1
         if self.leaving != "stop":
             self.leaving = ""
 
     def fault(self, errors: dict[int, str]) -> None:
         """Workers of the group failed: rank → what their error says. Ends the run where trying again is no use."""
-        if self._faulted or self._left:
+        if self._over:
             return
         cause = self.explain(errors)
         self._scatter()
-        self._faulted = True
+        self._over = self._again = True
         self._failures += 1
         if self.gave_up:
             return
@@ -173,12 +181,12 @@ class Hub:
 
     # --- the driver
 
-    def news(self) -> tuple[dict[str, Any] | None, list[str], float, int]:
-        """What is new since the last call, status and messages; the seconds for which there has been no worker, and how
-        many groups were begun in them."""
-        status, self.status = self.status, None
-        messages, self.messages = self.messages, []
-        return status, messages, 0.0 if self._workers else time.monotonic() - self._alone, self._starts
+    def news(self) -> "News":
+        """What is new since the last call."""
+        alone = 0.0 if self._workers else time.monotonic() - self._alone
+        news = News(self.status, self.messages, alone, self._starts, self.gave_up)
+        self.status, self.messages = None, []
+        return news
 
     def stop(self) -> None:
         """End the run with a checkpoint."""

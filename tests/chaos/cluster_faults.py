@@ -125,7 +125,7 @@ class Run:
             assert self.process.poll() is None, f"it ended before {what}:\n{self.output}"
             time.sleep(0.1)
 
-    def until_trained(self, steps: int = 10) -> None:
+    def until_trained(self, steps: int = 5) -> None:
         """Wait for so many steps beyond the newest checkpoint, which is a new one."""
         before = self.checkpoints()[-1:]
         self.until("a checkpoint", lambda: self.checkpoints() and self.checkpoints()[-1:] != before)

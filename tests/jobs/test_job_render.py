@@ -127,6 +127,16 @@ def ray_cron_job_schema():
     return schema_of("raycronjobs")
 
 
+def test_an_elastic_job_asks_for_as_many_machines_as_there_are(job):
+    elastic = job(JOB.replace("workers: 2", "workers: 2..4"))
+    script = rendered(elastic, "slurm")
+    assert "#SBATCH --nodes=2-4\n" in script
+    assert "--min-nodes 2 " in script
+    first = next(iter(yaml.safe_load_all(rendered(elastic, "raycronjob", volume="photos"))))
+    workers = first["spec"]["jobTemplate"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    assert (workers["minReplicas"], workers["replicas"], workers["maxReplicas"]) == (2, 4, 4)
+
+
 def test_raycronjobs_fit_kuberays_own_schema(job, ray_cron_job_schema):
     documents = list(yaml.safe_load_all(rendered(job(), "raycronjob", volume="photos")))
     assert [d["metadata"]["name"] for d in documents] == ["ssl-night-lenet5", documents[1]["metadata"]["name"]]

@@ -68,7 +68,7 @@ def test_what_is_lost_and_how_long_it_took_is_told():
     hub._moved -= 7
     hub.starting()
     hub.began(1, 800, 976)
-    assert hub.news()[1] == [
+    assert hub.news().messages == [
         f"{KILLED}; training goes back to the newest checkpoint",
         "1 worker goes on from 800 images after 7.0 s; 176 images are trained again",
     ]
@@ -87,7 +87,7 @@ def test_a_group_leaves_when_asked_and_loses_nothing():
     hub.starting()
     assert hub.beat({**STATUS, "seen": 408}) == ""
     hub.began(2, 408, 408)
-    messages = hub.news()[1]
+    messages = hub.news().messages
     assert messages[0] == "there is room for 2 workers"
     assert "2 workers go on from 408 images after " in messages[1]
     assert messages[1].endswith("; nothing is lost")
@@ -107,12 +107,21 @@ def test_failures_in_a_row_from_one_checkpoint_end_the_run_and_progress_forgives
     for checkpoint in (0, 100, 200, 300, 400, 500):  # each group gets further, however often one fails
         trained(hub, 2, checkpoint, checkpoint + 150)
         hub.fault({1: DIED})
-    assert not hub.verdict()
+    assert not hub.news().gave_up
     for _ in range(group.RETRIES):
-        assert not hub.verdict()
+        assert not hub.news().gave_up
         trained(hub, 2, 500, 550)
         hub.fault({1: DIED})
-    assert hub.verdict() == (f"{KILLED}; 4 times in a row none got beyond the checkpoint at 500 images")
+    assert hub.news().gave_up == (f"{KILLED}; 4 times in a row none got beyond the checkpoint at 500 images")
+
+
+def test_groups_that_fail_before_their_first_step_end_the_run_too():
+    hub = Hub(600)
+    for _ in range(group.RETRIES + 1):
+        hub.starting()
+        assert not hub.news().gave_up
+        hub.fault({0: "Traceback\nKeyError: 'x'"})
+    assert hub.news().gave_up == "worker 0 failed: KeyError: 'x'; 4 times in a row none got beyond the beginning"
 
 
 def test_what_a_thread_is_doing_is_a_line_of_ours():
