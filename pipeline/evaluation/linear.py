@@ -23,6 +23,7 @@ BATCH = 256
 MOMENTUM = 0.9
 LEAST_STEPS = 1_000
 LEAST_EPOCHS = 10
+MOST_EPOCHS = 200
 HELD_OUT = 0.1
 MOST_HELD_OUT = 10_000
 
@@ -83,7 +84,7 @@ def fit(
 
     Args:
         lrs: learning rates to choose from, for batches of at most 256.
-        epochs: passes over the features; by default 10, or more where those are fewer than 1,000 steps.
+        epochs: passes over the features; by default 10, or more, up to 200, where those are fewer than 1,000 steps.
 
     Raises:
         ValueError: fewer than two images, or a label outside the classes.
@@ -132,7 +133,7 @@ def descend(
     n, d, many = len(x), x.shape[1], len(lrs)
     batch = min(BATCH, n)
     per_epoch = n // batch
-    epochs = epochs or max(LEAST_EPOCHS, math.ceil(LEAST_STEPS / per_epoch))
+    epochs = epochs or min(MOST_EPOCHS, max(LEAST_EPOCHS, math.ceil(LEAST_STEPS / per_epoch)))
     steps = epochs * per_epoch
     peak = x.new_tensor(lrs).view(1, many, 1)
     theta, velocity = x.new_zeros(d + 1, many, classes), x.new_zeros(d + 1, many, classes)

@@ -123,7 +123,12 @@ class Training:
             if self.bundle and self.seen == self.bundle.begins:
                 self.keep_bundle()
             started, seen = time.perf_counter(), self.seen
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except Exception:
+                if self.recorder:  # what was learnt until here is well
+                    self.recorder.checkpoint(self.snapshot())
+                raise
             waited = time.perf_counter() - started
             self.seen = min(seen + self.step_images, self.planned)  # of another group's steps a part may be left
             if not self.care.skips(seen):
@@ -364,6 +369,8 @@ class Batches:
         for attempt in range(RELOADS + 1):
             try:
                 return next(self._batches)
+            except UserError:  # trying again would not help
+                raise
             except Exception as error:
                 if attempt == RELOADS:
                     raise RuntimeError(f"the loader failed {RELOADS + 1} times in a row: {error}") from error
