@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline.recipes.recipe import Recipe
+from pipeline.recipes.recipe import Recipe, embedded
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -95,4 +95,5 @@ RECIPES = {
         warmup=0.01,
         options=options(blur=(0.0, 0.0), hidden_dim=2048, out_dim=2048, loss_scale=0.1, bias_lr=1.0),
     ),
+    **embedded(options(jitter=(0.4, 0.4, 0.2, 0.0), hidden_dim=512, out_dim=256, bias_lr=1.0)),
 }

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline.recipes.recipe import Recipe
+from pipeline.recipes.recipe import Recipe, embedded
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -89,4 +89,5 @@ RECIPES = {
         warmup=0.1,
         options=options(blur=(0.0, 0.0), ema_start=0.99),
     ),
+    **embedded(options(jitter=(0.4, 0.4, 0.2, 0.0), hidden_dim=512, out_dim=128, ema_start=0.9)),
 }

@@ -8,7 +8,7 @@ start in the few thousand steps of a small run, so it follows faster there.
 
 from typing import Any
 
-from pipeline.recipes.recipe import Recipe
+from pipeline.recipes.recipe import Recipe, embedded
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -115,4 +115,5 @@ RECIPES = {
         clip=5.0,
         options=options(**FAST_TEACHER),
     ),
+    **embedded(options(ema_start=0.9, ema_end=0.99, ema_warmup=0.3)),
 }

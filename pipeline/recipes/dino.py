@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline.recipes.recipe import Recipe
+from pipeline.recipes.recipe import Recipe, embedded
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -149,4 +149,5 @@ RECIPES = {
         clip=3.0,
         options=options(local_views=0, out_dim=256, ema_start=0.9, head_norm="batch"),
     ),
+    **embedded(options(local_views=0, out_dim=256, ema_start=0.9, head_norm="batch"), "cnn"),
 }

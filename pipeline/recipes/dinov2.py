@@ -9,7 +9,7 @@ over few prototypes, warm the temperature up, and keep all of the published regu
 from typing import Any
 
 from pipeline.recipes import dino
-from pipeline.recipes.recipe import Recipe
+from pipeline.recipes.recipe import Recipe, embedded
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -135,4 +135,5 @@ RECIPES = {
         clip=3.0,
         options=on_cnn("thumbnails"),
     ),
+    **embedded(options(local_views=0, layer_decay=1.0, stem_lr=1.0, out_dim=256, ema_start=0.9, head_norm="batch")),
 }

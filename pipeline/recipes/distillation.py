@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline.recipes.recipe import Recipe
+from pipeline.recipes.recipe import Recipe, embedded
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -95,4 +95,5 @@ RECIPES = {
         clip=1.0,
         options=options(scale=(0.2, 1.0)),
     ),
+    **embedded(options()),
 }

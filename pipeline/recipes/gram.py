@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline.recipes.recipe import Recipe
+from pipeline.recipes.recipe import Recipe, embedded
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -108,4 +108,5 @@ RECIPES = {
         clip=3.0,
         options=options(gram_resolution=1.0),
     ),
+    **embedded(options(gram_resolution=1.0, ema=0.99), base_lr=8e-4),
 }

@@ -9,7 +9,7 @@ masks.
 from typing import Any
 
 from pipeline.recipes import dino
-from pipeline.recipes.recipe import Recipe
+from pipeline.recipes.recipe import Recipe, embedded
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -129,4 +129,5 @@ RECIPES = {
         clip=3.0,
         options=of_dino("cnn", "thumbnails"),
     ),
+    **embedded(options(local_views=0, out_dim=256, ema_start=0.9, head_norm="batch")),
 }

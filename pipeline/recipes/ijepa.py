@@ -8,7 +8,7 @@ predictor is narrower than the encoder, and the teacher is measured.
 
 from typing import Any
 
-from pipeline.recipes.recipe import Recipe
+from pipeline.recipes.recipe import Recipe, embedded
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -117,4 +117,5 @@ RECIPES = {
         clip=5.0,
         options=options(min_keep=4, predictor_width=96, predictor_depth=4, predictor_heads=6),
     ),
+    **embedded(options(min_keep=4, predictor_width=96, predictor_depth=2, predictor_heads=3, ema_start=0.9)),
 }

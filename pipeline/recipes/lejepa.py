@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline.recipes.recipe import Recipe
+from pipeline.recipes.recipe import Recipe, embedded
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -122,4 +122,5 @@ RECIPES = {
             slices=256,
         ),
     ),
+    **embedded(options(local_views=0, jitter=(0.4, 0.4, 0.2, 0.0), hidden_dim=512, out_dim=64, slices=256)),
 }

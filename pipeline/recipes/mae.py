@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline.recipes.recipe import Recipe
+from pipeline.recipes.recipe import Recipe, embedded
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -99,4 +99,5 @@ RECIPES = {
         clip=5.0,
         options=options(mask_ratio=0.6, decoder_width=256, decoder_depth=4, decoder_heads=8),
     ),
+    **embedded(options(decoder_width=128, decoder_depth=2, decoder_heads=4, normalise_targets=False)),
 }

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline.recipes.recipe import Recipe
+from pipeline.recipes.recipe import Recipe, embedded
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -96,4 +96,5 @@ RECIPES = {
         warmup=0.01,
         options=options(scale=(0.08, 1.0), out_dim=256, queue_size=32768, momentum_start=0.99, symmetric=True),
     ),
+    **embedded(options(jitter=0.25, hidden_dim=512, queue_size=512, momentum_start=0.9, momentum_end=0.99)),
 }

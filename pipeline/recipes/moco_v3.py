@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline.recipes.recipe import Recipe
+from pipeline.recipes.recipe import Recipe, embedded
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -98,4 +98,5 @@ RECIPES = {
         warmup=0.01,
         options=resnet(),
     ),
+    **embedded(options(hidden_dim=512, out_dim=128, momentum_start=0.9)),
 }

@@ -8,7 +8,7 @@ the batch, the paper's proportion: targets balanced over many more are flat by f
 
 from typing import Any
 
-from pipeline.recipes.recipe import Recipe
+from pipeline.recipes.recipe import Recipe, embedded
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -117,4 +117,5 @@ RECIPES = {
         clip=3.0,
         options=options(scale=(0.2, 1.0), focal_views=0, n_prototypes=128, ema_start=0.99, ema_end=0.99),
     ),
+    **embedded(options(focal_views=2, n_prototypes=64, hidden_dim=512, embedding_dim=64, ema_start=0.9, ema_end=0.99)),
 }

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline.recipes.recipe import Recipe
+from pipeline.recipes.recipe import Recipe, embedded
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -93,4 +93,5 @@ RECIPES = {
         warmup=0.01,
         options=options(out_dim=256, head_layers=2, head_norm="none", temperature=0.2),
     ),
+    **embedded(options(jitter=0.25, hidden_dim=512, head_layers=2, temperature=0.2)),
 }

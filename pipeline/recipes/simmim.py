@@ -7,7 +7,7 @@ the mean over cells, of whole images, both times.
 
 from typing import Any
 
-from pipeline.recipes.recipe import Recipe
+from pipeline.recipes.recipe import Recipe, embedded
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -106,4 +106,5 @@ RECIPES = {
         clip=5.0,
         options=options(mask_unit=8),
     ),
+    **embedded(options(mask_unit=16)),
 }

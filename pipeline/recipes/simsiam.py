@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline.recipes.recipe import Recipe
+from pipeline.recipes.recipe import Recipe, embedded
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -91,4 +91,5 @@ RECIPES = {
         warmup=0.1,
         options=options(scale=(0.08, 1.0)),
     ),
+    **embedded(options(jitter=(0.4, 0.4, 0.4, 0.0), hidden_dim=512, out_dim=512, predictor_dim=128)),
 }

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline.recipes.recipe import Recipe
+from pipeline.recipes.recipe import Recipe, embedded
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -103,4 +103,5 @@ RECIPES = {
         betas=(0.9, 0.95),
         options=options(scale=(0.2, 1.0), mask_ratio=0.75, decoder_width=256),
     ),
+    **embedded(options(decoder_width=128)),
 }

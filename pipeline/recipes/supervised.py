@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline.recipes.recipe import Recipe
+from pipeline.recipes.recipe import Recipe, embedded
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -91,4 +91,5 @@ RECIPES = {
         clip=1.0,
         options=options(scale=(0.4, 1.0)),
     ),
+    **embedded(options(label_smoothing=0.0, scale=(0.35, 1.0), jitter=(0.4, 0.4, 0.4, 0.0))),
 }

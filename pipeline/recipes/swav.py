@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline.recipes.recipe import Recipe
+from pipeline.recipes.recipe import Recipe, embedded
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -114,4 +114,5 @@ RECIPES = {
             global_scale=(0.08, 1.0), local_views=0, freeze_prototypes=0.002, queue_size=3840, queue_start=0.05
         ),
     ),
+    **embedded(options(local_views=0, jitter=0.25, hidden_dim=512, prototypes=64, freeze_prototypes=0.0)),
 }

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline.recipes.recipe import Recipe
+from pipeline.recipes.recipe import Recipe, embedded
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -94,4 +94,5 @@ RECIPES = {
         warmup=0.05,
         options=options(scale=(0.2, 1.0), blur=(0.0, 0.0), solarize=(0.1, 0.1), hidden_dim=2048, out_dim=2048),
     ),
+    **embedded(options(jitter=(0.4, 0.4, 0.2, 0.0), hidden_dim=512, out_dim=256)),
 }

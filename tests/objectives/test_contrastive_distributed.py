@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contrastive_checks import ToyCNN
+from objective_checks import ToyCNN
 from test_objectives_distributed import on_two_ranks
 from torch import Tensor
 

@@ -1,0 +1,29 @@
+"""Every objective learns: 64 steps from its own recipe lift k-NN on generated images above the untrained backbone's.
+
+One rule for all: k-NN on colour, what the images are labelled by, lies at least two standard errors above the floor.
+"""
+
+from pathlib import Path
+
+import pytest
+
+import objectives
+from pipeline.learns import BACKBONES, Cell, errors_above
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared, so that one run of DINO serves as teacher and as the start of Gram anchoring."""
+    return tmp_path_factory.mktemp("learns")
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("objective", objectives.NAMES)
+def test_k_nn_rises_above_its_floor(objective: str, backbone: str, storage: Path) -> None:
+    cell = Cell(objective, backbone, seed=0)
+    assert cell.train(storage, "--cache", str(storage / "cache"), "--debug") == 0
+    summary = cell.summary(storage)
+    assert summary is not None
+    assert errors_above(summary) >= 2, f"{summary['knn_top1']:.3f}, untrained {summary['untrained']['knn_top1']:.3f}"
