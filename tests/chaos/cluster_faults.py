@@ -279,3 +279,17 @@ def head_silent(machines: Machines, run: Run) -> dict[str, Any]:
 def data_lost(machines: Machines, run: Run) -> dict[str, Any]:
     (beton,) = (run.folder.parent / "cache").rglob("train.beton")
     return ended(run, "the data disk vanishes", "the .beton truncated while it is read", lambda: os.truncate(beton, 0))
+
+
+ENDS = (head_lost, head_silent, data_lost)
+"""Faults that end a run."""
+
+
+def every(folder: Path) -> Iterator[dict[str, Any]]:
+    """The row of every fault here: one run gets over the first, is stopped, and a run of its own ends of each other."""
+    with running(folder / "survivor", 2, "--workers", "1..2", "--timeout", "0.5") as (machines, run):
+        for fault in (*ONE_AFTER_THE_OTHER, stopped):
+            yield fault(machines, run)
+    for fault in ENDS:
+        with running(folder / fault.__name__, 2, "--workers", "2") as (machines, run):
+            yield fault(machines, run)
