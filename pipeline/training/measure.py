@@ -31,7 +31,7 @@ def fresh_backbone(config: Config) -> Backbone:
 class OnlineKnn:
     """k-NN accuracy while training, at every `--knn-every` epochs.
 
-    Where that is left open, ten times over the run, but no sooner than after as many images as a measurement takes:
+    Where that is left open, ten times over the run, but no sooner than after twice the images that a measurement takes:
     a forward pass of each costs an eighth of a training step with two views and a teacher.
 
     Args:
@@ -46,7 +46,7 @@ class OnlineKnn:
         if val is None or not train.classes or not val.classes:
             self.every = 0.0
         elif config.knn_every is None:
-            self.every = float(max(planned / MEASUREMENTS, self.bank + val.images))
+            self.every = float(max(planned / MEASUREMENTS, 2 * (self.bank + val.images)))
         else:
             self.every = config.knn_every * planned / epochs
         self.planned = planned
