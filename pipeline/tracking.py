@@ -182,9 +182,9 @@ def _short(error: Exception) -> str:
     line = redact(str(error)).strip().split("\n")[0]
     if "Caused by" in line:  # requests wraps the one useful clause in four others
         line = line.rsplit("Caused by", 1)[1].strip("( )'\"")
-    if system := re.search(r"\[Errno -?\d+\] ([^\[\]'\")]+)", line):
-        line = system[1]
-    elif "timed out" in line:
+        if system := re.search(r"\[Errno -?\d+\] ([^\[\]'\")]+)", line):
+            line = system[1]
+    if "timed out" in line:
         line = "no answer in time"
     return line[:200] or type(error).__name__
 

@@ -68,7 +68,15 @@ def conclude(
     }
     if summary["images_per_second"] is None and folder.exists("summary.json"):  # it had ended before: no step was left
         before = json.loads(folder.read("summary.json"))
-        kept = ("images_per_second", "data_wait", "training_seconds", "seconds", "vital_signs", "alarms")
+        kept = (
+            "images_per_second",
+            "data_wait",
+            "checkpoint_wait",
+            "training_seconds",
+            "seconds",
+            "vital_signs",
+            "alarms",
+        )
         summary |= {key: before[key] for key in kept}
     folder.write_json("summary.json", summary)
     tracker.log_artifact(folder.path("summary.json"))

@@ -17,8 +17,9 @@ from objectives.views import VitalSign
 from pipeline.training.run_folder import RunFolder
 
 PATIENCE = 20  # steps in a row outside its healthy range after which a vital sign is spoken of
-COLLAPSED = 100  # and after which the run is taken for collapsed
-WINDOW, ENOUGH = 100, 50  # steps that a loss is compared with, at most and at least
+COLLAPSED = 100  # and after which the run is taken for collapsed, if it was inside for `ENOUGH` before
+RECALLED = 1000  # steps before a checkpoint that are judged again when training goes on from it
+WINDOW, ENOUGH = 100, 50  # steps that a value is compared with, at most and at least
 SPIKE = 10.0  # robust standard deviations above their median
 SPIKE_STEPS = 5  # in a row: a single bad batch is forgotten by itself
 MOST = 10  # interventions in one run
@@ -143,14 +144,15 @@ class Health:
     collapsed: int = COLLAPSED
     outside: dict[str, int] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
+    _inside: dict[str, int] = field(default_factory=dict)
     _losses: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     _high: int = 0
 
     def recall(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Forget all, and judge again what was recorded until a checkpoint, so as to go on from it in the same mind."""
-        self.outside, self._high = {}, 0
+        self.outside, self._inside, self._high = {}, {}, 0
         self._losses.clear()
-        for row in rows[-max(WINDOW, PATIENCE, COLLAPSED) :]:
+        for row in rows[-RECALLED:]:
             with contextlib.suppress(Unwell):  # it was dealt with then
                 self.check(row, int(row["images"]))
         self.messages.clear()
@@ -202,10 +204,12 @@ class Health:
 
     def _sign(self, sign: VitalSign, value: float, seen: int) -> None:
         name = sign.name
-        steps = self.outside[name] = 0 if sign.low <= value <= sign.high else self.outside.get(name, 0) + 1
+        inside = sign.low <= value <= sign.high
+        steps = self.outside[name] = 0 if inside else self.outside.get(name, 0) + 1
+        self._inside[name] = self._inside.get(name, 0) + inside
         text = f"{name} is {value:.3g}, healthy is {sign.low:g} to {sign.high:g}: {sign.meaning}"
         if steps == PATIENCE:
             self.messages.append(f"warning: {text}")
         since = max(seen - steps * self.batch, math.ceil(self.settled))
-        if self.heal and steps and seen - since >= self.collapsed * self.batch:
+        if self.heal and steps and self._inside[name] >= ENOUGH and seen - since >= self.collapsed * self.batch:
             raise Unwell("collapse", since, seen, f"collapse at {seen:,} images: {text}")

@@ -107,7 +107,7 @@ def test_a_whole_step_equals_the_papers() -> None:
 
 def test_the_queue_waits_for_its_start_and_until_it_is_full() -> None:
     objective = small(queue_size=6, queue_start=0.5)
-    views = random_views(objective)
+    views = random_views(objective, batch=4)
     for progress, enqueued in ((0.4, 0), (0.5, 4), (0.6, 8)):
         assert not objective.queue.full
         objective(views, progress)

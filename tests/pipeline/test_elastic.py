@@ -66,6 +66,7 @@ def parts_of_a_run(rank: int, world: int, folder: Path, steps: int | None) -> No
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_groups_of_any_size_share_out_each_epoch_once(tmp_path):
     faults.photos(tmp_path / "photos", IMAGES)
     groups = ((2, 5, 8), (3, 10, 6), (1, None, 8))  # workers, steps, images of a step: 3 do not divide 8

@@ -51,18 +51,28 @@ def test_a_loss_that_leaps_and_stays_is_ill_from_the_step_before():
 
 
 def test_a_vital_sign_is_spoken_of_and_later_means_collapse_but_not_in_the_warm_up():
-    health = Health((SIGN,), 8, settled=8 * 50)
-    row = {"loss": 1.0, "grad_norm": 1.0, "spread": 0.05}
-    for step in range(1, 50 + COLLAPSED):
+    health = Health((SIGN,), 8, settled=8 * 100)
+    row = {"loss": 1.0, "grad_norm": 1.0, "spread": 0.5}
+    for step in range(1, 51):
         health.check(row, 8 * step)
-        assert health.alarms == (["spread"] if step >= PATIENCE else [])
+    row["spread"] = 0.05
+    for step in range(51, 100 + COLLAPSED):
+        health.check(row, 8 * step)
+        assert health.alarms == (["spread"] if step >= 50 + PATIENCE else [])
     with pytest.raises(Unwell) as found:
-        health.check(row, 8 * (50 + COLLAPSED))
-    assert (found.value.cause, found.value.first) == ("collapse", 8 * 50)
-    assert found.value.until == 8 * (50 + COLLAPSED)
+        health.check(row, 8 * (100 + COLLAPSED))
+    assert (found.value.cause, found.value.first) == ("collapse", 8 * 100)
+    assert found.value.until == 8 * (100 + COLLAPSED)
     assert SIGN.meaning in found.value.sentence
     assert health.messages == [f"warning: spread is 0.05, healthy is 0.1 to 1: {SIGN.meaning}"]
     assert not health.well
+
+
+def test_a_sign_that_was_never_inside_is_spoken_of_only():
+    health = Health((SIGN,), 8)
+    for step in range(1, 500):
+        health.check({"loss": 1.0, "grad_norm": 1.0, "spread": 0.05}, 8 * step)
+    assert health.alarms == ["spread"]
 
 
 def test_what_was_recorded_brings_a_judge_into_the_same_mind():
