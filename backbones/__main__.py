@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 
 def main() -> int:
+    """Run the command line; returns 0, or 2 where a name is unknown."""
     parser = argparse.ArgumentParser(
         prog="python -m backbones",
         description="List backbones: parameters, multiply-adds, stride, width, receptive field. "

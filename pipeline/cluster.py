@@ -203,6 +203,8 @@ def fit(job: Any, tracking: tuple[str, str] | None, display: Display, stop: thre
             display.say(message)
         if news.status is not None:
             display.show(Status(**news.status))
+        if news.refused:
+            raise UserError(f"{news.refused}; {_continues(job)}" if RunFolder(job.run).checkpoints() else news.refused)
         if news.gave_up:
             raise RuntimeError(f"{news.gave_up}; {_continues(job)}")
         if news.alone < PATIENCE:
@@ -216,8 +218,6 @@ def fit(job: Any, tracking: tuple[str, str] | None, display: Display, stop: thre
     if "error" in outcome:
         raise RuntimeError(f"{_cause(outcome['error'])}; {_continues(job)}") from outcome["error"]
     value = outcome["value"]
-    if "user_error" in value:
-        raise UserError(value["user_error"])
     if "nonfinite" in value:
         raise FloatingPointError(value["nonfinite"])
     return dict(value)
@@ -310,8 +310,9 @@ def _train(settings: dict[str, Any]) -> dict[str, Any]:
         )
     try:
         result = work(job, links) | {"unrecorded": tracker is not None and tracker.lost}
-    except UserError as error:  # trying again would not help
-        return {"user_error": str(error)}
+    except UserError as error:  # the others may wait for this one: the driver ends the run
+        ray.get(hub.refuse.remote(str(error)))
+        raise
     except FloatingPointError as error:
         return {"nonfinite": str(error)}
     finally:

@@ -42,7 +42,7 @@ def replay(arguments: Arguments) -> bool:
     from pipeline.data.loader import make_loader
     from pipeline.training.health import Care, Intervention
     from pipeline.training.run_folder import RunFolder
-    from pipeline.training.worker import Stepper, device_of
+    from pipeline.training.step import Stepper, device_of
 
     parent, _, name = arguments.bundle.rpartition("/")
     folder = RunFolder(parent or ".")

@@ -17,7 +17,7 @@ from pipeline.config import Config
 from pipeline.data import preparation
 from pipeline.errors import UserError
 from pipeline.evaluation import floors
-from pipeline.training import conclusion, launch, measure, worker
+from pipeline.training import conclusion, launch, measure, step
 from pipeline.training.run_folder import RunFolder, read_checkpoint
 
 
@@ -100,7 +100,7 @@ def find(run: str) -> Judged:
             raise UserError(f"{run}: holds no checkpoint (looked for {folder.path('checkpoints')}/*.pt)")
         state = folder.load_checkpoint(kept[-1])
     config = configuration.read(state["config"], run)
-    objective = worker.build(config)
+    objective = step.build(config)
     try:
         objective.load_state_dict(state["objective"])
     except RuntimeError as error:

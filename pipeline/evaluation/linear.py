@@ -120,6 +120,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def standardise(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """Features [N, D] with each column's mean [D] taken off and its deviation [D] divided out."""
     return (x.float() - mean) / deviation
 
 

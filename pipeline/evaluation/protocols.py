@@ -39,6 +39,9 @@ NEEDS = ("layers", "views", "factors", "images")
 
 
 class Measure(Protocol):
+    """From features of the training and of the validation images to numbers by name, and tensors that stand behind
+    them; None where the sets lack what is measured."""
+
     def __call__(self, train: FeatureSet, val: FeatureSet, *, seed: int) -> Mapping[str, float | Tensor] | None: ...
 
 

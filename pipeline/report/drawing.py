@@ -70,6 +70,7 @@ def short(name: str) -> str:
 
 
 def coloured(contest: Contest) -> list[tuple[Entry, str]]:
+    """Every entry with its colour, the same in all charts."""
     of = colours(contest)
     return [(one, of[one.name]) for one in contest.entries]
 

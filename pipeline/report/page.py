@@ -91,6 +91,7 @@ def render(contest: Contest, command: list[str]) -> str:
 
 
 def title(contest: Contest) -> str:
+    """The page's headline: the backbones by name where they are few, else their number, and the data."""
     names = [one.name for one in contest.entries]
     if len(names) > 3:
         return f"{len(names)} backbones on {contest.data}"

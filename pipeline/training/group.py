@@ -32,13 +32,15 @@ class Worker:
 
 class News(NamedTuple):
     """What the driver hears: rank 0's newest status if there is a new one, what there is to say, the seconds for which
-    there has been no worker, the groups begun in them, and why no further group is to be tried, "" while one is."""
+    there has been no worker, the groups begun in them, why no further group is to be tried, "" while one is, and the
+    mistake of the user's that a worker met, "" without one."""
 
     status: dict[str, Any] | None
     messages: list[str]
     alone: float
     starts: int
     gave_up: str
+    refused: str
 
 
 @dataclass(repr=False)
@@ -58,6 +60,7 @@ class Hub:
     leaving: str = ""
     training: bool = False
     gave_up: str = ""
+    refused: str = ""
     images: int = 0  # that rank 0 last spoke of
     _moved: float | None = None  # when that was
     _began: int = -1  # where the group before began
@@ -78,6 +81,10 @@ class Hub:
     def give_up(self, why: str) -> None:
         """No further group is to be tried."""
         self.gave_up = self.gave_up or why
+
+    def refuse(self, mistake: str) -> None:
+        """A worker met what the user alone can mend; whether the others meet it too, the run is over."""
+        self.refused = self.refused or mistake
 
     def began(self, workers: int, images: int, reached: int) -> None:
         """The group has made its first step, from `images` on; `reached` is how far the metrics file had come."""
@@ -138,7 +145,7 @@ class Hub:
         self._scatter()
         self._over = self._again = True
         self._failures += 1
-        if self.gave_up:
+        if self.gave_up or self.refused:
             return
         if self._failures > RETRIES:
             place = f"the checkpoint at {self._began:,} images" if self._began > 0 else "the beginning"
@@ -184,7 +191,7 @@ class Hub:
     def news(self) -> "News":
         """What is new since the last call."""
         alone = 0.0 if self._workers else time.monotonic() - self._alone
-        news = News(self.status, self.messages, alone, self._starts, self.gave_up)
+        news = News(self.status, self.messages, alone, self._starts, self.gave_up, self.refused)
         self.status, self.messages = None, []
         return news
 

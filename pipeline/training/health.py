@@ -159,8 +159,10 @@ class Health:
 
     @property
     def well(self) -> bool:
-        """Whether no vital sign is outside its range and the loss is where it was."""
-        return not self._high and not any(self.outside.values())
+        """Whether the loss is where it was, and no vital sign outside its range that was inside for `ENOUGH` steps."""
+        return not self._high and not any(
+            steps and self._inside[name] >= ENOUGH for name, steps in self.outside.items()
+        )
 
     @property
     def alarms(self) -> list[str]:

@@ -6,30 +6,25 @@ The same function runs alone (`--engine local`) and on every Ray Train worker.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-import backbones
-import objectives
-from backbones.batch_norm import synchronise
-from objectives.contract import Objective
 from pipeline import config as configuration
 from pipeline.config import Config
 from pipeline.data.loader import Batch, Loader, make_loader
 from pipeline.data.packed import Packed
-from pipeline.data.photometric import Photometrics
 from pipeline.errors import UserError
-from pipeline.training import measure, optimiser
+from pipeline.training import measure
 from pipeline.training.checkpoints import newest
 from pipeline.training.health import Care, Health, Intervention, Unwell
 from pipeline.training.links import Links
 from pipeline.training.recorder import Recorder
 from pipeline.training.run_folder import MetricsFile, RunFolder
+from pipeline.training.step import Stepper, device_of, step_seed
 
 RELOADS = 3  # times in a row that a loader which failed is begun anew
 
@@ -225,13 +220,15 @@ class Training:
     def heal(self, unwell: Unwell) -> None:
         """Go back to the last checkpoint taken in good health, with one thing changed.
 
+        For a NaN any sound checkpoint is: its loss was finite.
+
         Raises:
             FloatingPointError: everything has been tried, or `--no-heal` forbids it.
         """
         if self.recorder:
             self.recorder.checkpoints.wait()
             self.ill_rows = [*self.recorder.file.rows(), self.row]
-        back, said = self.restore(well=True)
+        back, said = self.restore(well=unwell.cause != "nonfinite")
         chosen = self.care.treat(unwell, back, half=self.stepper.half) if self.config.heal else None
         if chosen is None:
             tried = f"; tried in vain: {', '.join(one.change for one in self.care.done)}" if self.care.done else ""
@@ -278,87 +275,6 @@ class Training:
                 "config": configuration.dump(self.config)}  # fmt: skip
 
 
-class Stepper:
-    """An objective, its optimiser, and the step that trains them; the randomness of a step is a hash of its place.
-
-    Calling it with a batch takes one step and returns loss, scalars and gradient norm, and the learning rate.
-    """
-
-    def __init__(self, config: Config, device: torch.device, rank: int = 0, world: int = 1) -> None:
-        self.config, self.device, self.rank, self.world = config, device, rank, world
-        self.objective = build(config).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.opt = optimiser.build(self.objective.parameter_groups(), config, device)
-        self.photometrics = Photometrics(self.objective.views, config.seed)
-        self.half = measure.precision(config, device) == "bf16"
-        self.model = prepare(self.objective, config, world)
-
-    def __call__(self, batch: Batch, seen: int, planned: int, care: Care) -> tuple[dict[str, Tensor], float]:
-        config, objective, progress = self.config, self.objective, seen / planned
-        half = self.half and not care.fp32(seen)
-        torch.manual_seed(step_seed(config.seed, seen, self.rank))
-        for part, sync in parts(batch, config.accumulate, self.model):
-            views = [view.to(self.device, non_blocking=True) for view in part.views]
-            views = self.photometrics(views, part.index, part.epoch)
-            with sync:
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-                    labels = (part.label.to(self.device),) if objective.labelled else ()
-                    loss, scalars = self.model(views, progress, *labels)
-                (loss / config.accumulate).backward()
-        objective.after_backward(progress)
-        norm = optimiser.clip(objective, config.clip or 0.0)
-        lr = optimiser.set_rates(self.opt, config, progress, care.lr_scale(seen))
-        self.opt.step()
-        self.opt.zero_grad(set_to_none=True)
-        objective.after_step(min(seen + len(batch.index) * self.world, planned) / planned)
-        return {"loss": loss, **scalars, "grad_norm": norm}, lr
-
-    def begin(self, *, anew: bool) -> None:
-        """Start from `--init`'s weights, or those drawn from the seed, which it has until it was trained (`anew`)."""
-        if anew:
-            fresh = build(self.config).to(self.device)
-            self.objective.load_state_dict(fresh.state_dict())
-            self.opt.load_state_dict(optimiser.build(fresh.parameter_groups(), self.config, self.device).state_dict())
-        if self.config.init:
-            warm_start(self.config.init, self.objective)
-
-    def state(self) -> dict[str, Any]:
-        """The part of a checkpoint that it holds."""
-        return {"objective": self.objective.state_dict(), "optimiser": self.opt.state_dict()}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.objective.load_state_dict(state["objective"])
-        self.opt.load_state_dict(state["optimiser"])
-
-
-def build(config: Config) -> Objective:
-    """The configured objective around a fresh backbone, every weight drawn from the seed.
-
-    Raises:
-        UserError: they make no sense together, or at this image size.
-    """
-    torch.manual_seed(config.seed)
-    kind = objectives.objective(config.objective)
-    try:
-        return kind(measure.fresh_backbone(config), image_size=config.image_size, **config.options)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def prepare(objective: Objective, config: Config, world: int) -> nn.Module:
-    """The module that trains: compiled and spread over the ranks as configured."""
-    objective.train()
-    torch.set_float32_matmul_precision("high")
-    if config.compile:
-        for module in objective.modules():
-            if isinstance(module, backbones.Backbone):
-                module.compile()
-    if world == 1:
-        return objective
-    synchronise(objective)
-    return nn.parallel.DistributedDataParallel(objective)
-
-
 class Batches:
     """Batches without end. Where the loader fails it is begun anew at its place, a few times in a row."""
 
@@ -376,41 +292,3 @@ class Batches:
                     raise RuntimeError(f"the loader failed {RELOADS + 1} times in a row: {error}") from error
                 self._batches = iter(self.loader)
         raise AssertionError
-
-
-def device_of(name: str) -> torch.device:
-    """This process's device: "cpu", or the current one of "cuda"."""
-    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
-
-
-def parts(batch: Batch, count: int, model: nn.Module) -> Iterator[tuple[Batch, Any]]:
-    """Split a batch into `count` parts; gradients travel between the ranks with the last one only."""
-    for i, (index, label, *views) in enumerate(
-        zip(batch.index.chunk(count), batch.label.chunk(count), *(v.chunk(count) for v in batch.views))
-    ):
-        last = i == count - 1 or not isinstance(model, nn.parallel.DistributedDataParallel)
-        yield Batch(views, index, label, batch.epoch), contextlib.nullcontext() if last else model.no_sync()  # type: ignore[operator]
-
-
-def step_seed(seed: int, seen: int, rank: int) -> int:
-    """A seed for one step of one rank: no random state outlives a step, so none needs to be saved."""
-    return (seed * 1_000_003 + seen) * 1_009 + rank
-
-
-def warm_start(address: str, objective: Objective) -> None:
-    """Load the backbone and objective of another run's newest checkpoint; optimiser and place in the data begin anew.
-
-    Raises:
-        UserError: there is no checkpoint, or it is of another backbone, objective, or image size.
-    """
-    folder = RunFolder(address)
-    found = folder.checkpoints()
-    if not found:
-        raise UserError(f"--init {address}: holds no checkpoint (looked for {folder.path('checkpoints')}/*.pt)")
-    try:
-        objective.load_state_dict(folder.load_checkpoint(found[-1])["objective"])
-    except RuntimeError as error:
-        raise UserError(
-            f"--init {address}: is of another backbone, objective or image size "
-            f"({str(error).splitlines()[-1].strip()[:150]})"
-        ) from None

@@ -10,7 +10,7 @@ from pathlib import Path
 from unittest import mock
 
 from pipeline import pretrain, replay
-from pipeline.training import worker
+from pipeline.training import step
 from pipeline.training.run_folder import RunFolder
 from tests.chaos.runs import BATCH, Place, Row, assert_same_run, assert_tracked, losses
 
@@ -130,7 +130,7 @@ def full_disk(place: Place) -> Row:
     """The disk of the run folder fills up while it trains; later there is room again. Needs root, for a small tmpfs."""
     disk = place.folder / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128m", "tmpfs", str(disk)], check=True)
     try:
         run = disk / "run"
         long = ("--epochs", "100000", "--checkpoint-every", "0.002", "--run", str(run))
@@ -299,14 +299,14 @@ def thrown(when: Callable[[float], bool]):
 
 @contextmanager
 def _built(change: Callable):
-    build = worker.build
+    build = step.build
 
     def changed(config):
         objective = build(config)
         change(objective)
         return objective
 
-    with mock.patch.object(worker, "build", changed):
+    with mock.patch.object(step, "build", changed):
         yield
 
 

@@ -1,11 +1,7 @@
 """MLflow, and the packed images, fail under real runs; `python -m tests.chaos` does the same and prints the costs."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
 from tests.chaos import data_faults, tracking_faults
 from tests.chaos.runs import Place, Row
 

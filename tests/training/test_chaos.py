@@ -1,12 +1,9 @@
 """Every fault of one process and its disk; `python -m tests.chaos` does the same and prints what each cost."""
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
 from tests.chaos import local_faults as faults
 from tests.chaos.runs import Place, Row
 

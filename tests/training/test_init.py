@@ -8,7 +8,7 @@ from PIL import Image
 from pipeline import config as configurations
 from pipeline import pretrain
 from pipeline.errors import UserError
-from pipeline.training import worker
+from pipeline.training import step
 from pipeline.training.run_folder import RunFolder
 
 SMALL = [
@@ -39,18 +39,18 @@ def test_a_run_begins_with_the_weights_of_another(tmp_path, monkeypatch, capsys)
 
     config = configurations.read(saved["config"], "one")
     monkeypatch.chdir(tmp_path)
-    other = worker.build(configurations.dataclasses.replace(config, seed=7))
+    other = step.build(configurations.dataclasses.replace(config, seed=7))
     before = {name: value.clone() for name, value in other.state_dict().items()}
-    worker.warm_start("one", other)
+    step.warm_start("one", other)
     assert any(not torch.equal(before[name], value) for name, value in other.state_dict().items())
     for name, value in other.state_dict().items():
         torch.testing.assert_close(value, saved["objective"][name], rtol=0, atol=0)
 
-    wider = worker.build(configurations.dataclasses.replace(config, options={**config.options, "decoder_width": 32}))
+    wider = step.build(configurations.dataclasses.replace(config, options={**config.options, "decoder_width": 32}))
     with pytest.raises(UserError, match="--init one: is of another backbone, objective or image size"):
-        worker.warm_start("one", wider)
+        step.warm_start("one", wider)
     with pytest.raises(UserError, match="--init nowhere: holds no checkpoint"):
-        worker.warm_start("nowhere", other)
+        step.warm_start("nowhere", other)
 
     assert pretrain.main([*common, "--run", str(tmp_path / "two"), "--init", "one", "--lr", "1e-12"]) == 0
     two = RunFolder(str(tmp_path / "two"))

@@ -1,0 +1,52 @@
+"""Two ranks, one of which meets a NaN, go back together and leave the batch out as one process does."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from pipeline import config as configuration
+from pipeline.data import preparation
+from pipeline.training import worker
+from pipeline.training.health import Care
+from pipeline.training.links import Links
+from pipeline.training.run_folder import RunFolder
+from tests.chaos.local_faults import poisoned
+from tests.chaos.runs import Place, losses
+
+
+def train(rank: int, world: int, words: list[str], meeting: Path) -> None:
+    """One rank of a run whose last rank meets a NaN half way."""
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", store=dist.FileStore(str(meeting), world), rank=rank, world_size=world)
+    config = configuration.parse(words)
+    packed, _, _ = preparation.prepare(config)
+    config = configuration.resolve(config, images=packed.images, side=preparation.median_side(packed))
+    folder = RunFolder(str(config.run))
+    if rank == 0:
+        folder.write("config.yaml", configuration.dump(config))
+    links = Links(lambda status: False, lambda metrics, step: None)
+    with poisoned(lambda progress: rank == world - 1 and abs(progress - 0.5) < 1e-9):
+        worker.work(worker.Job(config, folder.address, packed, None, "cpu", 1), links)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def test_a_nan_of_one_rank_is_healed_by_both(tmp_path):
+    place = Place(tmp_path)
+    for world in (1, 2):
+        words = place.words(f"on{world}", "--epochs", "4")
+        mp.spawn(train, (world, words, tmp_path / f"meeting{world}"), nprocs=world)
+    one, two = (RunFolder(str(tmp_path / "runs" / f"on{world}")) for world in (1, 2))
+    assert [step.change for step in Care.read(two).done] == ["skip"]
+    assert Care.read(two).done == Care.read(one).done
+    alone, together = losses(one), losses(two)
+    assert [n for n, _ in together] == [n for n, _ in alone]
+    assert [n for n, loss in together if loss is None] == [alone[-1][0] // 2 + 8]
+    np.testing.assert_allclose(
+        [loss for _, loss in together if loss], [loss for _, loss in alone if loss], rtol=1e-4
+    )  # fmt: skip
