@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -263,10 +264,11 @@ def due(job: Job, place: Place, outcome: Outcome) -> list[int]:
 
 
 def claim(address: str) -> bool:
-    """Whether this process is the first to create a file; two that try at once never both are."""
+    """Whether this process is the first to create a file: exclusive creation on a disk, a conditional write on S3."""
     files, path = fsspec.core.url_to_fs(address)
     try:
-        files.pipe_file(path, b"", mode="create")
+        with files.open(path, "xb") as file:  # not left empty: s3fs writes an empty file unconditionally
+            file.write(f"{socket.gethostname()} {os.getpid()}\n".encode())
     except FileExistsError:
         return False
     return True

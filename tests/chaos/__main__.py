@@ -41,11 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
+def alone(fault: Callable[[Place], Row], folder: Path) -> Iterator[Row]:
+    """What comes of one fault, in a place of its own."""
+    with Place(folder) as place:
+        yield fault(place)
+
+
 def faults() -> Iterator[tuple[str, Callable[[Path], Iterable[Row]]]]:
     """Every fault by name, and what does it in a folder."""
     for module in MODULES:
         for fault in import_module(f"tests.chaos.{module}").FAULTS:
-            yield fault.__name__, lambda folder, fault=fault: [fault(Place(folder))]
+            yield fault.__name__, lambda folder, fault=fault: alone(fault, folder)
 
     def cluster(folder: Path) -> Iterator[Row]:
         from tests.chaos.cluster_faults import every

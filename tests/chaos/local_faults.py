@@ -13,6 +13,7 @@ from pipeline import pretrain, replay
 from pipeline.training import step
 from pipeline.training.run_folder import RunFolder
 from tests.chaos.runs import BATCH, Place, Row, assert_same_run, assert_tracked, losses
+from tests.s3 import s3
 
 EPOCHS = ("--epochs", "12")
 
@@ -105,7 +106,7 @@ def _damaged(place: Place, how: str) -> Row:
 def object_store(place: Place) -> Row:
     """A run whose folder is on S3 is killed, its newest checkpoint damaged there, and it is continued."""
     whole = place.whole("whole", *EPOCHS)
-    with s3() as files:
+    with s3("runs") as files:
         run = RunFolder("s3://runs/remote")
         process = place.start("s3://runs/remote", *EPOCHS, "--checkpoint-every", "0.0005")
         _until(lambda: len(run.checkpoints()) >= 2, process)
@@ -243,30 +244,6 @@ FAULTS = (
     loss_spike,
     loader_dies,
 )
-
-
-@contextmanager
-def s3():
-    """An S3 server on this machine with an empty bucket `runs`, which this process and its children speak to."""
-    import fsspec
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    account = {
-        "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1",
-    }  # fmt: skip
-    try:
-        with mock.patch.dict("os.environ", account):
-            fsspec.filesystem("s3").clear_instance_cache()
-            files = fsspec.filesystem("s3")
-            files.mkdir("runs")
-            yield files
-            files.clear_instance_cache()
-    finally:
-        server.stop()
 
 
 @contextmanager

@@ -51,6 +51,7 @@ class Place:
 
     def __init__(self, folder: Path, images: int = 60) -> None:
         self.folder, self.photos = folder, folder / "photos"
+        self._begun: list[subprocess.Popen[str]] = []
         generator = np.random.default_rng(0)
         for i in range(images):
             pixels = generator.integers(0, 120, (20, 24, 3), np.uint8)
@@ -78,10 +79,21 @@ class Place:
         (self.folder / "runs").mkdir(exist_ok=True)
         name = run.rsplit("/", 1)[-1]
         with open(self.folder / "runs" / f"{name}.log", "a") as log:
-            return subprocess.Popen(
+            self._begun.append(subprocess.Popen(
                 [sys.executable, "-m", "pipeline.pretrain", *self.words(run, *more)],
                 env=self.environment(), stdout=log, stderr=subprocess.STDOUT, text=True, cwd=self.folder,
-            )  # fmt: skip
+            ))  # fmt: skip
+        return self._begun[-1]
+
+    def __enter__(self) -> "Place":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End what still runs: a fault that was not survived must not leave a run behind."""
+        for process in self._begun:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
 
     def log(self, run: str) -> str:
         """What a run has said."""

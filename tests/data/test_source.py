@@ -24,6 +24,7 @@ from pipeline.data.packed import read_names
 from pipeline.data.source import open_source
 from pipeline.data.workers import Extent, Unreadable
 from pipeline.errors import UserError
+from tests.s3 import s3
 
 
 def jpeg(seed: int) -> bytes:
@@ -403,24 +404,9 @@ def memory():
 
 
 @pytest.fixture
-def bucket(monkeypatch):
-    """An S3 server on this machine; the value is s3fs's view of it, with an empty bucket `photos`."""
-    server_module = pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
-    server = server_module.ThreadedMotoServer("127.0.0.1", free_port(), verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    fsspec.filesystem("s3").clear_instance_cache()
-    files = fsspec.filesystem("s3")
-    files.mkdir("photos")
-    yield files
-    server.stop()
-    files.clear_instance_cache()
+def bucket():
+    with s3("photos") as files:
+        yield files
 
 
 def fill(files: fsspec.AbstractFileSystem, root: str, tmp_path: Path) -> None:
@@ -466,7 +452,6 @@ def test_every_form_from_s3(bucket, tmp_path):
 
 
 def test_a_place_out_of_reach_is_a_sentence(monkeypatch):
-    pytest.importorskip("s3fs")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "x")
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")

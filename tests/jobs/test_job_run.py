@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from job_toys import ROOT, TINY, photographs, python
 from jobs import run as jobs_run
 from jobs import spec
 from jobs.spec import Notify
+from tests.s3 import s3
 
 FIRING = "20260101T000000Z"
 
@@ -174,16 +176,12 @@ def test_a_collapse_is_told_while_it_happens(tmp_path, heard):
 
 
 def test_claims_are_won_once(tmp_path):
-    import uuid
-
-    for address in (f"{tmp_path}/after.claimed", f"memory://{uuid.uuid4().hex}/after.claimed"):
-        wins: list[bool] = []
-        threads = [threading.Thread(target=lambda a=address, w=wins: w.append(jobs_run.claim(a))) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    for number in range(20):
+        with ThreadPoolExecutor(8) as threads:
+            wins = list(threads.map(jobs_run.claim, [f"{tmp_path}/after{number}.claimed"] * 8))
         assert sum(wins) == 1
+    with s3("runs"):
+        assert [jobs_run.claim("s3://runs/after.claimed") for _ in range(3)] == [True, False, False]
 
 
 @pytest.mark.slow

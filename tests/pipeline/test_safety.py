@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import re
-import socket
 import subprocess
 import sys
 import tarfile
@@ -18,7 +17,6 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 import torch
@@ -32,6 +30,7 @@ from pipeline import compare, evaluate, pack, pretrain
 from pipeline.errors import UserError
 from pipeline.redaction import bare, hide, redact
 from pipeline.training.run_folder import read_checkpoint
+from tests.s3 import s3
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -318,24 +317,8 @@ def test_a_variable_holds_an_address_for_every_command_and_for_going_on(site, tm
     assert "error: --data '$PHOTOS': the variable PHOTOS is not set" in capfd.readouterr().err
 
 
-def test_keys_of_s3_stand_nowhere(photos, tmp_path, capfd, monkeypatch):
-    server_module = pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = server_module.ThreadedMotoServer("127.0.0.1", port, verbose=False)
-    server.start()
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    files = fsspec.filesystem("s3")
-    try:
-        files.clear_instance_cache()
-        files = fsspec.filesystem("s3")
-        files.mkdir("bucket")
+def test_keys_of_s3_stand_nowhere(photos, tmp_path, capfd):
+    with s3("bucket", KEY, SECRET) as files:
         files.pipe("bucket/photos.tar", photos.read_bytes())
         said = packed_and_trained("s3://bucket/photos.tar", tmp_path, capfd)
         for command in (pack.main, lambda words: pretrain.main([*words, *SMALL])):
@@ -343,9 +326,6 @@ def test_keys_of_s3_stand_nowhere(photos, tmp_path, capfd, monkeypatch):
         refused = capfd.readouterr().err
         assert refused.count("error: s3://***@bucket/photos.tar: no credentials can stand in such an address") == 2
         assert "AWS_SECRET_ACCESS_KEY" in refused
-    finally:
-        server.stop()
-        files.clear_instance_cache()
     assert told(tmp_path, said + refused, SECRET, KEY) == []
 
 

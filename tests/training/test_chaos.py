@@ -1,6 +1,7 @@
 """Every fault of one process and its disk; `python -m tests.chaos` does the same and prints what each cost."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -9,9 +10,10 @@ from tests.chaos.runs import Place, Row
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch) -> Place:
+def place(tmp_path, monkeypatch) -> Iterator[Place]:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return Place(tmp_path)
+    with Place(tmp_path) as place:
+        yield place
 
 
 @pytest.mark.parametrize("fault", [faults.not_a_number, faults.never_a_number, faults.loss_spike])
