@@ -15,7 +15,7 @@ pretrain: .venv/ready ## pretrain and evaluate on the embedded images, minutes o
 	$(PYTHON_HERE) -m pipeline.pretrain --backbone vit_s16 $(ARGS)
 
 test: .venv/ready ## every test that is neither slow nor needs a GPU
-	$(PYTHON_HERE) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTHON_HERE) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: .venv/ready ## the tests that take minutes
 	$(PYTHON_HERE) -m pytest -m "slow and not gpu" $(ARGS)

@@ -31,3 +31,8 @@ def shared_data(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         return extracted[name]
 
     return find
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs a cluster begins first: it takes longest, and the other process has the rest to do beside it."""
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)

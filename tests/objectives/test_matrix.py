@@ -25,8 +25,6 @@ BACKBONES = {
 QUICK = ("lenet5", "vit_ti16")
 """Those on which bf16 is tested every time: without hardware for it, convolutions take seconds each."""
 
-GRID: dict[tuple[str, str], str] = {}
-
 
 @pytest.fixture(scope="module")
 def fresh() -> Callable[[str, str | None], backbones.Backbone]:
@@ -67,8 +65,8 @@ def objective_on(name: str, backbone: str, fresh, folder: Path) -> Callable[[], 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("name", objectives.NAMES)
-def test_one_step_on(name: str, backbone: str, fresh, tmp_path: Path) -> None:
-    GRID[name, backbone] = "fails"
+def test_one_step_on(name: str, backbone: str, fresh, tmp_path: Path, record_property) -> None:
+    record_property("cell", (name, backbone))  # of the grid that is printed at the end
     objective = objective_on(name, backbone, fresh, tmp_path)
     trained = objective()
     optimiser = torch.optim.SGD(trained.parameter_groups(), lr=1e-3)
@@ -84,7 +82,6 @@ def test_one_step_on(name: str, backbone: str, fresh, tmp_path: Path) -> None:
     again.load_state_dict(trained.state_dict())
     with torch.no_grad():
         assert torch.equal(loss_of(again, 0.75), loss_of(trained, 0.75))
-    GRID[name, backbone] = "ok"
 
 
 @pytest.mark.parametrize("backbone", [b if b in QUICK else pytest.param(b, marks=pytest.mark.slow) for b in BACKBONES])
