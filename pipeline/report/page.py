@@ -5,54 +5,16 @@ import shlex
 from collections.abc import Callable
 from datetime import datetime
 from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
 from pipeline.evaluation.evaluate import Results
+from pipeline.evaluation.measures import MEASURES, Measure
 from pipeline.redaction import redact
 from pipeline.report import drawing, pictures, verdict
 from pipeline.report.contest import Contest, Entry
 from pipeline.training.conclusion import versions
-
-
-class Measure(NamedTuple):
-    """A row of the table of numbers: `key` of the results, its bounds below it where they are known, the factor it
-    is shown by, and whether more of it is better (None: not to be said)."""
-
-    title: str
-    key: str
-    bounds: str | None = None
-    factor: float = 100
-    more: bool | None = True
-
-
-MEASURES = (
-    Measure("k-NN", "knn_top1", "knn"),
-    Measure("linear", "linear_top1", "linear"),
-    Measure("linear, balanced", "linear_balanced"),
-    Measure("linear, macro F1", "linear_macro_f1"),
-    Measure("logistic regression", "logistic_top1", "logistic"),
-    Measure("attentive probe", "attentive_top1", "attentive"),
-    Measure("fine-tuned", "finetune_top1", "finetune"),
-    Measure("from scratch", "scratch_top1", "scratch"),
-    Measure("training error from scratch", "scratch_train_error", None, 100, None),
-    Measure("1 label a class", "low_shot_n1", "low_shot_n1"),
-    Measure("5 labels a class", "low_shot_n5", "low_shot_n5"),
-    Measure("10 labels a class", "low_shot_n10", "low_shot_n10"),
-    Measure("1 % of the labels", "low_shot_p1", "low_shot_p1"),
-    Measure("10 % of the labels", "low_shot_p10", "low_shot_p10"),
-    Measure("retrieval mAP", "retrieval_map", "retrieval"),
-    Measure("k-NN, changed in place or size", "robustness_geometry"),
-    Measure("k-NN, corrupted", "robustness_corruptions"),
-    Measure("shape bias", "factors_shape_bias", None, 100, None),
-    Measure("RankMe", "label_free_rankme", None, 1, None),
-    Measure("α-ReQ", "label_free_alpha_req", None, 1, None),
-    Measure("effective rank", "label_free_effective_rank", None, 1, None),
-    Measure("uniformity", "label_free_uniformity", None, 1, None),
-    Measure("alignment", "label_free_alignment", None, 1, None),
-    Measure("LiDAR", "label_free_lidar", None, 1, None),
-)
 
 
 def render(contest: Contest, command: list[str]) -> str:
@@ -105,26 +67,13 @@ def cells(measure: Measure, shown: list[tuple[str, Results, str, bool]]) -> dict
     if not known:
         return None
     best = max(known) if measure.more else math.inf
-    return {
-        "title": measure.title,
-        "cells": [
-            cell(measure, numbers, math.inf if floor else best) | {"floor": floor} for _, numbers, _, floor in shown
-        ],
-    }
 
+    def cell(numbers: Results, floor: bool) -> dict[str, Any]:
+        value = numbers.get(measure.key)
+        wins = not floor and value is not None and value >= best
+        return {"text": measure.text(numbers), "interval": measure.interval(numbers), "best": wins, "floor": floor}
 
-def cell(measure: Measure, numbers: Results, best: float) -> dict[str, Any]:
-    """A number for people, the bounds below it."""
-    value = numbers.get(measure.key)
-    if value is None or math.isnan(value):
-        return {"text": "–", "interval": "", "best": False}
-    bounds = [numbers.get(f"{measure.bounds}_{side}") for side in ("low", "high")] if measure.bounds else []
-    digits = 1 if measure.factor == 100 else 2
-    return {
-        "text": f"{measure.factor * value:.{digits}f}".replace("-", "−"),
-        "interval": " – ".join(f"{measure.factor * float(b):.{digits}f}" for b in bounds if b is not None),
-        "best": value >= best,
-    }
+    return {"title": measure.title, "cells": [cell(numbers, floor) for _, numbers, _, floor in shown]}
 
 
 def fairness(contest: Contest) -> list[tuple[str, list[str]]]:

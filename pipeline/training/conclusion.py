@@ -4,6 +4,7 @@ import contextlib
 import json
 import platform
 import shlex
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import tracking
+from pipeline.evaluation.measures import MEASURES
 from pipeline.training.run_folder import RunFolder
 from pipeline.training.worker import Job
+
+LOG_WIDTH = 120
+"""Of the table where there is no terminal to fit it to."""
 
 VERSIONS = ("torch", "timm", "ray", "mlflow", "ffcv", "numpy")
 
@@ -108,22 +113,25 @@ def usage(folder: RunFolder) -> str:
 
 
 def table(summary: dict[str, Any]) -> None:
-    """Print the accuracies of the trained backbone, the untrained one and raw pixels."""
-    rows = Table("top-1 accuracy", box=None, header_style="bold")
-    rows.add_column("k-NN", justify="right")
-    rows.add_column("linear", justify="right")
-    for name, scores in (
-        (f"{summary['backbone']} + {summary['objective']}", summary),
-        (f"{summary['backbone']} untrained", summary["untrained"]),
-        ("raw pixels", summary["pixels"]),
-    ):
-        rows.add_row(name, *(percent(scores.get(key)) for key in ("knn_top1", "linear_top1")))
-    Console().print("", rows)
-
-
-def percent(value: float | None) -> str:
-    """An accuracy in [0, 1] for people; a dash where nothing was measured."""
-    return "–" if value is None else f"{value:.1%}"
+    """Print what was measured of the trained backbone, of the untrained one and of raw pixels, one row a measure."""
+    columns = {
+        f"{summary['backbone']} + {summary['objective']}": summary,
+        "untrained": summary["untrained"],
+        "raw pixels": summary["pixels"],
+    }
+    rows = Table("measured", box=None, header_style="bold")
+    for name in columns:
+        rows.add_column(name, justify="right")
+    for measure in MEASURES:
+        if not any(numbers.get(measure.key) is not None for numbers in columns.values()):
+            continue
+        cells = []
+        for numbers in columns.values():
+            known, interval = numbers.get(measure.key) is not None, measure.interval(numbers)
+            unit = "%" if known and measure.factor == 100 else ""
+            cells.append(f"{measure.text(numbers)}{unit}" + (f" [dim]({interval})[/]" if interval else ""))
+        rows.add_row(measure.title, *cells)
+    Console(width=None if sys.stdout.isatty() else LOG_WIDTH).print("", rows)
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """From packed sets to numbers: order, floors, missing labels, and no way for validation images to leak."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from pipeline.evaluation.feature_set import FeatureSet, in_classes_of
 from pipeline.evaluation.features import extract, extract_all
 from pipeline.evaluation.floors import pixels, untrained
 from pipeline.evaluation.images import evaluation_view
+from pipeline.evaluation.measures import MEASURES, Measure
 from pipeline.evaluation.protocols import PROTOCOLS
 
 SIDE = 16
@@ -176,6 +178,16 @@ def test_an_unknown_protocol_is_named(sets: tuple[Packed, Packed]) -> None:
     with pytest.raises(ValueError, match="unknown protocol fourier; there are knn, linear, "):
         evaluate_backbone(MeanColour(), *sets, image_size=SIDE, protocols=("fourier",))
     assert tuple(PROTOCOLS) == NAMES
+
+
+def test_what_stands_for_a_protocol_is_shown() -> None:
+    headlines = {f"{name}_{protocol.headline}" for name, protocol in PROTOCOLS.items()}
+    assert headlines <= {measure.key for measure in MEASURES}
+    percent, number = Measure("k-NN", "a", "b"), Measure("RankMe", "a", factor=1)
+    scores = {"a": 0.314, "b_low": 0.29, "b_high": 0.336}
+    assert (percent.text(scores), percent.interval(scores)) == ("31.4", "29.0 – 33.6")
+    assert (number.text({"a": -1.5}), number.interval(scores)) == ("−1.50", "")
+    assert (percent.text({}), percent.text({"a": None}), percent.text({"a": math.nan})) == ("–", "–", "–")
 
 
 def test_every_protocol_finds_in_known_features_what_is_there(sets: tuple[Packed, Packed]) -> None:

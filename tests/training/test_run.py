@@ -109,11 +109,14 @@ def test_a_run_leaves_all_that_is_promised(command, tmp_path, capsys, backbone, 
     assert [m.step for m in store.get_metric_history(kept.info.run_id, "loss")] == [i for i, _ in losses(run)]
     assert kept.inputs.dataset_inputs[0].dataset.digest
 
-    assert evaluate.main([str(run), "--cache", str(tmp_path / "cache")]) == 0
+    asked = ("knn", "linear", "retrieval", "label_free")
+    assert evaluate.main([str(run), "--cache", str(tmp_path / "cache"), "--protocols", *asked]) == 0
+    said = capsys.readouterr().out
+    assert all(row in said for row in ("k-NN ", "linear ", "retrieval mAP", "RankMe")), said
     again = json.loads((run / "summary.json").read_text())["evaluations"]
     assert next(iter(again.values()))["knn_top1"] == pytest.approx(summary["knn_top1"])
     children = store.search_runs([kept.info.experiment_id], f"tags.mlflow.parentRunId = '{kept.info.run_id}'")
-    assert {child.data.tags["protocol"] for child in children} == {"knn", "linear"}
+    assert {child.data.tags["protocol"] for child in children} == set(asked)
 
 
 def test_the_loading_line_that_a_run_prints_works(command, tmp_path, capsys):
