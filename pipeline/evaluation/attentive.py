@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.evaluation.accuracy import headline
-from pipeline.evaluation.feature_set import FeatureSet
+from pipeline.evaluation.feature_set import FeatureSet, Found
 from pipeline.evaluation.images import Images
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
@@ -26,6 +26,7 @@ class Attentive(nn.Module):
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
+        self.out_features = classes
         self.heads = max(1, width // 64) if width % max(1, width // 64) == 0 else 1
         self.norm = nn.LayerNorm(width)
         self.query = nn.Parameter(0.02 * torch.randn(1, 1, width))
@@ -43,8 +44,9 @@ class Attentive(nn.Module):
         return self.classifier(pooled[:, 0])
 
 
-def attentive(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float | Tensor] | None:
-    """The headline numbers, the lr that a held-out slice of train chose, and how many `images` it learned from."""
+def attentive(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, Found] | None:
+    """The headline numbers, the lr that a held-out slice of train chose, how many `images` it learned from, and the
+    `head`."""
     if train.images is None or val.images is None or train.which is None or val.which is None:
         return None
     known = train.which[train.labels.cpu() >= 0]
@@ -62,7 +64,7 @@ def attentive(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, flo
     lr = LEARNING_RATES[max(range(len(scores)), key=scores.__getitem__)]
     head = learn(x, y, classes, lr, device, seed)
     predicted = predict(head, queries, device)[order.argsort()]
-    return headline(predicted, truth[order.argsort()]) | {"lr": lr, "images": len(x)}
+    return {**headline(predicted, truth[order.argsort()]), "lr": lr, "images": len(x), "head": head}
 
 
 def learn(x: Tensor, y: Tensor, classes: int, lr: float, device: torch.device, seed: int) -> Attentive:

@@ -7,10 +7,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from backbones.contract import Backbone
 from pipeline.data import embedded
 from pipeline.data.beton import BetonReader
 from pipeline.data.packed import Packed, read_facts
 from pipeline.evaluation import DEFAULT, floors
+from pipeline.evaluation.attentive import Attentive
+from pipeline.evaluation.classifier import Classifier
 from pipeline.evaluation.feature_set import FeatureSet, in_classes_of
 from pipeline.evaluation.features import VIEWED, Pass, look_once, random_views
 from pipeline.evaluation.images import Images, evaluating, evaluation_view
@@ -22,14 +25,16 @@ Results = dict[str, float | int | None]
 class Findings(NamedTuple):
     """What was found out about one backbone.
 
-    numbers   scores by name, `<protocol>_<name>`, and `train_images`, `val_images`
-    evidence  tensors by name, likewise, on the CPU; those with one entry an image are in the order of `labels`
-    labels    int64 [N], of the validation images that have one
+    numbers      scores by name, `<protocol>_<name>`, and `train_images`, `val_images`
+    evidence     tensors by name, likewise, on the CPU; those with one entry an image are in the order of `labels`
+    labels       int64 [N], of the validation images that have one
+    classifiers  by protocol, of those that train one
     """
 
     numbers: Results
     evidence: dict[str, Tensor]
     labels: Tensor
+    classifiers: Mapping[str, Classifier] = {}
 
 
 def evaluate_backbone(
@@ -80,16 +85,18 @@ def with_floors(
     batch_size: int = 256,
     precision: Literal["fp32", "bf16"] = "fp32",
     cache: Path | None = None,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Mapping[str, Classifier]]:
     """As `evaluate_backbone`, with the same numbers of the untrained backbone under `untrained`, of raw pixels under
-    `pixels`, as far as protocols need nothing but features. All three see the same images, each decoded once."""
+    `pixels`, as far as protocols need nothing but features; and the classifiers that were trained on the backbone. All
+    three see the same images, each decoded once."""
     found = examine(
         {"trained": backbone, "untrained": untrained, "pixels": floors.pixels()}, train, val, image_size=image_size,
         protocols=protocols, device=device, seed=seed, limit=limit, batch_size=batch_size, precision=precision,
         cache=cache, floors=("untrained", "pixels"),
     )  # fmt: skip
     numbers = {name: one.numbers for name, one in found.items()}
-    return {**numbers["trained"], "untrained": numbers["untrained"], "pixels": numbers["pixels"]}
+    scores = {**numbers["trained"], "untrained": numbers["untrained"], "pixels": numbers["pixels"]}
+    return scores, found["trained"].classifiers
 
 
 def examine(
@@ -161,6 +168,7 @@ def examine(
         bank, queries = seen_by(name, train, on_train[name]), seen_by(name, val, on_val[name])
         numbers = {}
         evidence: dict[str, Tensor] = {}
+        classifiers: dict[str, Classifier] = {}
         for protocol in protocols:
             measure = PROTOCOLS[protocol]
             if name in floors and set(measure.needs) - {"factors"}:
@@ -170,11 +178,25 @@ def examine(
             for key, value in ({measure.headline: None} if found is None else found).items():
                 if isinstance(value, Tensor):
                     evidence[f"{protocol}_{key}"] = value.cpu()
+                elif isinstance(value, nn.Module):
+                    classifiers |= named(protocol, value, backbones[name], train.classes, image_size)
                 else:
                     numbers[f"{protocol}_{key}"] = value
         counts = {"train_images": int((bank.labels >= 0).sum()), "val_images": int((queries.labels >= 0).sum())}
-        results[name] = Findings({**numbers, **counts}, evidence, queries.labels[queries.labels >= 0].cpu())
+        truths = queries.labels[queries.labels >= 0].cpu()
+        results[name] = Findings({**numbers, **counts}, evidence, truths, classifiers)
     return results
+
+
+def named(
+    protocol: str, head: nn.Module, backbone: nn.Module, classes: tuple[str, ...], image_size: int | tuple[int, int]
+) -> dict[str, Classifier]:
+    """The classifier that a protocol trained, under its name; none of what is no backbone of ours."""
+    if isinstance(head, Classifier):
+        return {protocol: head}
+    if not isinstance(backbone, Backbone) or not isinstance(head, nn.Linear | Attentive):
+        return {}
+    return {protocol: Classifier(backbone, head, classes[: head.out_features], image_size)}
 
 
 def truth(packed: Packed, index: Tensor, device: torch.device) -> dict[str, Tensor]:

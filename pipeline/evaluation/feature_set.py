@@ -4,9 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.evaluation.images import Images
+
+Found = float | Tensor | nn.Module
+"""What a protocol finds: a score, evidence behind it, or (`head`) the classifier that it trained."""
 
 
 class FeatureSet(NamedTuple):

@@ -22,7 +22,8 @@ from backbones.contract import Backbone
 from objectives.views import View
 from pipeline.data.loader import make_loader
 from pipeline.evaluation.accuracy import headline
-from pipeline.evaluation.feature_set import FeatureSet
+from pipeline.evaluation.classifier import Classifier
+from pipeline.evaluation.feature_set import FeatureSet, Found
 from pipeline.evaluation.images import SMALL, Images
 
 
@@ -51,26 +52,13 @@ class Recipe:
 RECIPES = {"vit": Recipe(layer_decay=0.65, lr=1e-3), "cnn": Recipe(layer_decay=0.9)}
 
 
-class Classifier(nn.Module):
-    """A backbone and a linear classifier on its pooled features."""
-
-    def __init__(self, backbone: Backbone, classes: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = nn.Linear(backbone.width, classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.01)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.backbone(images).pooled.float())
-
-
-def finetune(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float | Tensor] | None:
-    """The headline numbers after fine-tuning a copy; `train_error`, the share of training images still wrong."""
+def finetune(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, Found] | None:
+    """The headline numbers after fine-tuning a copy; `train_error`, the share of training images still wrong; the
+    `head`, with its backbone."""
     return _learned(train, val, seed, fresh=False)
 
 
-def scratch(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float | Tensor] | None:
+def scratch(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, Found] | None:
     """As `finetune`, but from fresh weights: what the labels teach alone, and so what pretraining brought.
 
     Its `train_error` by depth is the degradation experiment (He et al. 2016, section 4.2): plain56 stays above plain20,
@@ -79,7 +67,7 @@ def scratch(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float
     return _learned(train, val, seed, fresh=True)
 
 
-def _learned(train: FeatureSet, val: FeatureSet, seed: int, fresh: bool) -> dict[str, float | Tensor] | None:
+def _learned(train: FeatureSet, val: FeatureSet, seed: int, fresh: bool) -> dict[str, Found] | None:
     if train.images is None or val.images is None or train.which is None or val.which is None:
         return None
     if not isinstance(train.images.backbone, Backbone) or int((train.labels >= 0).sum()) < 2:
@@ -89,7 +77,8 @@ def _learned(train: FeatureSet, val: FeatureSet, seed: int, fresh: bool) -> dict
     model = learn(train, recipe, seed=seed, fresh=fresh)
     predicted, truth = _answers(replace(val.images, backbone=model), val)
     of_train, train_truth = _answers(replace(train.images, backbone=model), train)
-    return headline(predicted, truth) | {"train_error": (of_train != train_truth).double().mean().item()}
+    error = (of_train != train_truth).double().mean().item()
+    return {**headline(predicted, truth), "train_error": error, "head": model}
 
 
 def learn(train: FeatureSet, recipe: Recipe, *, seed: int, fresh: bool = False) -> Classifier:
@@ -105,7 +94,11 @@ def learn(train: FeatureSet, recipe: Recipe, *, seed: int, fresh: bool = False) 
     steps = max(recipe.least_steps, recipe.epochs * count // batch)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
-        model = Classifier(_copy(images.backbone, recipe, fresh), int(train.labels.max()) + 1).to(images.device)
+        backbone = _copy(images.backbone, recipe, fresh)
+        head = nn.Linear(backbone.width, int(train.labels.max()) + 1)
+        nn.init.trunc_normal_(head.weight, std=0.01)
+        nn.init.zeros_(head.bias)
+        model = Classifier(backbone, head, train.classes[: head.out_features], images.image_size).to(images.device)
         model.train()
         average = torch.optim.swa_utils.AveragedModel(
             model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema), use_buffers=True
@@ -117,7 +110,7 @@ def learn(train: FeatureSet, recipe: Recipe, *, seed: int, fresh: bool = False) 
             factor = min((step + 1) / max(1, recipe.warmup * steps), 0.5 * (1 + math.cos(math.pi * step / steps)))
             for group in optimiser.param_groups:
                 group["lr"] = peak * group["scale"] * factor
-            mixed, targets = mix(images.normalised(shown), labels, model.head.out_features, recipe, rng)
+            mixed, targets = mix(images.normalised(shown), labels, head.out_features, recipe, rng)
             with images.autocast():
                 logits = model(mixed)
             loss = torch.sum(-targets * F.log_softmax(logits.float(), dim=1), dim=1).mean()

@@ -17,6 +17,7 @@ from pipeline.config import Config
 from pipeline.data import preparation
 from pipeline.errors import UserError
 from pipeline.evaluation import floors
+from pipeline.evaluation.classifier import save
 from pipeline.training import conclusion, launch, measure, step
 from pipeline.training.run_folder import RunFolder, read_checkpoint
 
@@ -32,6 +33,8 @@ def judge(
     cache: str | None = None,
 ) -> dict[str, Any]:
     """Measure a backbone beside its floors; print the table, add to `summary.json`, and tell MLflow as children.
+
+    Classifiers that are trained for it stay in the run's folder `classifiers/`, those of the latest evaluation.
 
     Args:
         run: address of a run folder (its newest checkpoint is judged) or of one checkpoint.
@@ -51,7 +54,7 @@ def judge(
             f"--data {config.data}: has no labels, so no accuracy can be measured (class folders are labels)"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    scores = evaluation.with_floors(
+    scores, classifiers = evaluation.with_floors(
         backbone.to(device), floors.untrained(backbone.config, config.seed).to(device), train, val,
         image_size=int(config.image_size or 0), protocols=protocols, device=device, seed=seed, limit=limit,
         precision=measure.precision(config, device), cache=preparation.cache_folder(config.cache) / "features",
@@ -60,6 +63,10 @@ def judge(
     print(f"{name}: {scores['train_images']:,} images to learn from, {scores['val_images']:,} to be judged on ({note})")
     conclusion.table({"backbone": config.backbone, "objective": config.objective, **scores})
     keep(folder, config, name, seen, scores, protocols)
+    for protocol, classifier in classifiers.items():
+        file = f"classifiers/{protocol}-{name}.safetensors"
+        folder.write(file, save(classifier))
+        print(f"classify     python -m pipeline.classify {shlex.quote(folder.path(file))} PHOTOS")
     return scores
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
@@ -48,6 +48,10 @@ class LinearProbe:
     def predict(self, features: Tensor) -> Tensor:
         """The class [M] of features [M, D]."""
         return (standardise(features, self.mean, self.deviation) @ self.weight + self.bias).argmax(dim=1)
+
+    def head(self) -> nn.Linear:
+        """The same classifier as one layer, of features as they are."""
+        return folded(self.mean, self.deviation, self.weight, self.bias)
 
 
 def linear_probe(
@@ -122,6 +126,16 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def standardise(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
     """Features [N, D] with each column's mean [D] taken off and its deviation [D] divided out."""
     return (x.float() - mean) / deviation
+
+
+def folded(mean: Tensor, deviation: Tensor, weight: Tensor, bias: Tensor) -> nn.Linear:
+    """standardise(x) @ weight + bias as one float32 layer; mean and deviation [D], weight [D, C], bias [C]."""
+    weight = weight.double() / deviation.double()[:, None]
+    layer = nn.Linear(len(weight), weight.shape[1], device=weight.device)
+    with torch.no_grad():
+        layer.weight.copy_(weight.T)
+        layer.bias.copy_(bias.double() - mean.double() @ weight)
+    return layer
 
 
 def descend(

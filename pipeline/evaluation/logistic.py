@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.evaluation.accuracy import headline
-from pipeline.evaluation.feature_set import FeatureSet
-from pipeline.evaluation.linear import moments, standardise
+from pipeline.evaluation.feature_set import FeatureSet, Found
+from pipeline.evaluation.linear import folded, moments, standardise
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 HELD_OUT = 0.2
@@ -38,14 +38,19 @@ class Logistic:
         """The class [M] of features [M, D]."""
         return (standardise(features, self.mean, self.deviation).to(self.weight) @ self.weight + self.bias).argmax(1)
 
+    def head(self) -> nn.Linear:
+        """The same classifier as one layer, of features as they are."""
+        return folded(self.mean, self.deviation, self.weight, self.bias)
 
-def logistic(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float | Tensor] | None:
-    """Logistic regression: the headline numbers, and the c that a held-out slice of train chose. Small sets only."""
+
+def logistic(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, Found] | None:
+    """Logistic regression: the headline numbers, the c that a held-out slice of train chose, and the `head`. Small sets
+    only."""
     train, val = train.labelled(), val.labelled()
     if len(train.labels) < 2 or not len(val.labels) or len(train.labels) > MOST:
         return None
     probe = fit(train.features, train.labels, classes=int(train.labels.max()) + 1, seed=seed)
-    return headline(probe.predict(val.features), val.labels) | {"c": probe.c}
+    return {**headline(probe.predict(val.features), val.labels), "c": probe.c, "head": probe.head()}
 
 
 def fit(x: Tensor, y: Tensor, *, classes: int, strengths: Sequence[float] = STRENGTHS, seed: int = 0) -> Logistic:

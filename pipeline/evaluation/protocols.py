@@ -1,8 +1,9 @@
 """The protocols: each takes what a backbone makes of two sets of images and gives named numbers.
 
-A protocol is a function `(train, val, *, seed) -> {name: number or tensor}`, or None where labels are missing. Numbers
-are scores; tensors are evidence, for pictures and for tests between two backbones. Whatever it learns or chooses, it
-learns and chooses on `train`. To add one, write it anywhere and give it a line in `PROTOCOLS`.
+A protocol is a function `(train, val, *, seed) -> {name: number, tensor or module}`, or None where labels are missing.
+Numbers are scores; tensors are evidence, for pictures and for tests between two backbones; `head` is the classifier it
+trained, of pooled features or of cells, or a backbone with its classifier. Whatever it learns or chooses, it learns and
+chooses on `train`. To add one, write it anywhere and give it a line in `PROTOCOLS`.
 """
 
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ from pipeline.evaluation import (
 )
 from pipeline.evaluation import knn as neighbours
 from pipeline.evaluation.accuracy import headline
-from pipeline.evaluation.feature_set import FeatureSet
+from pipeline.evaluation.feature_set import FeatureSet, Found
 
 HEADLINE_K = 20
 """The k whose accuracy stands for k-NN: DINO's and solo-learn's choice, and the best of DINO's four on ImageNet."""
@@ -39,10 +40,10 @@ NEEDS = ("layers", "views", "factors", "images")
 
 
 class Measure(Protocol):
-    """From features of the training and of the validation images to numbers by name, and tensors that stand behind
+    """From features of the training and of the validation images to numbers by name, and what stands behind
     them; None where the sets lack what is measured."""
 
-    def __call__(self, train: FeatureSet, val: FeatureSet, *, seed: int) -> Mapping[str, float | Tensor] | None: ...
+    def __call__(self, train: FeatureSet, val: FeatureSet, *, seed: int) -> Mapping[str, Found] | None: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class EvaluationProtocol:
     needs: tuple[str, ...] = ()
     labels: bool = True
 
-    def __call__(self, train: FeatureSet, val: FeatureSet, *, seed: int) -> Mapping[str, float | Tensor] | None:
+    def __call__(self, train: FeatureSet, val: FeatureSet, *, seed: int) -> Mapping[str, Found] | None:
         return self.measure(train, val, seed=seed)
 
 
@@ -68,13 +69,13 @@ def knn(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float | T
     return headline(elected[HEADLINE_K], val.labels) | by_k
 
 
-def linear_probe(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float | Tensor] | None:
-    """A linear classifier: the headline numbers, and the lr that a held-out slice of train chose."""
+def linear_probe(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, Found] | None:
+    """A linear classifier: the headline numbers, the lr that a held-out slice of train chose, and the `head`."""
     train, val = train.labelled(), val.labelled()
     if len(train.labels) < 2 or not len(val.labels):
         return None
     probe = linear.fit(train.features, train.labels, classes=int(train.labels.max()) + 1, seed=seed)
-    return headline(probe.predict(val.features), val.labels) | {"lr": probe.lr}
+    return {**headline(probe.predict(val.features), val.labels), "lr": probe.lr, "head": probe.head()}
 
 
 PROTOCOLS: MappingProxyType[str, EvaluationProtocol] = MappingProxyType(

@@ -72,7 +72,7 @@ def finish(
 ) -> dict[str, Any]:
     """Export the backbone and measure it beside the untrained one and raw pixels; this part of `summary.json`."""
     export(backbone, folder)
-    scores = evaluation.with_floors(
+    scores, _ = evaluation.with_floors(
         backbone, floors.untrained(backbone.config, config.seed).to(device), train, val,
         image_size=int(config.image_size or 0), device=device, seed=config.seed, precision=precision(config, device),
     )  # fmt: skip

@@ -5,11 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import backbones
 from pipeline.data.packed import Packed
 from pipeline.evaluation import attentive, examine, finetune
-from pipeline.evaluation.finetune import RECIPES, Classifier, groups, mix
+from pipeline.evaluation.classifier import Classifier
+from pipeline.evaluation.finetune import RECIPES, groups, mix
 from tests.evaluation.test_evaluate import pack
 
 SIDE = 16
@@ -23,7 +25,8 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Packed, Packed]:
 
 
 def test_the_learning_rate_falls_from_the_head_to_the_stem_and_norms_do_not_decay() -> None:
-    model = Classifier(backbones.create("vit_ti8", image_size=SIDE), 4)
+    backbone = backbones.create("vit_ti8", image_size=SIDE)
+    model = Classifier(backbone, nn.Linear(backbone.width, 4), tuple("abcd"), SIDE)
     recipe = RECIPES["vit"]
     found = {id(p): group for group in groups(model, recipe, 0.1) for p in group["params"]}
     own = dict(model.named_parameters())

@@ -39,7 +39,8 @@ def findings(noise: float, own: int = 0, protocols: Sequence[str] = PLAIN) -> Fi
         patch.setattr(low_shot, "DRAWS", 2)
         for name in protocols:
             for key, value in (PROTOCOLS[name](train, val, seed=0) or {}).items():
-                (evidence if isinstance(value, Tensor) else numbers)[f"{name}_{key}"] = value  # type: ignore[index]
+                if key != "head":
+                    (evidence if isinstance(value, Tensor) else numbers)[f"{name}_{key}"] = value  # type: ignore[index]
     return Findings(numbers, evidence, val.labels)
 
 
