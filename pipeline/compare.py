@@ -16,7 +16,7 @@ from tyro.conf import Positional
 
 from pipeline.command import guarded
 from pipeline.errors import UserError
-from pipeline.evaluation import COMPARED, NAMES
+from pipeline.evaluation import BY_TABLE, COMPARED, NAMES
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ def refuse(arguments: Arguments) -> None:
     for name in arguments.protocols:
         if name not in NAMES:
             raise UserError(f"--protocols {name}: unknown; there are {', '.join(NAMES)}")
+        if name in BY_TABLE:
+            raise UserError(f"--protocols {name}: needs a table of labels, which python -m pipeline.evaluate takes")
     for run in arguments.runs:
         if "://" not in run and not Path(run).exists():
             raise UserError(f"{run}: no such run folder or checkpoint")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pipeline.command import guarded
 from pipeline.errors import UserError
-from pipeline.evaluation import DEFAULT, NAMES
+from pipeline.evaluation import BY_TABLE, DEFAULT, NAMES
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,12 @@ class Arguments:
     """Labelled images to learn from; left open: the run's own. Any source that pretraining takes."""
     val_data: str | None = None
     """Labelled images to be judged on; left open: a train/ + val/ pair, else a split by content."""
+    labels: str | None = None
+    """A table (.csv, .tsv) of labels in place of those of the folders: its first row names the columns, the first
+    column holds paths. One column of classes; or for multilabel columns of 0 and 1, for regression quantities."""
     protocols: tuple[str, ...] = DEFAULT
     """Of knn, linear, logistic, low_shot, retrieval, label_free, factors, layerwise, similarity,
-    robustness, seeing, depth, attentive, finetune, scratch."""
+    robustness, seeing, depth, attentive, finetune, scratch; and with --labels multilabel, regression."""
     limit: int | None = None
     """Learn from at most this many images."""
     seed: int = 0
@@ -49,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in arguments.protocols:
             if name not in NAMES:
                 raise UserError(f"--protocols {name}: unknown; there are {', '.join(NAMES)}")
+            if name in BY_TABLE and arguments.labels is None:
+                raise UserError(f"--protocols {name}: needs --labels, a table of what every image has")
         if "://" not in arguments.run and not Path(arguments.run).exists():
             raise UserError(f"{arguments.run}: no such run folder or checkpoint")
         from pipeline.evaluation.judge import judge  # torch comes with it, after all that can be refused without

@@ -62,13 +62,14 @@ def open_split(
     resize: int | None = None,
     workers: int | None = None,
     max_rejected: float = MAX_REJECTED,
+    hold_out: bool = False,
     on_progress: Progress | None = None,
 ) -> Split:
     """The packed training and validation images of `data`.
 
     Validation images are those of `val_data`; else those of an existing val part (folders or shards named train and
     val); else, where there are labels, one image in ten, chosen by a hash of its content, so that copies of an image
-    never lie on both sides. Without labels nothing is held out.
+    never lie on both sides. Without labels nothing is held out unless `hold_out` is set.
 
     Args:
         data, val_data: anything `open_source` takes, or a .beton.
@@ -82,7 +83,7 @@ def open_split(
     Raises:
         UserError: nothing is there, nothing in it is an image, too much of it is broken, or the disk is full.
     """
-    options = _Options(limit, resize, workers or cores(), max_rejected, on_progress)
+    options = _Options(limit, resize, workers or cores(), max_rejected, on_progress, hold_out)
     folder = Path(cache).expanduser()
     shown = None if val_data is None else hide(val_data)
     data, val_data = given(data), None if val_data is None else given(val_data)
@@ -114,6 +115,7 @@ class _Options(NamedTuple):
     workers: int
     max_rejected: float
     on_progress: Progress | None
+    hold_out: bool = False
 
 
 def _packed(address: str, cache: Path, options: _Options, choice: Choice) -> Split:
@@ -130,7 +132,8 @@ def _packed(address: str, cache: Path, options: _Options, choice: Choice) -> Spl
         source = open_source(address)
         identity = list(source.identity())
     key = hashlib.blake2b(digest_size=6)
-    for word in (VERSION, options.limit, options.resize, choice, *identity):
+    held = ["held out"] if options.hold_out else []
+    for word in (VERSION, options.limit, options.resize, choice, *identity, *held):
         key.update(f"{word}\n".encode(errors="surrogateescape"))
     name = "".join(c if c.isalnum() or c in "._-" else "_" for c in Path(bare(address).rstrip("/")).stem)[:40]
     folder = cache / f"{name}-{key.hexdigest()}"
@@ -214,7 +217,8 @@ def _fill(folder: Path, address: str, source: Source | Packed, options: _Options
     total = len(part_of)
     if not total:
         raise UserError(f"{address}: no image found in it")
-    held_out = choice == "split" and not divided and any(label is not None for label in labels.values())
+    labelled = any(label is not None for label in labels.values())
+    held_out = choice == "split" and not divided and (labelled or options.hold_out)
 
     writers: dict[str, _Part] = {}
     broken: Counter[str] = Counter()

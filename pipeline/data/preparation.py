@@ -17,8 +17,11 @@ EMBEDDED = {"train": 2048, "val": 1024}  # images of the generated set
 EMBEDDED_SIZE = 64  # their side in pixels
 
 
-def prepare(config: Config) -> Split:
+def prepare(config: Config, *, hold_out: bool = False) -> Split:
     """The packed training and validation sets that a configuration names, packed or drawn now where they are not.
+
+    Args:
+        hold_out: hold validation images out of a source without labels, too.
 
     Raises:
         UserError: as of `open_split`, or an address was saved without its credentials.
@@ -35,7 +38,9 @@ def prepare(config: Config) -> Split:
         train, val = (embedded.packed(cache, part, n, EMBEDDED_SIZE) for part, n in counts.items())
         return Split(train, val, "generated, val drawn apart from train")
     with packing_bar() as progress:
-        return open_split(config.data, config.val_data, cache, limit=config.limit, on_progress=progress)
+        return open_split(
+            config.data, config.val_data, cache, limit=config.limit, hold_out=hold_out, on_progress=progress
+        )
 
 
 def cache_folder(given: str | None) -> Path:

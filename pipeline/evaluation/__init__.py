@@ -10,16 +10,30 @@ if TYPE_CHECKING:
 NAMES = (
     *("knn", "linear", "logistic", "low_shot", "retrieval", "label_free", "factors", "layerwise"),
     *("similarity", "robustness", "seeing", "depth", "attentive", "finetune", "scratch"),
+    *("multilabel", "regression"),
 )
 """The protocols, known without importing torch: the keys of `PROTOCOLS`."""
 
-COMPARED = NAMES[:-3]
-"""What a comparison takes where none is named: all but those that train for minutes."""
+COMPARED = NAMES[:-5]
+"""What a comparison takes where none is named: all but those that train for minutes or need a table of labels."""
+
+BY_TABLE = NAMES[-2:]
+"""Those of a table of labels, which are no classes."""
 
 DEFAULT = ("knn", "linear")
 """Those that every run ends with, and that are taken where none is named."""
 
-__all__ = ["COMPARED", "DEFAULT", "NAMES", "PROTOCOLS", "FeatureSet", "evaluate_backbone", "examine", "with_floors"]
+__all__ = [
+    "BY_TABLE",
+    "COMPARED",
+    "DEFAULT",
+    "NAMES",
+    "PROTOCOLS",
+    "FeatureSet",
+    "evaluate_backbone",
+    "examine",
+    "with_floors",
+]
 
 
 def __getattr__(name: str) -> Any:

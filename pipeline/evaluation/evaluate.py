@@ -18,6 +18,7 @@ from pipeline.evaluation.feature_set import FeatureSet, in_classes_of
 from pipeline.evaluation.features import VIEWED, Pass, look_once, random_views
 from pipeline.evaluation.images import Images, evaluating, evaluation_view
 from pipeline.evaluation.protocols import PROTOCOLS
+from pipeline.evaluation.table import Table
 
 Results = dict[str, float | int | None]
 
@@ -85,6 +86,7 @@ def with_floors(
     batch_size: int = 256,
     precision: Literal["fp32", "bf16"] = "fp32",
     cache: Path | None = None,
+    table: Table | None = None,
 ) -> tuple[dict[str, Any], Mapping[str, Classifier]]:
     """As `evaluate_backbone`, with the same numbers of the untrained backbone under `untrained`, of raw pixels under
     `pixels`, as far as protocols need nothing but features; and the classifiers that were trained on the backbone. All
@@ -92,7 +94,7 @@ def with_floors(
     found = examine(
         {"trained": backbone, "untrained": untrained, "pixels": floors.pixels()}, train, val, image_size=image_size,
         protocols=protocols, device=device, seed=seed, limit=limit, batch_size=batch_size, precision=precision,
-        cache=cache, floors=("untrained", "pixels"),
+        cache=cache, floors=("untrained", "pixels"), table=table,
     )  # fmt: skip
     numbers = {name: one.numbers for name, one in found.items()}
     scores = {**numbers["trained"], "untrained": numbers["untrained"], "pixels": numbers["pixels"]}
@@ -113,16 +115,19 @@ def examine(
     precision: Literal["fp32", "bf16"] = "fp32",
     cache: Path | None = None,
     floors: Sequence[str] = (),
+    table: Table | None = None,
 ) -> dict[str, Findings]:
     """What every protocol finds in several backbones on the same images; arguments as of `evaluate_backbone`.
 
     Args:
         floors: backbones that go through no protocol that needs more than features.
+        table: labels that take the place of those that were packed.
     """
     unknown = [name for name in protocols if name not in PROTOCOLS]
     if unknown:
         raise ValueError(f"unknown protocol {', '.join(unknown)}; there are {', '.join(PROTOCOLS)}")
-    labelled = val is not None and bool(train.classes) and bool(val.classes)
+    classes = table.classes if table else train.classes
+    labelled = val is not None and bool(classes) and bool(table or val.classes)
     nothing: Results = {f"{name}_{PROTOCOLS[name].headline}": None for name in protocols}
     if val is None or (not labelled and all(PROTOCOLS[name].labels for name in protocols)):
         numbers = {**nothing, "train_images": 0, "val_images": 0}
@@ -150,17 +155,23 @@ def examine(
         on_train, on_val = (passes(p, list(backbones), n) for p, n in ((train, limit), (val, None)))
     random = passes(train, examined, VIEWED, random=True) if "views" in needs else {}
 
+    def labels_of(packed: Packed) -> tuple[Tensor, Tensor | None]:
+        if table:
+            return table.of(packed)
+        packed_labels = torch.from_numpy(BetonReader(packed.path).metadata["label"].astype("int64"))
+        return in_classes_of(classes, packed_labels, packed.classes), None
+
     def seen_by(name: str, packed: Packed, one: Pass) -> FeatureSet:
-        labels = in_classes_of(train.classes, one.labels, packed.classes).to(device)
+        labels, targets = labels_of(packed)
         images = None
         if "images" in needs and name not in floors:
-            whole = torch.from_numpy(BetonReader(packed.path).metadata["label"].astype("int64"))
-            whole = in_classes_of(train.classes, whole, packed.classes)
-            images = Images(backbones[name], packed.path, whole, image_size, device, precision, batch_size)
+            images = Images(backbones[name], packed.path, labels, image_size, device, precision, batch_size)
         return FeatureSet(
-            one.features[:, 0].to(device), labels, train.classes, tuple(layer.to(device) for layer in one.layers),
+            one.features[:, 0].to(device), labels[one.which].to(device), classes,
+            tuple(layer.to(device) for layer in one.layers),
             random[name].features.to(device) if packed is train and name in random else None,
             truth(packed, one.which, device) if "factors" in needs else {}, images, one.which,
+            None if targets is None else targets[one.which].to(device),
         )  # fmt: skip
 
     results = {}
@@ -171,7 +182,7 @@ def examine(
         classifiers: dict[str, Classifier] = {}
         for protocol in protocols:
             measure = PROTOCOLS[protocol]
-            if name in floors and set(measure.needs) - {"factors"}:
+            if name in floors and set(measure.needs) - {"factors", "targets"}:
                 continue
             with evaluating({name: backbones[name]}):
                 found = measure(bank, queries, seed=seed)
@@ -179,7 +190,7 @@ def examine(
                 if isinstance(value, Tensor):
                     evidence[f"{protocol}_{key}"] = value.cpu()
                 elif isinstance(value, nn.Module):
-                    classifiers |= named(protocol, value, backbones[name], train.classes, image_size)
+                    classifiers |= named(protocol, value, backbones[name], classes, image_size)
                 else:
                     numbers[f"{protocol}_{key}"] = value
         counts = {"train_images": int((bank.labels >= 0).sum()), "val_images": int((queries.labels >= 0).sum())}

@@ -23,6 +23,7 @@ class FeatureSet(NamedTuple):
     factors   the value that each factor of a generated image has, int64 [N] by name; empty for photographs
     images    the backbone and its images themselves
     which     int64 [N], on the CPU: the images' numbers in their file
+    targets   float64 [N, T]: the numbers in a table of labels, NaN where it has none; None without a table
     """
 
     features: Tensor
@@ -33,6 +34,7 @@ class FeatureSet(NamedTuple):
     factors: Mapping[str, Tensor] = {}
     images: Images | None = None
     which: Tensor | None = None
+    targets: Tensor | None = None
 
     def labelled(self) -> "FeatureSet":
         """The images that have a label."""
@@ -45,6 +47,7 @@ class FeatureSet(NamedTuple):
             which=None if self.which is None else self.which[keep.cpu()],
             features=self.features[keep],
             labels=self.labels[keep],
+            targets=None if self.targets is None else self.targets[keep],
             layers=tuple(layer[keep] for layer in self.layers),
             factors={name: values[keep] for name, values in self.factors.items()},
         )

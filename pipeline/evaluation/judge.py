@@ -16,7 +16,7 @@ from pipeline import evaluation, tracking
 from pipeline.config import Config
 from pipeline.data import preparation
 from pipeline.errors import UserError
-from pipeline.evaluation import floors
+from pipeline.evaluation import floors, table
 from pipeline.evaluation.classifier import save
 from pipeline.training import conclusion, launch, measure, step
 from pipeline.training.run_folder import RunFolder, read_checkpoint
@@ -27,6 +27,7 @@ def judge(
     *,
     data: str | None = None,
     val_data: str | None = None,
+    labels: str | None = None,
     protocols: Sequence[str] = evaluation.DEFAULT,
     limit: int | None = None,
     seed: int = 0,
@@ -39,25 +40,33 @@ def judge(
     Args:
         run: address of a run folder (its newest checkpoint is judged) or of one checkpoint.
         data, val_data: as of pretraining; by default the run's own.
+        labels: a table that takes the place of the labels that were packed, as `table.read` takes it.
         limit: learn from at most this many images.
 
     Raises:
         UserError: there is no run, the checkpoint is torn or foreign, or there are no labels to judge by.
     """
+    own = None if labels is None else table.read(labels)
+    if own:
+        table.refuse(own, protocols)
     folder, config, backbone, seen, _ = find(run)
     if data:
         config = replace(config, data=data, val_data=val_data, limit=None)
     config = replace(config, val_data=val_data or config.val_data, cache=cache or config.cache)
     train, val, note = preparation.prepare(config)
-    if val is None or not train.classes or not val.classes:
+    if val is None and own:
+        train, val, note = preparation.prepare(config, hold_out=True)
+    if val is None or (own is None and not (train.classes and val.classes)):
         raise UserError(
-            f"--data {config.data}: has no labels, so no accuracy can be measured (class folders are labels)"
+            f"--data {config.data}: has no labels, so no accuracy can be measured (class folders are labels; --labels "
+            "takes a table)"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scores, classifiers = evaluation.with_floors(
         backbone.to(device), floors.untrained(backbone.config, config.seed).to(device), train, val,
         image_size=int(config.image_size or 0), protocols=protocols, device=device, seed=seed, limit=limit,
         precision=measure.precision(config, device), cache=preparation.cache_folder(config.cache) / "features",
+        table=own,
     )  # fmt: skip
     name = launch.data_name(config)
     print(f"{name}: {scores['train_images']:,} images to learn from, {scores['val_images']:,} to be judged on ({note})")

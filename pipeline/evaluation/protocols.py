@@ -27,6 +27,7 @@ from pipeline.evaluation import (
     robustness,
     seeing,
     similarity,
+    targets,
 )
 from pipeline.evaluation import knn as neighbours
 from pipeline.evaluation.accuracy import headline
@@ -35,7 +36,7 @@ from pipeline.evaluation.feature_set import FeatureSet, Found
 HEADLINE_K = 20
 """The k whose accuracy stands for k-NN: DINO's and solo-learn's choice, and the best of DINO's four on ImageNet."""
 
-NEEDS = ("layers", "views", "factors", "images")
+NEEDS = ("layers", "views", "factors", "images", "targets")
 """What a protocol may need beyond pooled features and labels: fields of `FeatureSet`."""
 
 
@@ -95,5 +96,7 @@ PROTOCOLS: MappingProxyType[str, EvaluationProtocol] = MappingProxyType(
         "attentive": EvaluationProtocol(attentive.attentive, needs=("images",)),
         "finetune": EvaluationProtocol(finetune.finetune, needs=("images",)),
         "scratch": EvaluationProtocol(finetune.scratch, needs=("images",)),
+        "multilabel": EvaluationProtocol(targets.multilabel, "map", ("targets",), labels=False),
+        "regression": EvaluationProtocol(targets.regression, "r2", ("targets",), labels=False),
     }
 )

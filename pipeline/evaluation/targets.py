@@ -1,0 +1,182 @@
+"""Labels that are no classes: several at once for an image, and quantities. Linear models on frozen features.
+
+Both are fitted to the optimum, one column of the table at a time, from the images of which the column says something;
+the strength of the penalty is chosen on a held-out fifth of the training set, as of logistic regression.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.evaluation.feature_set import FeatureSet
+from pipeline.evaluation.interval import DRAWS
+from pipeline.evaluation.linear import moments, standardise
+
+HELD_OUT = 0.2
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1e3)
+"""Of |weight|² beside the mean loss over images, times their number."""
+LEAST = 10
+"""Known images below which a column is left out."""
+
+Fit = Callable[[Tensor, Tensor, Sequence[float]], list[Tensor]]
+Loss = Callable[[Tensor, Tensor], Tensor]
+Statistic = Callable[[np.ndarray], float]
+
+
+def multilabel(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float | Tensor] | None:
+    """One logistic regression a label: `map`, the mean over labels of average precision, its bootstrap interval over
+    images `low`, `high`, and `auc`, the mean area under the ROC curve; chance is the labels' frequency, and 0.5.
+
+    Labels that all or none of the known images have, in either set, are left out; None where none is left.
+    """
+    scores, truths = [], []
+    for x, y, queries, asked in _columns(train, val):
+        known = asked[~asked.isnan()]
+        if 0 < y.sum() < len(y) and 0 < known.sum() < len(known):
+            found = _chosen(x, y, queries, seed, _logistic, F.binary_cross_entropy_with_logits)
+            scores.append(found.cpu().numpy())
+            truths.append(asked.cpu().numpy())
+    if not scores:
+        return None
+    score, truth = np.stack(scores), np.stack(truths)
+    low, high = _interval(lambda weights: _mean_precision(score, truth, weights), score.shape[1], seed)
+    precision = _mean_precision(score, truth, np.ones(score.shape[1]))
+    areas = [_area(s[~np.isnan(t)], t[~np.isnan(t)]) for s, t in zip(score, truth)]
+    return {"map": precision, "low": low, "high": high, "auc": float(np.mean(areas)), "labels": len(scores)}
+
+
+def regression(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float | Tensor] | None:
+    """One ridge regression a quantity: `r2`, the share of its variance that is explained (the mean over quantities),
+    its bootstrap interval over images `low`, `high`, and `rank`, Spearman's correlation. Guessing the mean explains 0.
+
+    Quantities that do not vary, in either set, are left out; None where none is left.
+    """
+    guesses, truths = [], []
+    for x, y, queries, asked in _columns(train, val):
+        if y.std() > 0 and asked[~asked.isnan()].std() > 0:
+            mean, deviation = y.mean(), y.std()
+            found = _chosen(x, (y - mean) / deviation, queries, seed, _ridge, F.mse_loss)
+            guesses.append((found * deviation + mean).cpu().numpy())
+            truths.append(asked.cpu().numpy())
+    if not guesses:
+        return None
+    guess, truth = np.stack(guesses), np.stack(truths)
+    low, high = _interval(lambda weights: _explained(guess, truth, weights), guess.shape[1], seed)
+    explained = _explained(guess, truth, np.ones(guess.shape[1]))
+    ranks = [_rank(g[~np.isnan(t)], t[~np.isnan(t)]) for g, t in zip(guess, truth)]
+    return {"r2": explained, "low": low, "high": high, "rank": float(np.mean(ranks)), "quantities": len(guesses)}
+
+
+def _columns(train: FeatureSet, val: FeatureSet) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Of each column: features [M, D] and values [M] of the training images that it knows, all validation features
+    [N, D] and their values [N], NaN where unknown; float64."""
+    if train.targets is None or val.targets is None:
+        return
+    for y, truth in zip(train.targets.T, val.targets.T):
+        known = ~y.isnan()
+        if known.sum() >= LEAST and (~truth.isnan()).sum() >= LEAST:
+            yield train.features[known].double(), y[known], val.features.double(), truth
+
+
+def _chosen(x: Tensor, y: Tensor, queries: Tensor, seed: int, fit: Fit, loss: Loss) -> Tensor:
+    """What a linear model says of queries [N], the penalty chosen on a held-out fifth."""
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
+    held = max(1, round(HELD_OUT * len(x)))
+    aside, kept = order[:held], order[held:]
+    mean, deviation = moments(x[kept])
+    inside, outside = (standardise(x[part], mean, deviation).double() for part in (kept, aside))
+    losses = [float(loss(_apply(outside, theta), y[aside])) for theta in fit(inside, y[kept], PENALTIES)]
+    best = PENALTIES[min(range(len(losses)), key=losses.__getitem__)]
+    mean, deviation = moments(x)
+    (theta,) = fit(standardise(x, mean, deviation).double(), y, (best,))
+    return _apply(standardise(queries, mean, deviation).double(), theta)
+
+
+def _apply(x: Tensor, theta: Tensor) -> Tensor:
+    return x @ theta[:-1] + theta[-1]
+
+
+def _ridge(x: Tensor, y: Tensor, penalties: Sequence[float]) -> list[Tensor]:
+    """For each penalty the weights and offset [D + 1] of least |y − xw − b|² + penalty |w|² (Hoerl & Kennard 1970)."""
+    centre, offset = x.mean(0), y.mean()
+    x = x - centre
+    values, vectors = torch.linalg.eigh(x.T @ x)
+    along = vectors.T @ (x.T @ (y - offset))
+    found = [vectors @ (along / (values.clamp(min=0) + penalty)) for penalty in penalties]
+    return [torch.cat([weight, (offset - centre @ weight)[None]]) for weight in found]
+
+
+def _logistic(x: Tensor, y: Tensor, penalties: Sequence[float]) -> list[Tensor]:
+    """Weights and offset [D + 1] that minimise Σ cross-entropy + ½ penalty |w|², from the largest penalty on, each from
+    where the last ended."""
+    theta, found = x.new_zeros(x.shape[1] + 1), {}
+    for penalty in sorted(penalties, reverse=True):
+        theta = found[penalty] = _minimised(theta, x, y, penalty)
+    return [found[penalty] for penalty in penalties]
+
+
+def _minimised(start: Tensor, x: Tensor, y: Tensor, penalty: float) -> Tensor:
+    theta = start.clone().requires_grad_(True)
+    optimiser = torch.optim.LBFGS(
+        [theta], max_iter=300, tolerance_grad=1e-6, tolerance_change=1e-10, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        value = F.binary_cross_entropy_with_logits(_apply(x, theta), y)
+        value = value + penalty * theta[:-1].square().sum() / (2 * len(x))
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimiser.step(loss)
+    return theta.detach()
+
+
+def _interval(statistic: Statistic, images: int, seed: int) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval of a statistic of images weighted by how often each was drawn [N]."""
+    rng = np.random.default_rng(seed)
+    drawn = [statistic(rng.multinomial(images, np.full(images, 1 / images)).astype(float)) for _ in range(DRAWS // 4)]
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _mean_precision(score: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> float:
+    """The mean over labels of average precision, Σ (recall step × precision), of weighted images; [T, N] and [N]."""
+    found = []
+    for s, t in zip(score, truth):
+        order = np.argsort(-s, kind="stable")
+        w, hit = weights[order] * ~np.isnan(t[order]), np.nan_to_num(t[order])
+        hits = np.cumsum(w * hit)
+        if hits[-1]:
+            last = np.append(np.diff(s[order]) != 0, True)  # of equal scores, the precision after the last counts
+            precision, recall = hits[last] / np.maximum(np.cumsum(w)[last], 1e-12), hits[last] / hits[-1]
+            found.append(np.sum(np.diff(recall, prepend=0) * precision))
+    return float(np.mean(found)) if found else float("nan")
+
+
+def _area(score: np.ndarray, truth: np.ndarray) -> float:
+    """The area under the ROC curve: how often an image with the label is scored above one without."""
+    with_label = int(truth.sum())
+    ranks = stats.rankdata(score)[truth == 1].sum()
+    return float((ranks - with_label * (with_label + 1) / 2) / (with_label * (len(truth) - with_label)))
+
+
+def _rank(guess: np.ndarray, truth: np.ndarray) -> float:
+    """Spearman's correlation; 0 where all guesses are the same."""
+    return float(np.corrcoef(stats.rankdata(guess), stats.rankdata(truth))[0, 1]) if np.ptp(guess) else 0.0
+
+
+def _explained(guess: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> float:
+    """The mean over quantities of 1 − residual / variance, of weighted images; [T, N] and [N]."""
+    found = []
+    for g, t in zip(guess, truth):
+        w, t, g = (one[~np.isnan(t)] for one in (weights, t, g))
+        spread = np.sum(w * (t - np.average(t, weights=w)) ** 2) if w.any() else 0.0
+        if spread > 0:
+            found.append(1 - np.sum(w * (t - g) ** 2) / spread)
+    return float(np.mean(found)) if found else float("nan")
