@@ -1,9 +1,9 @@
 """Changes of images that people see through: geometry, occlusion, and the common corruptions at five severities.
 
 All work on float images [B, 3, H, W] in [0, 1], on their device, and give the same for the same generator. The
-corruptions follow ImageNet-C (Hendrycks & Dietterich 2019), with its parameters as remembered (not yet checked against
-the authors' code), scaled by side / 224 where they are pixels. Snow and frost are left out: they paste photographs
-that no formula gives.
+corruptions follow ImageNet-C (Hendrycks & Dietterich 2019) with the parameters of the authors' code
+(hendrycks/robustness, imagenet_c/corruptions.py), scaled by side / 224 where they are pixels. Frost is left out: it
+pastes photographs.
 """
 
 import math
@@ -126,14 +126,7 @@ def motion_blur(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
     """Along a line of a random direction, half a Gaussian long."""
     radius, sigma = ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))[severity - 1]
     angle = math.radians(float(torch.rand((), generator=generator)) * 90 - 45)
-    ratio = x.shape[-1] / 224
-    at = torch.arange(0, 2 * radius + 1, dtype=torch.float64)
-    weights = (-(at**2) / (2 * sigma**2)).exp()
-    out = torch.zeros_like(x)
-    for distance, weight in zip((at * ratio).tolist(), (weights / weights.sum()).tolist()):
-        move = x.new_tensor([math.cos(angle), math.sin(angle)]) * distance
-        out += weight * _displaced(x, move.expand(len(x), *x.shape[-2:], 2))
-    return out
+    return _streaked(x, radius, sigma, angle, x.shape[-1] / 224)
 
 
 def zoom_blur(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
@@ -141,6 +134,28 @@ def zoom_blur(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
     last, step = ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))[severity - 1]
     factors = torch.arange(1, last, step, dtype=torch.float64).tolist()
     return (x + sum(_warp(x, scale=1 / factor) for factor in factors)) / (len(factors) + 1)
+
+
+def snow(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
+    """Whitened, and through it flakes that fall in one direction: noise enlarged to their size, its peaks, streaked.
+    They are drawn for 224 px, then brought to the image's size."""
+    mean, deviation, size, peak, radius, sigma, kept = (
+        (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
+        (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
+        (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
+        (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
+        (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
+    )[severity - 1]
+    rows = round(224 * x.shape[-2] / x.shape[-1])
+    noise = torch.randn(len(x), 1, math.ceil(rows / size), math.ceil(224 / size), generator=generator)
+    flakes = F.interpolate(mean + deviation * noise.to(x), size=(rows, 224), mode="bilinear", align_corners=True)
+    flakes = torch.where(flakes < peak, 0, flakes.clamp(0, 1))
+    angle = math.radians(float(torch.rand((), generator=generator)) * 90 - 135)
+    flakes = _streaked(flakes, radius, sigma, angle, 1.0)
+    flakes = F.interpolate(flakes, size=x.shape[-2:], mode="bilinear", antialias=True)
+    grey = torch.einsum("c,bchw->bhw", x.new_tensor([0.299, 0.587, 0.114]), x)[:, None]
+    white = torch.maximum(x, 1.5 * grey + 0.5)
+    return kept * x + (1 - kept) * white + flakes + flakes.flip(2, 3)
 
 
 def fog(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
@@ -171,9 +186,18 @@ def contrast(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
 
 
 def elastic(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    """Pixels moved by a smooth random field: 488 px times uniform noise blurred by 171 px, and so on to 29 by 2.4."""
-    amount, sigma = ((2, 0.7), (2, 0.08), (0.05, 0.01), (0.07, 0.01), (0.12, 0.01))[severity - 1]
+    """Pixels moved by a smooth random field, 2 sides times uniform noise blurred by 0.7 of a side, and so on to 0.12 by
+    0.01; before that, three points moved by up to 0.1, 0.2, 0.02 sides, and the image with them."""
+    levels = ((2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02))
+    amount, sigma, jitter = levels[severity - 1]
     side = x.shape[-1]
+    # In half sides from the middle; the points lie a third of a side from it.
+    corners = x.new_tensor([[1, 1], [1, -1], [-1, -1]]) * 2 / 3
+    moved_corners = corners + 2 * jitter * (2 * _random(x, generator, 3, 2) - 1)
+    ones = x.new_ones(len(x), 3, 1)
+    back = torch.linalg.lstsq(torch.cat([moved_corners, ones], 2), corners.expand(len(x), 3, 2)).solution.mT
+    places = F.affine_grid(back, list(x.shape), align_corners=False)
+    x = F.grid_sample(x, places, mode="bilinear", padding_mode="reflection", align_corners=False)
     noise = 2 * torch.rand(len(x), 2, *x.shape[-2:], generator=generator).to(x.device) - 1
     moved = amount * side * _blurred(noise, sigma * side)
     return _displaced(x, rearrange(moved, "b two h w -> b h w two"))
@@ -200,8 +224,8 @@ CORRUPTIONS: Mapping[str, Change] = MappingProxyType(
     {
         "gaussian_noise": gaussian_noise, "shot_noise": shot_noise, "impulse_noise": impulse_noise,
         "defocus_blur": defocus_blur, "glass_blur": glass_blur, "motion_blur": motion_blur, "zoom_blur": zoom_blur,
-        "fog": fog, "brightness": brightness, "contrast": contrast, "elastic": elastic, "pixelate": pixelate,
-        "jpeg": jpeg,
+        "snow": snow, "fog": fog, "brightness": brightness, "contrast": contrast, "elastic": elastic,
+        "pixelate": pixelate, "jpeg": jpeg,
     }
 )  # fmt: skip
 
@@ -246,6 +270,17 @@ def _displaced(x: Tensor, moved: Tensor) -> Tensor:
     identity = F.affine_grid(torch.eye(2, 3).to(x).expand(len(x), 2, 3), list(x.shape), align_corners=False)
     places = identity + 2 * moved / moved.new_tensor([x.shape[-1], x.shape[-2]])
     return F.grid_sample(x, places, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def _streaked(x: Tensor, radius: int, sigma: float, angle: float, ratio: float) -> Tensor:
+    """Blurred along a line in one direction, by half a Gaussian of `sigma` up to 2 radius; all times `ratio` pixels."""
+    at = torch.arange(0, 2 * radius + 1, dtype=torch.float64)
+    weights = (-(at**2) / (2 * sigma**2)).exp()
+    out = torch.zeros_like(x)
+    for distance, weight in zip((at * ratio).tolist(), (weights / weights.sum()).tolist()):
+        move = x.new_tensor([math.cos(angle), math.sin(angle)]) * distance
+        out += weight * _displaced(x, move.expand(len(x), *x.shape[-2:], 2))
+    return out
 
 
 def _filtered(x: Tensor, kernel: Tensor) -> Tensor:
