@@ -53,8 +53,8 @@ class Claim(NamedTuple):
 
 
 def rivals(contest: Contest) -> list[tuple[Entry, Entry]]:
-    """Who is set against whom: for every objective its best CNN against its best ViT, then the best two of all where
-    that is another pair."""
+    """Who is set against whom: for every objective its best CNN against its best ViT, and the best two of all where
+    that is another pair. A CNN against a ViT comes first, for that is the question; then who is best."""
     order = sorted(contest.entries, key=lambda one: -score(one))
     pairs = []
     for objective in dict.fromkeys(one.config.objective for one in order):
@@ -64,7 +64,7 @@ def rivals(contest: Contest) -> list[tuple[Entry, Entry]]:
     first, second = order[0], order[1]
     if not any({first.name, second.name} == {a.name, b.name} for a, b in pairs):
         pairs.insert(0, (first, second))
-    return sorted(pairs, key=lambda pair: -max(score(one) for one in pair))
+    return sorted(pairs, key=lambda pair: (pair[0].family == pair[1].family, -max(score(one) for one in pair)))
 
 
 def score(one: Entry) -> float:

@@ -92,6 +92,14 @@ def test_a_cnn_meets_a_vit_of_the_same_objective_and_the_best_meet_too() -> None
         ("resnet18 + dino", "vit_ti16 + dino"),
         ("vit_ti16 + mae", "resnet18 + dino"),
     }
+    entries = [
+        entry("resnet18", "mae", good, floor), entry("resnet18", "dino", fair, floor),
+        entry("vit_ti16", "dino", poor, floor),
+    ]  # fmt: skip
+    assert [(a.name, b.name) for a, b in verdict.rivals(contest(entries, floor))] == [
+        ("resnet18 + dino", "vit_ti16 + dino"),  # the question, before who is best
+        ("resnet18 + mae", "resnet18 + dino"),
+    ]
 
 
 def test_what_is_unequal_is_said(clear: Contest) -> None:
