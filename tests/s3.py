@@ -1,5 +1,6 @@
 """An S3-speaking server on this machine's loopback, for the tests that need a remote store."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
@@ -12,6 +13,7 @@ def s3(bucket: str, key: str = "x", secret: str = "x") -> Iterator[fsspec.Abstra
     """s3fs's view of a new server with one empty bucket; this process and its children find it in the environment."""
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line a request
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -138,13 +138,9 @@ def full_disk(place: Place) -> Row:
         process = place.start("full", *long)
         folder = RunFolder(str(run))
         _until(lambda: len(folder.checkpoints()) >= 2, process)
-        with open(disk / "ballast", "wb") as file:
-            try:
-                while True:
-                    file.write(b"x" * 4096)
-                    file.flush()
-            except OSError:
-                pass
+        with open(disk / "ballast", "wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(b"x" * 4096)
         _until(lambda: "no checkpoint could be written" in place.log("full"), process)
         reached = folder.checkpoints()[-1]
         said = next(line for line in place.log("full").splitlines() if "no checkpoint could be written" in line)
