@@ -272,7 +272,7 @@ def test_signs_of_health_and_of_three_collapses() -> None:
 
 def test_vital_signs_trip_when_the_teacher_is_the_student_and_both_collapse() -> None:
     objective = small(ema_start=0.0, ema_end=0.0)
-    history = train(objective, toy_images(256)[0], steps=200, lr=2e-2)
+    history = train(objective, toy_images(256)[0], steps=200, lr=1e-1)
     assert {"explained", "prediction_spread"} <= sick(objective, history)
 
 
