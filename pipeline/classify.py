@@ -29,7 +29,7 @@ class Arguments:
 
 
 def classify(arguments: Arguments) -> None:
-    """Write the CSV, and print how many images each class was given, best known first."""
+    """Write the CSV, and print how many images were given each class, the commonest first."""
     import torch
 
     from pipeline.data import pack, packed, preparation

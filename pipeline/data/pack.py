@@ -245,7 +245,7 @@ def _fill(folder: Path, address: str, source: Source | Packed, options: _Options
         if "train" not in writers:
             reasons = "; ".join(f"{n} × {reason}" for reason, n in Counter(r for _, r in rejected).most_common(3))
             raise UserError(f"{address}: none of its {total:,} files is an image that can be read ({reasons})")
-        classes = _ordered(label for writer in writers.values() for label in writer.labels)
+        classes = ordered(label for writer in writers.values() for label in writer.labels)
         for writer in writers.values():
             writer.label(classes)
     csv_path = _write_rejected(folder / "rejected.csv", rejected) if rejected else None
@@ -256,7 +256,7 @@ def _fill(folder: Path, address: str, source: Source | Packed, options: _Options
     return f"1 image in {HELD_OUT} held out by a hash of its content" if "val" in writers else "nothing held out"
 
 
-def _ordered(labels: Iterable[str | None]) -> tuple[str, ...]:
+def ordered(labels: Iterable[str | None]) -> tuple[str, ...]:
     """The classes among these labels, in the order of their names; numbers in the order of their values."""
     classes = {label for label in labels if label is not None}
     numbers = all(label.isdecimal() for label in classes)

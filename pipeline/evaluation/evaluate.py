@@ -193,7 +193,7 @@ def examine(
                     classifiers |= named(protocol, value, backbones[name], classes, image_size)
                 else:
                     numbers[f"{protocol}_{key}"] = value
-        counts = {"train_images": int((bank.labels >= 0).sum()), "val_images": int((queries.labels >= 0).sum())}
+        counts = {"train_images": bank.known(), "val_images": queries.known()}
         truths = queries.labels[queries.labels >= 0].cpu()
         results[name] = Findings({**numbers, **counts}, evidence, truths, classifiers)
     return results

@@ -41,6 +41,11 @@ class FeatureSet(NamedTuple):
         keep = self.labels >= 0
         return self if bool(keep.all()) else self.chosen(keep)
 
+    def known(self) -> int:
+        """How many images have a label, or a number in the table."""
+        has = self.labels >= 0
+        return int((has if self.targets is None else has | ~self.targets.isnan().all(dim=1)).sum())
+
     def chosen(self, keep: Tensor) -> "FeatureSet":
         """The images that `keep`, a bool mask [N] or int64 indices, names; `views` and `images` stay as they are."""
         return self._replace(

@@ -68,12 +68,12 @@ def judge(
         precision=measure.precision(config, device), cache=preparation.cache_folder(config.cache) / "features",
         table=own,
     )  # fmt: skip
-    name = launch.data_name(config)
+    name = launch.data_name(config) + (f" by {own.name}" if own else "")
     print(f"{name}: {scores['train_images']:,} images to learn from, {scores['val_images']:,} to be judged on ({note})")
     conclusion.table({"backbone": config.backbone, "objective": config.objective, **scores})
     keep(folder, config, name, seen, scores, protocols)
     for protocol, classifier in classifiers.items():
-        file = f"classifiers/{protocol}-{name}.safetensors"
+        file = f"classifiers/{protocol}-{name.replace(' ', '-')}.safetensors"
         folder.write(file, save(classifier))
         print(f"classify     python -m pipeline.classify {shlex.quote(folder.path(file))} PHOTOS")
     return scores

@@ -11,27 +11,33 @@ import fsspec
 import torch
 from torch import Tensor
 
+from pipeline.data.pack import ordered
 from pipeline.data.packed import Packed, read_names
 from pipeline.data.remote import given
 from pipeline.errors import UserError
+from pipeline.redaction import hide, redact
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of labels: its address, the columns beside the path, and what they say of each path (stripped text, empty
-    where nothing is known)."""
+    """A table of labels: its address without credentials, the columns beside the path, and what they say of each path
+    (stripped text, empty where nothing is known)."""
 
     address: str
     columns: tuple[str, ...]
     rows: dict[str, tuple[str, ...]]
 
     @property
+    def name(self) -> str:
+        """A readable name: the last part of the address."""
+        return Path(self.address.split("?")[0]).stem
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """The classes of a table of one column; none where there are more."""
         if len(self.columns) > 1:
             return ()
-        found = {row[0] for row in self.rows.values() if row[0]}
-        return tuple(sorted(found, key=int) if all(name.isdecimal() for name in found) else sorted(found))
+        return ordered(row[0] or None for row in self.rows.values())
 
     @property
     def numbers(self) -> dict[str, tuple[float, ...]]:
@@ -72,7 +78,8 @@ def read(address: str) -> Table:
         with fsspec.open(given(address), "rb") as file:
             text = file.read().decode("utf-8-sig")
     except (OSError, ValueError) as error:
-        raise UserError(f"--labels {address}: cannot be read ({error})") from None
+        raise UserError(f"--labels {hide(address)}: cannot be read ({redact(str(error))})") from None
+    address = hide(address)
     first, _, _ = text.partition("\n")
     lines = [
         line for line in csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t|", key=first.count)) if line
@@ -85,7 +92,7 @@ def read(address: str) -> Table:
         if len(line) != len(columns) + 1:
             raise UserError(f"--labels {address}: row {count} has {len(line)} cells, the first row {len(columns) + 1}")
         rows[line[0].strip()] = tuple(cell.strip() for cell in line[1:])
-    return Table(Path(address).name if "://" not in address else address, columns, rows)
+    return Table(address, columns, rows)
 
 
 def refuse(table: Table, protocols: Sequence[str]) -> None:

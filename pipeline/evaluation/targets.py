@@ -4,7 +4,7 @@ Both are fitted to the optimum, one column of the table at a time, from the imag
 the strength of the penalty is chosen on a held-out fifth of the training set, as of logistic regression.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from pipeline.evaluation.linear import moments, standardise
 
 HELD_OUT = 0.2
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1e3)
-"""Of |weight|² beside the mean loss over images, times their number."""
+"""Of |weight|² beside the loss summed over images."""
 LEAST = 10
 """Known images below which a column is left out."""
 
@@ -33,20 +33,14 @@ def multilabel(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, fl
 
     Labels that all or none of the known images have, in either set, are left out; None where none is left.
     """
-    scores, truths = [], []
-    for x, y, queries, asked in _columns(train, val):
-        known = asked[~asked.isnan()]
-        if 0 < y.sum() < len(y) and 0 < known.sum() < len(known):
-            found = _chosen(x, y, queries, seed, _logistic, F.binary_cross_entropy_with_logits)
-            scores.append(found.cpu().numpy())
-            truths.append(asked.cpu().numpy())
-    if not scores:
+    found = _read_off(train, val, seed, _logistic, F.binary_cross_entropy_with_logits)
+    if found is None:
         return None
-    score, truth = np.stack(scores), np.stack(truths)
+    score, truth = found
     low, high = _interval(lambda weights: _mean_precision(score, truth, weights), score.shape[1], seed)
     precision = _mean_precision(score, truth, np.ones(score.shape[1]))
     areas = [_area(s[~np.isnan(t)], t[~np.isnan(t)]) for s, t in zip(score, truth)]
-    return {"map": precision, "low": low, "high": high, "auc": float(np.mean(areas)), "labels": len(scores)}
+    return {"map": precision, "low": low, "high": high, "auc": float(np.mean(areas)), "labels": len(score)}
 
 
 def regression(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float | Tensor] | None:
@@ -55,31 +49,30 @@ def regression(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, fl
 
     Quantities that do not vary, in either set, are left out; None where none is left.
     """
-    guesses, truths = [], []
-    for x, y, queries, asked in _columns(train, val):
-        if y.std() > 0 and asked[~asked.isnan()].std() > 0:
-            mean, deviation = y.mean(), y.std()
-            found = _chosen(x, (y - mean) / deviation, queries, seed, _ridge, F.mse_loss)
-            guesses.append((found * deviation + mean).cpu().numpy())
-            truths.append(asked.cpu().numpy())
-    if not guesses:
+    found = _read_off(train, val, seed, _ridge, F.mse_loss)
+    if found is None:
         return None
-    guess, truth = np.stack(guesses), np.stack(truths)
+    guess, truth = found
     low, high = _interval(lambda weights: _explained(guess, truth, weights), guess.shape[1], seed)
     explained = _explained(guess, truth, np.ones(guess.shape[1]))
     ranks = [_rank(g[~np.isnan(t)], t[~np.isnan(t)]) for g, t in zip(guess, truth)]
-    return {"r2": explained, "low": low, "high": high, "rank": float(np.mean(ranks)), "quantities": len(guesses)}
+    return {"r2": explained, "low": low, "high": high, "rank": float(np.mean(ranks)), "quantities": len(guess)}
 
 
-def _columns(train: FeatureSet, val: FeatureSet) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Of each column: features [M, D] and values [M] of the training images that it knows, all validation features
-    [N, D] and their values [N], NaN where unknown; float64."""
+def _read_off(
+    train: FeatureSet, val: FeatureSet, seed: int, fit: Fit, loss: Loss
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """What linear models say of the columns that vary in both sets, and the truth, NaN where unknown: both [T, N]."""
     if train.targets is None or val.targets is None:
-        return
+        return None
+    said, truths = [], []
     for y, truth in zip(train.targets.T, val.targets.T):
-        known = ~y.isnan()
-        if known.sum() >= LEAST and (~truth.isnan()).sum() >= LEAST:
-            yield train.features[known].double(), y[known], val.features.double(), truth
+        known, asked = ~y.isnan(), truth[~truth.isnan()]
+        x, y = train.features[known].double(), y[known]
+        if min(len(y), len(asked)) >= LEAST and y.min() < y.max() and asked.min() < asked.max():
+            said.append(_chosen(x, y, val.features.double(), seed, fit, loss).cpu().numpy())
+            truths.append(truth.cpu().numpy())
+    return (np.stack(said), np.stack(truths)) if said else None
 
 
 def _chosen(x: Tensor, y: Tensor, queries: Tensor, seed: int, fit: Fit, loss: Loss) -> Tensor:

@@ -127,9 +127,9 @@ def table(summary: dict[str, Any]) -> None:
             continue
         cells = []
         for numbers in columns.values():
-            known, interval = numbers.get(measure.key) is not None, measure.interval(numbers)
-            unit = "%" if known and measure.factor == 100 else ""
-            cells.append(f"{measure.text(numbers)}{unit}" + (f" [dim]({interval})[/]" if interval else ""))
+            text, interval = measure.text(numbers), measure.interval(numbers)
+            unit = "%" if measure.factor == 100 and text != "–" else ""
+            cells.append(f"{text}{unit}" + (f" [dim]({interval})[/]" if interval else ""))
         rows.add_row(measure.title, *cells)
     Console(width=None if sys.stdout.isatty() else LOG_WIDTH).print("", rows)
 

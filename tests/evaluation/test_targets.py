@@ -138,6 +138,9 @@ def test_what_needs_a_table_says_so(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "python -m pipeline.evaluate takes" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"none\.csv: cannot be read"):
         table.read(str(tmp_path / "none.csv"))
+    with pytest.raises(UserError) as refused:
+        table.read("http://me:hunter2@127.0.0.1:1/labels.csv")
+    assert "hunter2" not in str(refused.value)
 
 
 def test_labels_of_a_table_take_the_place_of_those_packed(tmp_path: Path) -> None:
@@ -160,6 +163,7 @@ def test_labels_of_a_table_take_the_place_of_those_packed(tmp_path: Path) -> Non
         {"": MeanColour()}, train, val, image_size=SIDE, protocols=("regression",), table=several
     )[""].numbers  # fmt: skip
     assert numbers["regression_quantities"] == 3
+    assert (numbers["train_images"], numbers["val_images"]) == (120, 60)
     assert numbers["regression_r2"] > 0.6
     assert evaluate_backbone(MeanColour(), train, val, image_size=SIDE, protocols=("multilabel",)) == {
         "multilabel_map": None, "train_images": 120, "val_images": 60,
