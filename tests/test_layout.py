@@ -18,7 +18,7 @@ LAYERS = {
 }
 ONLY_IN = {
     "ray": ("pipeline/cluster.py", "jobs/cluster.py"),  # training on a cluster; jobs for one
-    "mlflow": ("pipeline/tracking.py",),
+    "mlflow": ("pipeline/tracking/",),
     "ffcv": ("pipeline/data/",),
 }
 MODULES = [path for folder in FOLDERS.values() for path in sorted((ROOT / folder).rglob("*.py"))]

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from pipeline import tracking
+from pipeline.redaction import redact
 from pipeline.report import contest as contests
 from pipeline.report import page, verdict
 from pipeline.report.contest import Contest
@@ -85,4 +86,4 @@ def track(held: Contest, folder: Path, uri: str) -> None:
     for name in ("report.html", "numbers.json"):
         tracker.log_artifact(folder / name)
     tracker.finish("FINISHED")
-    print(f"in MLflow    mlflow ui --backend-store-uri {shlex.quote(tracking.redact(uri))}   (experiment {held.data})")
+    print(f"in MLflow    mlflow ui --backend-store-uri {shlex.quote(redact(uri))}   (experiment {held.data})")

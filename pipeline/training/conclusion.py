@@ -15,6 +15,7 @@ from rich.table import Table
 
 from pipeline import tracking
 from pipeline.evaluation.measures import MEASURES
+from pipeline.redaction import redact
 from pipeline.training.run_folder import RunFolder
 from pipeline.training.worker import Job
 
@@ -39,7 +40,7 @@ def introduce(job: Job, folder: RunFolder, engine: str, note: str, uri: str) -> 
         "length": f"{config.epochs} epochs at batch {config.batch_size}, {config.image_size} px, "
         f"{config.optimiser} at learning rate {config.lr:.2g}",
         "engine": engine,
-        "tracking": tracking.redact(uri),
+        "tracking": redact(uri),
     }
     for name, value in lines.items():
         print(f"{name:>10}  {value}", flush=True)
@@ -98,7 +99,7 @@ def conclude(
     print(
         f"\n{speed}run folder   {folder.address}\n"
         f"checkpoint   {summary['checkpoint']}\n{usage(folder)}"
-        f"look         mlflow ui --backend-store-uri {shlex.quote(tracking.redact(uri))}",
+        f"look         mlflow ui --backend-store-uri {shlex.quote(redact(uri))}",
         flush=True,
     )
     return summary

@@ -20,7 +20,7 @@ from pipeline.command import STOPPED, Stop, stop_signals
 from pipeline.config import Config
 from pipeline.data import preparation
 from pipeline.errors import UserError
-from pipeline.redaction import bare
+from pipeline.redaction import bare, redact
 from pipeline.training import conclusion
 from pipeline.training.checkpoints import newest
 from pipeline.training.display import Display, Status
@@ -101,8 +101,8 @@ def launch(config: Config, argv: Sequence[str]) -> int:
     if result["stopped"]:
         tracking.end_run(uri, run_id, "KILLED", folder.address)
         if result["unrecorded"]:
-            away = f"{tracking.PATIENCE / 60:g} minutes"
-            print(f"--tracking required: MLflow at {tracking.redact(uri)} has been away for {away}", file=sys.stderr)
+            away = f"{tracking.Tracker.PATIENCE / 60:g} minutes"
+            print(f"--tracking required: MLflow at {redact(uri)} has been away for {away}", file=sys.stderr)
         saved = result["checkpoint_images"]
         without = "" if saved == result["images_seen"] else "out one here: the last is"
         print(

@@ -83,9 +83,9 @@ class Run:
         return {**self.place.environment(), "MLFLOW_TRACKING_URI": self.server.uri}
 
     def begin(self, *words: str, patience: float | None = None) -> None:
-        """Start, or go on; `patience` takes the place of `pipeline.tracking.PATIENCE`, seconds."""
+        """Start, or go on; `patience` takes the place of `Tracker.PATIENCE`, seconds."""
         start = "import sys; from pipeline import pretrain, tracking; "
-        start += f"tracking.PATIENCE = {patience}; " if patience else ""
+        start += f"tracking.Tracker.PATIENCE = {patience}; " if patience else ""
         command = [sys.executable, "-c", start + "sys.exit(pretrain.main())", *self.place.words("one", *words)]
         with open(self.log, "ab") as out:
             self.process = subprocess.Popen(command, env=self.environment, stdout=out, stderr=out, preexec_fn=_one_core)

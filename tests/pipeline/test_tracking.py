@@ -20,9 +20,15 @@ import pytest
 
 from pipeline import tracking
 from pipeline.errors import UserError
-from pipeline.tracking import Tracker, child_run, default_uri, end_run, redact, resume_run, spool_of, start_run
+from pipeline.redaction import redact
+from pipeline.tracking import Tracker, child_run, default_uri, end_run, resume_run, start_run
+from pipeline.tracking.__main__ import main
+from pipeline.tracking.description import PARAM_LENGTH, DatasetInput
+from pipeline.tracking.spool import spool_of
+from pipeline.tracking.store import TrackingError, connect
+from pipeline.tracking.tickets import PENDING
 
-DATASET: tracking.DatasetInput = {
+DATASET: DatasetInput = {
     "name": "flowers", "digest": "f00d" * 16, "path": "s3://key:hunter2@bucket/flowers", "images": 1020, "classes": 17,
 }  # fmt: skip
 
@@ -40,7 +46,7 @@ def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An sqlite store with its tables, which take seconds to create."""
     file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    tracking._client(f"sqlite:///{file}")
+    connect(f"sqlite:///{file}")
     return file
 
 
@@ -110,11 +116,11 @@ def begin(uri: str, **changes: Any) -> str:
 
 
 def history(uri: str, run_id: str, key: str = "loss") -> list[tuple[int, float]]:
-    return [(m.step, m.value) for m in tracking._client(uri).get_metric_history(run_id, key)]
+    return [(m.step, m.value) for m in connect(uri).get_metric_history(run_id, key)]
 
 
 def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == tracking.__name__]
+    return [record.getMessage() for record in caplog.records if record.name.startswith(tracking.__name__)]
 
 
 def eventually(true: Callable[[], object], seconds: float = 30.0) -> None:
@@ -194,14 +200,14 @@ def test_run_says_what_it_is(uri: str, tmp_path: Path) -> None:
         params={"lr": 0.001, "options": {"out_dim": 2048, "text": "x" * 9999}, "api_key": "hunter2", "data set!": 1},
         command=["/usr/bin/python3", "-m", "pipeline.pretrain", "--data", "s3://key:hunter2@bucket/flowers"],
     )
-    client = tracking._client(uri)
+    client = connect(uri)
     run = client.get_run(run_id)
     assert run.info.run_name == "vit_s16-dino-flowers-0712"
     assert run.info.status == "RUNNING"
     assert client.get_experiment(run.info.experiment_id).name == "flowers"
     assert run.data.params["lr"] == "0.001"
     assert run.data.params["options.out_dim"] == "2048"
-    assert len(run.data.params["options.text"]) == tracking.PARAM_LENGTH
+    assert len(run.data.params["options.text"]) == PARAM_LENGTH
     assert run.data.params["data set_"] == "1"
     assert run.data.tags["mlflow.source.name"] == "pipeline.pretrain"
     assert "python -m pipeline.pretrain --data" in run.data.tags["mlflow.note.content"]
@@ -227,9 +233,9 @@ def test_metrics_artifacts_and_system_load_arrive(uri: str, tmp_path: Path) -> N
     assert time.perf_counter() - begun < 1.0  # handing over 5,000 values holds up nothing
     tracker.log_artifact(weights, "checkpoints")
     tracker.log_backbone(weights, {"name": "vit_s16", "image_size": 64}, usage="import backbones\n")
-    eventually(lambda: "system/cpu_utilization_percentage" in tracking._client(uri).get_run(run_id).data.metrics)
+    eventually(lambda: "system/cpu_utilization_percentage" in connect(uri).get_run(run_id).data.metrics)
     tracker.finish("FINISHED")
-    run = tracking._client(uri).get_run(run_id)
+    run = connect(uri).get_run(run_id)
     assert run.info.status == "FINISHED"
     assert history(uri, run_id) == [(step * 64, pytest.approx(1 / step)) for step in range(1, 2501)]
     assert "knn_top1" not in run.data.metrics
@@ -261,7 +267,7 @@ def test_resumed_run_has_every_step_once(kind: str, uri: str, request: pytest.Fi
     resumed.finish("KILLED")
     assert history(uri, run_id) == [(step, pytest.approx(step / 7)) for step in range(0, 200, 10)]
     assert [step for step, _ in history(uri, run_id, "knn_top1")] == list(range(60, 200, 10))
-    run = tracking._client(uri).get_run(run_id)
+    run = connect(uri).get_run(run_id)
     assert run.info.status == "KILLED"
     assert run.data.tags["resumed_at"] == "50 images"
 
@@ -293,7 +299,7 @@ def test_what_waits_outlives_a_kill_in_the_middle_of_a_line(uri: str, tmp_path: 
     tracker.log({"loss": 3 / 7}, 3)
     tracker.close()
     assert history(uri, run_id) == [(step, pytest.approx(step / 7)) for step in range(4)]
-    assert tracking._client(uri).get_run(run_id).info.status == "RUNNING"  # the end was of an earlier process
+    assert connect(uri).get_run(run_id).info.status == "RUNNING"  # the end was of an earlier process
     assert not spool.exists()
 
 
@@ -305,22 +311,22 @@ def test_a_run_at_work_delivers_by_itself(uri: str, tmp_path: Path, capsys: pyte
     spool_of(str(run)).write_text(json.dumps(entry) + "\n" + json.dumps({"status": "FAILED", "time": 2000}) + "\n")
     with open(spool_of(str(run))) as held:
         fcntl.flock(held, fcntl.LOCK_SH)  # as a `Tracker` does
-        assert tracking.main([str(run)]) == 2
+        assert main([str(run)]) == 2
         assert "is at work now, and delivers by itself" in capsys.readouterr().err
-    assert tracking.main([str(run.parent)]) == 0
+    assert main([str(run.parent)]) == 0
     assert f"{run}: 2 of 2 entries delivered" in capsys.readouterr().out
     assert history(uri, run_id) == [(1, 1.0)]
-    assert tracking._client(uri).get_run(run_id).info.status == "FAILED"
-    assert tracking.main([str(run)]) == 0
+    assert connect(uri).get_run(run_id).info.status == "FAILED"
+    assert main([str(run)]) == 0
     assert "nothing waits" in capsys.readouterr().out
-    assert tracking.main([str(tmp_path)]) == 2
+    assert main([str(tmp_path)]) == 2
     assert "no run is there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("required", [True, False])
 def test_a_required_store_is_lost_after_a_while(monkeypatch: pytest.MonkeyPatch, required: bool) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(tracking, "PATIENCE", 0.5)
+    monkeypatch.setattr(Tracker, "PATIENCE", 0.5)
     said: list[str] = []
     tracker = Tracker("http://127.0.0.1:9", "0" * 32, system_metrics=0, required=required, say=said.append)
     tracker.log({"loss": 1.0}, 1)
@@ -347,17 +353,17 @@ def test_evaluation_stands_below_its_run(uri: str) -> None:
     end_run(uri, run_id, "FAILED")
     child = child_run(uri, run_id, name="linear", tags={"protocol": "linear"}, metrics={"linear_top1": 0.8}, step=640)
     assert child is not None
-    run = tracking._client(uri).get_run(child)
+    run = connect(uri).get_run(child)
     assert run.data.tags["mlflow.parentRunId"] == run_id
     assert run.data.tags["backbone"] == "vit_s16"
     assert run.data.tags["kind"] == "evaluation"
     assert run.info.status == "FINISHED"
     assert history(uri, child, "linear_top1") == [(640, 0.8)]
-    assert tracking._client(uri).get_run(run_id).info.status == "FAILED"
+    assert connect(uri).get_run(run_id).info.status == "FAILED"
 
 
 def test_runs_of_one_data_set_compare_at_a_click(uri: str) -> None:
-    client = tracking._client(uri)
+    client = connect(uri)
     cnn, vit = (client.get_run(begin(uri, tags={"backbone": backbone})) for backbone in ("resnet18", "vit_s16"))
     experiment = client.get_experiment(cnn.info.experiment_id)
     view = json.loads(json.loads(experiment.tags["mlflow.sharedViewState.comparison"])["state"])
@@ -381,17 +387,17 @@ def test_entry_that_cannot_be_stored_holds_up_nothing(
 
 
 def test_store_of_an_unknown_kind_is_refused_in_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(tracking.TrackingError, match="cannot record this run"):
+    with pytest.raises(TrackingError, match="cannot record this run"):
         begin(f"file://{tmp_path}/mlruns")
 
 
 def test_two_runs_may_create_the_store_at_once(tmp_path: Path) -> None:
     program = (
-        "import sys; from pipeline.tracking import *\n"
+        "import sys; from pipeline.tracking import start_run\n"
         "print(start_run(sys.argv[1], experiment='e', name='n', tags={}, params={}, dataset=None, config_path=None))"
     )
     uri = default_uri(tmp_path / "fresh")
-    root = Path(tracking.__file__).parents[1]
+    root = Path(tracking.__file__).parents[2]
     both = [
         subprocess.Popen([sys.executable, "-c", program, uri], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for _ in range(2)
@@ -417,12 +423,12 @@ def test_server_down_in_the_middle_costs_nothing(server: Server, caplog: pytest.
         tracker.log({"loss": float(step)}, step)
     assert time.perf_counter() - begun < 0.5
     assert not tracker.flush(2.0)
-    assert len(tracker._spool.read_text().splitlines()) == 1000
+    assert len(tracker.spool.path.read_text().splitlines()) == 1000
     server.start()
     tracker.log({"loss": 1001.0}, 1001)
     tracker.finish("FINISHED")
     assert history(server.uri, run_id) == [(step, float(step)) for step in range(1002)]
-    assert not tracker._spool.exists()
+    assert not tracker.spool.path.exists()
     down, up = warnings_in(caplog)
     assert "takes no entries" in down
     assert "answers again" in up
@@ -446,12 +452,12 @@ def test_server_down_at_the_start_and_a_kill(server: Server, tmp_path: Path, cap
     tracker.log({"loss": 1.0}, 64)
     tracker.log({"loss": 0.5}, 128)
     tracker.finish("FINISHED")
-    assert not tracker.run_id.startswith(tracking.PENDING)
+    assert not tracker.run_id.startswith(PENDING)
     again = Tracker(server.uri, ticket, system_metrics=0, interval=0.1)
     again.close()
     assert again.run_id == tracker.run_id
     assert history(server.uri, tracker.run_id) == [(64, 1.0), (128, 0.5)]
-    client = tracking._client(server.uri)
+    client = connect(server.uri)
     run = client.get_run(tracker.run_id)
     assert run.info.run_name == "vit_s16-dino-flowers-0712"
     assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["config.yaml"]
@@ -464,9 +470,9 @@ def test_server_killed_while_it_stores_has_everything_once(server: Server) -> No
     tracker = Tracker(server.uri, run_id, system_metrics=0, interval=0.1)
     for step in range(20_000):
         tracker.log({"loss": float(step)}, step)
-    eventually(lambda: len(tracker._waiting) < 19_000)  # some requests are answered, one is under way
+    eventually(lambda: len(tracker.spool) < 19_000)  # some requests are answered, one is under way
     server.stop()
-    assert tracker._waiting
+    assert tracker.spool
     tracker.flush(1.0)
     server.start()
     tracker.finish("FINISHED", timeout=120.0)
@@ -478,12 +484,12 @@ def test_server_killed_while_it_stores_has_everything_once(server: Server) -> No
 def test_memory_is_bounded_while_nothing_is_taken(
     server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "MOST_WAITING", 100)
+    monkeypatch.setattr("pipeline.tracking.tracker.MOST_WAITING", 100)
     tracker = Tracker(server.uri, "0" * 32, system_metrics=0, interval=0.1)
     for step in range(1000):
         tracker.log({"loss": 1.0}, step)
     tracker.close(0.1)
-    assert len(tracker._waiting) == 100
+    assert len(tracker.spool) == 100
     assert len([warning for warning in warnings_in(caplog) if "metrics from step 100 on are lost" in warning]) == 1
 
 
@@ -492,4 +498,4 @@ def test_server_that_stays_away_ends_no_run(server: Server, caplog: pytest.LogCa
     tracker.log({"loss": 1.0}, 1)
     tracker.finish("FINISHED", timeout=2.0)
     assert "did not take the last 2 entries" in caplog.text
-    assert len(tracker._spool.read_text().splitlines()) == 2
+    assert len(tracker.spool.path.read_text().splitlines()) == 2

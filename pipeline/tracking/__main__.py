@@ -1,0 +1,107 @@
+"""`python -m pipeline.tracking RUN …` delivers what runs could not tell MLflow while it did not answer."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import fsspec
+
+from pipeline.command import guarded
+from pipeline.errors import UserError
+from pipeline.redaction import redact
+from pipeline.tracking.spool import evaluations_of, read, sole, spool_of
+from pipeline.tracking.store import connect, short, store_of
+from pipeline.tracking.tickets import create_evaluation, resolve
+from pipeline.tracking.tracker import Tracker
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Deliver what runs could not tell MLflow while it did not answer, each run in order."""
+
+    runs: tuple[str, ...]
+    """Run folders, or folders of them."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0, or 1 where something still waits, 2 a user's mistake."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+
+    def command() -> int:
+        import tyro
+
+        kind = Annotated[Arguments, tyro.conf.arg(name="")]
+        arguments = tyro.cli(
+            kind, args=argv, prog="python -m pipeline.tracking", config=(tyro.conf.PositionalRequiredArgs,)
+        )
+        done = [deliver(run) for given in arguments.runs for run in runs_at(given)]
+        return 0 if all(done) else 1
+
+    return guarded(command, debug="--debug" in argv)
+
+
+def runs_at(address: str) -> list[str]:
+    """The run in a folder, or the runs below it.
+
+    Raises:
+        UserError: there is none.
+    """
+    files, root = fsspec.core.url_to_fs(address)
+    if files.exists(f"{root}/mlflow_run_id"):
+        return [address.rstrip("/") if "://" in address else root]
+    found = sorted(path.rpartition("/")[0] for path in files.glob(f"{root}/*/mlflow_run_id"))
+    if not found:
+        raise UserError(f"{address}: no run is there (it has no mlflow_run_id), and none below it")
+    return [files.unstrip_protocol(path) if "://" in address else path for path in found]
+
+
+def deliver(run: str) -> bool:
+    """Send what waits of a run, by its folder's address, and say what became of it; False where something still waits.
+
+    Raises:
+        UserError: it is training now, and delivers by itself.
+    """
+    spool, evaluations = spool_of(run), evaluations_of(run)
+    if not any(file.exists() and file.stat().st_size for file in (spool, evaluations)):
+        print(f"{run}: nothing waits", flush=True)
+        return True
+    files, root = fsspec.core.url_to_fs(run)
+    uri, given = store_of(run), files.cat_file(f"{root}/mlflow_run_id").decode()
+    with sole(spool, run), sole(evaluations, run):
+        count = sum(1 for file in (spool, evaluations) for _ in read(file))
+        try:
+            client = connect(uri)
+            run_id = resolve(client, given)
+            files.pipe_file(f"{root}/mlflow_run_id", run_id.encode())
+            for request in read(evaluations):
+                create_evaluation(client, run_id, request)
+            if evaluations.exists():
+                os.truncate(evaluations, 0)
+            _name_in_summary(files, f"{root}/summary.json", run_id)
+        except Exception as error:
+            log.warning("%s: MLflow at %s takes nothing (%s): %d entries wait.", run, redact(uri), short(error), count)
+            return False
+    tracker = Tracker(uri, run_id, run=run, system_metrics=0, ended=True)
+    tracker.close(timeout=3600.0)
+    left = len(tracker.spool)
+    print(f"{run}: {count - left:,} of {count:,} entries delivered to MLflow at {redact(uri)}", flush=True)
+    return not left
+
+
+def _name_in_summary(files: Any, path: str, run_id: str) -> None:
+    """Let a run's summary, written while no store had taken the run, name it."""
+    if files.exists(path) and not (summary := json.loads(files.cat_file(path)))["mlflow_run_id"]:
+        text = json.dumps(summary | {"mlflow_run_id": run_id}, indent=2, ensure_ascii=False) + "\n"
+        files.pipe_file(path, text.encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
