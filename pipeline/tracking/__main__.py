@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = tyro.cli(
             kind, args=argv, prog="python -m pipeline.tracking", config=(tyro.conf.PositionalRequiredArgs,)
         )
+        if not arguments.runs:
+            raise UserError("no run is named: give run folders, or folders of them, such as runs/")
         done = [deliver(run) for given in arguments.runs for run in runs_at(given)]
         return 0 if all(done) else 1
 

@@ -107,8 +107,11 @@ def _entry_point(command: Sequence[str]) -> str:
 
 def _commit() -> str:
     """The checked-out commit of this code, with `+` where files differ from it; empty outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    here = Path(__file__).resolve()
+    git = ["git", "-C", str(here.parent)]
     try:
+        tracked = [*git, "ls-files", "--error-unmatch", here.name]  # installed, it may lie within another project's
+        subprocess.run(tracked, capture_output=True, timeout=10, check=True)
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True, timeout=10).returncode == 1
     except (OSError, subprocess.SubprocessError):

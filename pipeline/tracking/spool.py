@@ -79,15 +79,21 @@ class Spool:
             return
         if self._file is None:
             self._open()
-        with suppress(OSError):
-            if self._file is not None:
-                _append(self._file, list(self._entries)[self._written :])
-                self._written = len(self._entries)
+        if self._file is None:
+            return
+        try:
+            _append(self._file, list(self._entries)[self._written :])
+            self._written = len(self._entries)
+        except OSError:  # it may end in half a line, which opening it anew ends
+            self._let_go()
 
     def close(self, *, delivered: bool) -> None:
         """Let go of the file, which stays unless all in it is delivered."""
         if delivered:
             self.path.unlink(missing_ok=True)
+        self._let_go()
+
+    def _let_go(self) -> None:
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()

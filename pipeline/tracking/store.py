@@ -70,7 +70,7 @@ def connect(uri: str) -> Any:
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
-        "MLFLOW_LOGGING_LEVEL": "ERROR",
+        "MLFLOW_LOGGING_LEVEL": "CRITICAL",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -79,7 +79,7 @@ def connect(uri: str) -> Any:
     }.items():
         os.environ.setdefault(name, value)
     for chatty in ("alembic", "urllib3.connectionpool", "mlflow"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+        logging.getLogger(chatty).setLevel(logging.CRITICAL)
     from mlflow import MlflowClient
 
     file = _sqlite_file(uri)
@@ -112,7 +112,9 @@ def require(uri: str) -> None:
 
 
 def unreachable(uri: str, error: Exception) -> bool:
-    """Whether the same request may succeed later: a server that does not answer, or is busy."""
+    """Whether the same request may succeed later: a server that does not answer or is busy, a locked data base."""
+    if _code(error) == "TEMPORARILY_UNAVAILABLE":
+        return True
     return _served(uri) and (isinstance(error, OSError) or _code(error) in BUSY)
 
 

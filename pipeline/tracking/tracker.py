@@ -173,10 +173,10 @@ class Tracker:
                 self._hurry = False
             try:
                 self._deliver()
-                if self._load is not None:
-                    self.log(self._load.measure(), self._step)
             except Exception as error:
                 self._fail(error)
+            else:
+                self._log_load()
             with self._changed:
                 self._attempts += 1
                 self._changed.notify_all()
@@ -199,6 +199,15 @@ class Tracker:
         if self._silent_since is not None:
             self._silent_since = None
             self._say(f"MLflow at {redact(self.uri)} answers again and has everything that waited.")
+
+    def _log_load(self) -> None:
+        if self._load is None:
+            return
+        try:
+            self.log(self._load.measure(), self._step)
+        except Exception as error:  # a machine that hides its counters is no store that does not answer
+            self._load = None
+            self._say(f"the load of this machine is not recorded: {short(error)}")
 
     def _next(self) -> list[dict[str, Any]]:
         with self._changed:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -21,10 +22,10 @@ import pytest
 from pipeline import tracking
 from pipeline.errors import UserError
 from pipeline.redaction import redact
-from pipeline.tracking import Tracker, child_run, default_uri, end_run, resume_run, start_run
+from pipeline.tracking import Tracker, child_run, default_uri, description, end_run, resume_run, start_run
 from pipeline.tracking.__main__ import main
 from pipeline.tracking.description import PARAM_LENGTH, DatasetInput
-from pipeline.tracking.spool import spool_of
+from pipeline.tracking.spool import Spool, read, spool_of
 from pipeline.tracking.store import TrackingError, connect
 from pipeline.tracking.tickets import PENDING
 
@@ -321,6 +322,8 @@ def test_a_run_at_work_delivers_by_itself(uri: str, tmp_path: Path, capsys: pyte
     assert "nothing waits" in capsys.readouterr().out
     assert main([str(tmp_path)]) == 2
     assert "no run is there" in capsys.readouterr().err
+    assert main([]) == 2
+    assert "no run is named" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("required", [True, False])
@@ -405,6 +408,67 @@ def test_two_runs_may_create_the_store_at_once(tmp_path: Path) -> None:
     said = [process.communicate(timeout=120) for process in both]
     assert [err for _, err in said] == [b"", b""]  # nor does creating the tables chatter
     assert len({out for out, _ in said}) == 2
+
+
+def test_a_locked_data_base_is_waited_for(
+    uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """MLflow tells of it after 20 s."""
+    from mlflow.exceptions import TEMPORARILY_UNAVAILABLE, MlflowException
+
+    def locked(uri: str) -> None:
+        raise MlflowException("(sqlite3.OperationalError) database is locked", TEMPORARILY_UNAVAILABLE)
+
+    run_id = begin(uri)
+    monkeypatch.setattr("pipeline.tracking.runs.connect", locked)
+    assert resume_run(uri, run_id, 0) == run_id
+    assert "database is locked): the run is recorded once it does" in caplog.text
+    assert begin(uri).startswith(PENDING)
+
+
+def test_a_machine_that_hides_its_load_is_no_store_that_is_away(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hidden() -> None:
+        raise AttributeError("'NoneType' object has no attribute 'bytes_recv'")
+
+    monkeypatch.setattr("psutil.net_io_counters", hidden)
+    said: list[str] = []
+    tracker = Tracker(uri, begin(uri), system_metrics=0.1, interval=0.05, say=said.append)
+    eventually(lambda: said)
+    tracker.log({"loss": 1.0}, 1)
+    tracker.finish("FINISHED")
+    assert said == ["the load of this machine is not recorded: 'NoneType' object has no attribute 'bytes_recv'"]
+    assert history(uri, tracker.run_id) == [(1, 1.0)]
+
+
+def test_a_disk_that_fills_up_tears_no_entry(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool", ended=False)
+    entries = [{"text": "x" * 1000, "file": f"{i}"} for i in range(100)]
+    spool.add(*entries)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+        spool.write()
+        spool.write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    spool.write()
+    assert list(read(spool.path)) == entries
+    spool.close(delivered=False)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_the_commit_is_of_this_code_and_no_project_around_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    (tmp_path / "description.py").touch()
+    monkeypatch.setattr(description, "__file__", str(tmp_path / "description.py"))
+    assert description._commit() == ""
+    subprocess.run([*git, "add", "description.py"], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "ours"], check=True)
+    assert re.fullmatch(r"[0-9a-f]{12}", description._commit())
+    (tmp_path / "description.py").write_text("changed")
+    assert re.fullmatch(r"[0-9a-f]{12}\+", description._commit())
 
 
 # a server that comes and goes
