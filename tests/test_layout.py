@@ -17,7 +17,7 @@ LAYERS = {
     "jobs": ("backbones", "objectives", "pipeline"),
 }
 ONLY_IN = {
-    "ray": ("pipeline/cluster.py", "jobs/cluster.py"),  # training on a cluster; jobs for one
+    "ray": ("pipeline/cluster/", "jobs/cluster.py"),  # training on a cluster; jobs for one
     "mlflow": ("pipeline/tracking/",),
     "ffcv": ("pipeline/data/",),
 }

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.cluster.driver import _cause
+
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 SMALL = [
@@ -95,3 +97,9 @@ def test_one_worker_needs_no_cluster(photos, tmp_path):
     done = pretrain(photos, tmp_path / "one", "--engine", "ray")
     assert done.returncode == 0, done.stderr
     assert "Ray Train in this process" in done.stdout
+
+
+def test_a_failure_without_words_is_told_all_the_same():
+    error = RuntimeError("training failed")
+    error.worker_failures = {1: ValueError()}  # type: ignore[attr-defined]
+    assert _cause(error) == "worker 1 failed: ValueError: without a word"

@@ -1,0 +1,100 @@
+"""Which cluster a run joins or begins, and what its machines could hold."""
+
+import os
+from typing import Any
+
+from pipeline.errors import UserError
+
+WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+
+
+def in_job() -> bool:
+    """Whether this process is the driver of a job submitted to a cluster, whose working folder is temporary."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def connect(workers: int) -> bool:
+    """Join the cluster that RAY_ADDRESS names or that `ray start` has made here, or begin one on this machine if
+    several workers need it. That of another run which began its own is left alone: it ends with that run.
+
+    Args:
+        workers: the most that will train.
+
+    Returns:
+        Whether there is a cluster; without one, Ray Train runs its single worker in this process.
+
+    Raises:
+        UserError: a cluster that is named but does not answer.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+    import ray._private.worker
+    from ray._private.services import find_bootstrap_address
+
+    # Of a raylet that dies Ray prints its last 20 lines, whatever `log_to_driver` says; the hub says what is lost.
+    ray._private.worker.print_to_stdstream = lambda *words, **options: None
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    named = os.environ.get("RAY_ADDRESS")
+    if address := named or find_bootstrap_address(None):
+        try:
+            ray.init(address=address, **quiet)
+            return True
+        except ConnectionError as error:
+            if named:
+                raise UserError(f"RAY_ADDRESS={named}: no cluster answers there ({error})") from None
+    os.environ.setdefault(WATCHER, "0")  # nobody takes this one machine away with notice
+    if workers == 1:
+        return False
+    begin(num_cpus=max(workers, os.cpu_count() or 1))
+    return True
+
+
+def begin(**options: Any) -> None:
+    """Begin a cluster on this machine, which listens on loopback only; `options` are those of `ray.init`."""
+    import ray
+    from ray._private import ray_constants
+
+    # Ray has a switch for it, named after the systems on which it is the default; children read the variable.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    ray.init(address="local", include_dashboard=False, logging_level="ERROR", log_to_driver=False, **options)
+
+
+def placement(fewest: int, most: int) -> tuple[str, int]:
+    """("cuda" or "cpu", CPU cores for each worker) on the connected cluster.
+
+    Args:
+        fewest, most: workers that may train; where the most do not fit now, others may join later.
+
+    Raises:
+        UserError: the fewest are more than the GPUs, or the CPU cores, of the whole cluster.
+    """
+    import ray
+
+    total = ray.cluster_resources()
+    gpus, cpus = int(total.get("GPU", 0)), int(total.get("CPU", 0))
+    asked = f"{fewest}..{most}" if fewest < most else f"{fewest}"
+    if gpus:
+        if fewest > gpus:
+            raise UserError(f"--workers {asked}: the cluster has {gpus} GPUs")
+        return "cuda", max(1, cpus // gpus)
+    if fewest > cpus:
+        raise UserError(f"--workers {asked}: the cluster has {cpus} CPU cores and no GPU")
+    workers = min(most, cpus)
+    each = max(1, cpus // workers)
+    while each > 1 and room(each, cuda=False) < workers:
+        each -= 1
+    return "cpu", each
+
+
+def room(threads: int, *, cuda: bool) -> int:
+    """Workers of that many CPU cores, with a GPU or not, that the machines of the cluster could hold between them."""
+    import ray
+
+    count = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            cores, gpus = (int(node["Resources"].get(kind, 0)) for kind in ("CPU", "GPU"))
+            count += min(cores // threads, gpus) if cuda else cores // threads
+    return count
