@@ -5,14 +5,14 @@ whole or not at all, and one that was damaged later is found out before anything
 """
 
 import json
-import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.errors import OUT_OF_MEMORY, UserError
 from pipeline.training.run_folder import RunFolder
 
 INDEX = "checkpoints/index.json"
@@ -50,7 +50,8 @@ class Checkpoints:
     """Writes checkpoints in a thread of its own, one after the other.
 
     Training waits while the state is copied, and where the one before is still being written. A write that fails (a
-    full disk, a server that does not answer) ends nothing: `trouble` says so until one succeeds.
+    full disk, a server that does not answer) ends nothing: `trouble` says so until one succeeds. Only a process that
+    has no memory left for it is better ended, while little is lost: the next `save` raises.
 
     Attributes:
         trouble: a sentence on the last write, None where it succeeded.
@@ -62,26 +63,31 @@ class Checkpoints:
         self.trouble: str | None = None
         self.held = 0.0
         self._facts = read_facts(folder)
-        self._thread: threading.Thread | None = None
+        self._writer = ThreadPoolExecutor(1, "checkpoint")  # one thread for all: a new one would take memory, too
+        self._under_way: Future[None] | None = None
 
     def save(self, seen: int, state: dict[str, Any], **facts: Any) -> None:
         """Begin to write the state at `seen` images.
 
         Args:
             facts: `well`, whether the run was; `knn_top1`, where it was measured.
+
+        Raises:
+            MemoryError: the one before could not be written for lack of it.
         """
         started = time.perf_counter()
         self.wait()
+        if self.trouble and OUT_OF_MEMORY.search(self.trouble):
+            raise MemoryError(self.trouble)
         copy = copied(state)
         self.held += time.perf_counter() - started
-        self._thread = threading.Thread(target=self._write, args=(seen, copy, facts), name="checkpoint")
-        self._thread.start()
+        self._under_way = self._writer.submit(self._write, seen, copy, facts)
 
     def wait(self) -> None:
         """Until the checkpoint under way is written, or has failed."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._under_way is not None:
+            self._under_way.result()
+            self._under_way = None
 
     def drop_after(self, seen: int) -> None:
         """Remove those of more than `seen` images: training goes another way from there."""
@@ -108,7 +114,8 @@ class Checkpoints:
         except Exception as error:
             kept = self.folder.checkpoints()
             good = f"the last good one is at {kept[-1]:,} images" if kept else "there is none yet"
-            self.trouble = f"no checkpoint could be written at {seen:,} images ({error}); {good}"
+            why = str(error) or type(error).__name__
+            self.trouble = f"no checkpoint could be written at {seen:,} images ({why}); {good}"
 
     def _index(self) -> None:
         found = set(self.folder.checkpoints())

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.errors import OUT_OF_MEMORY
+
 RETRIES = 3  # failures in a row, none of which got beyond the checkpoint of the one before, that are tried again
 SOURCES = tuple(str(Path(__file__).resolve().parents[2] / name) for name in ("pipeline", "ssl", "backbones"))
 
@@ -17,7 +19,6 @@ SOURCES = tuple(str(Path(__file__).resolve().parents[2] / name) for name in ("pi
 PEER_GONE = re.compile(r"connection (closed|reset|refused)|broken pipe|socket closed|remote process exited", re.I)
 TIMED_OUT = re.compile(r"timed out waiting|timeout|hanging for", re.I)
 NODE_GONE = re.compile(r"node.{0,80}(died|dead|terminated|was marked|failed)|actor's node", re.I | re.S)
-OUT_OF_MEMORY = re.compile(r"OutOfMemory|MemoryError|CUDA out of memory|allocate memory|bad_alloc|low on memory", re.I)
 KILLED = re.compile(r"worker process has died|died unexpectedly|connection error code|SYSTEM_ERROR", re.I)
 
 

@@ -99,6 +99,22 @@ def test_a_disk_that_is_full_costs_nothing_but_the_new_checkpoint(folder, monkey
     assert newest(folder)[0] == 320
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: you tried to allocate 8 bytes")])
+def test_a_process_without_memory_for_a_checkpoint_does_not_train_on_unsaved(folder, monkeypatch, error):
+    checkpoints = Checkpoints(folder, Keep())
+    checkpoints.save(64, state(64), well=True)
+    checkpoints.wait()
+
+    def starved(self, seen, content):
+        raise error
+
+    monkeypatch.setattr(RunFolder, "save_checkpoint", starved)
+    checkpoints.save(128, state(128), well=True)
+    checkpoints.wait()  # as at a run's end, whose backbone is exported all the same
+    with pytest.raises(MemoryError, match=r"at 128 images .*emory.*the last good one is at 64 images"):
+        checkpoints.save(192, state(192), well=True)
+
+
 @pytest.mark.parametrize("fault", ["cut", "bit"])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(folder, fault):
     for seen in (64, 128):
