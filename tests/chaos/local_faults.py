@@ -11,8 +11,9 @@ from unittest import mock
 
 from pipeline import pretrain, replay
 from pipeline.training import step
+from pipeline.training.health import Care
 from pipeline.training.run_folder import RunFolder
-from tests.chaos.runs import BATCH, Place, Row, assert_same_run, assert_tracked, losses
+from tests.chaos.runs import BATCH, Place, Row, assert_same_run, assert_tracked, losses, steps
 from tests.s3 import s3
 
 EPOCHS = ("--epochs", "12")
@@ -210,6 +211,36 @@ def loss_spike(place: Place) -> Row:
     return Row("a leap of the loss", "one step's gradient times 1e4", left_out[-1], None, _intervened(run))
 
 
+def collapse(place: Place) -> Row:
+    """A step saturates every unit of the backbone, which then gives all images one feature, and a falling loss: the run
+    goes back to a checkpoint from before, though later ones were written, and on with half the learning rate."""
+    run, at = place.folder / "runs" / "collapse", []
+
+    def saturate(objective):
+        def after_backward(progress):
+            if progress >= 0.35 and not at:
+                at.append(progress)
+                for name, parameter in objective.backbone.named_parameters():
+                    if name.endswith("bias"):
+                        parameter.data.fill_(-1e3)
+
+        objective.after_backward = after_backward
+
+    kind = ("--backbone", "lenet5", "--objective", "simsiam", "--options.hidden-dim", "32", "--options.out-dim", "32",
+            "--options.predictor-dim", "8")  # fmt: skip
+    words = place.words("collapse", "--epochs", "36", "--checkpoint-every", "0.01", "--keep", "100", kind=kind)
+    with _built(saturate):
+        assert pretrain.main(words) == 0
+    rows = steps(run)
+    fell = round(at[0] * rows[-1]["images"] / BATCH) * BATCH
+    done = Care.read(RunFolder(str(run))).done
+    assert [(one.cause, one.change) for one in done] == [("collapse", "lr")]
+    assert done[0].back <= fell
+    assert [row["images"] for row in rows] == list(range(BATCH, rows[-1]["images"] + 1, BATCH))
+    assert min(row["feature_spread"] for row in rows[len(rows) // 2 :]) > 0.02
+    return Row("a collapse", "all biases of the backbone at -1,000", done[0].until - done[0].back, None, done[0].line())
+
+
 def loader_dies(place: Place, times: int = 2) -> Row:
     """The loader's thread fails, twice in a row: it is begun anew at its place, and no loss is another."""
     from pipeline.data.opencv_loader import OpenCVCutter
@@ -238,6 +269,7 @@ FAULTS = (
     not_a_number,
     never_a_number,
     loss_spike,
+    collapse,
     loader_dies,
 )
 
@@ -284,8 +316,6 @@ def _built(change: Callable):
 
 
 def _intervened(run: Path) -> str:
-    from pipeline.training.health import Care
-
     return Care.read(RunFolder(str(run))).done[0].line()
 
 

@@ -109,11 +109,16 @@ class Place:
         return self.folder / "runs" / run
 
 
-def losses(run: Path | RunFolder) -> list[tuple[int, float | None]]:
-    """Images seen and loss of every step that a run's metrics file holds, in its order."""
+def steps(run: Path | RunFolder) -> list[dict[str, Any]]:
+    """Every step that a run's metrics file holds, in its order."""
     folder = run if isinstance(run, RunFolder) else RunFolder(str(run))
     rows = [json.loads(line) for line in folder.read("metrics.jsonl").decode().splitlines()]
-    return [(row["images"], row.get("loss")) for row in rows if "knn_online" not in row]
+    return [row for row in rows if "knn_online" not in row]
+
+
+def losses(run: Path | RunFolder) -> list[tuple[int, float | None]]:
+    """Images seen and loss of every step."""
+    return [(row["images"], row.get("loss")) for row in steps(run)]
 
 
 def final(run: Path | RunFolder) -> dict[str, Any]:
