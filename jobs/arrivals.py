@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.spec import FIRING
+from jobs.firing import FIRING
 from pipeline import config
 from pipeline.command import guarded
 from pipeline.config import Config

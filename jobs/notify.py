@@ -8,9 +8,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
-from jobs.spec import Notify
+from jobs.job import Event, Notify
 from pipeline.redaction import redact
 
 SECONDS = 20
@@ -21,7 +21,7 @@ TRIES = 3
 class News:
     """What is told: `text` is one sentence for people; `results` are those numbers of summary.json that are known."""
 
-    event: Literal["finish", "failure", "collapse"]
+    event: Event
     job: str
     firing: str
     cell: str

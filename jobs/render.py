@@ -23,8 +23,9 @@ import yaml
 
 from jobs import spec
 from jobs.command import command
+from jobs.entry_points import TRAINS
+from jobs.job import Job, Timetable, cell_name
 from jobs.schedule import DAYS
-from jobs.spec import Job, Timetable
 from pipeline.errors import UserError
 
 PLAIN_PORT = 6379
@@ -264,7 +265,7 @@ def raycronjob(job: Job, arguments: Arguments) -> str:
 
 def ray_cluster(job: Job, arguments: Arguments) -> dict[str, Any]:
     """A cluster for one firing: a head that drives, and the workers that train, where there are any."""
-    trains = job.step.run in spec.TRAINS
+    trains = job.step.run in TRAINS
     takes = job.step.resources
     env = variables({}, job)
 
@@ -318,7 +319,7 @@ def kubernetes_name(job: str, cell: str) -> str:
     safe = re.sub(r"[^a-z0-9]+", "-", f"ssl-{job}-{cell}".lower()).strip("-")
     if len(safe) <= 47 and safe == f"ssl-{job}-{cell}".rstrip("-"):
         return safe
-    return f"{safe[:38].rstrip('-')}-{spec.cell_name([job + '/' + cell])[-8:]}"
+    return f"{safe[:38].rstrip('-')}-{cell_name([job + '/' + cell])[-8:]}"
 
 
 def labels(job: Job) -> dict[str, str]:

@@ -28,7 +28,9 @@ import fsspec
 from jobs import notify, spec
 from jobs.cluster import Client, environment
 from jobs.command import command
-from jobs.spec import Cell, Job, Step
+from jobs.entry_points import TRAINS
+from jobs.firing import which_firing
+from jobs.job import Cell, Event, Job, Step
 from pipeline import cluster
 from pipeline.errors import UserError
 from pipeline.tracking import TAGS_VARIABLE
@@ -89,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: Arguments) -> int:
     """One cell, what comes after it, and the notifications."""
     job = spec.load(arguments.job, arguments.set)
-    firing = spec.which_firing(job, arguments.firing, datetime.now(UTC))
+    firing = which_firing(job, arguments.firing, datetime.now(UTC))
     cell = job.cell(arguments.cell)
     storage = str(job.of(cell).arguments.get("storage") or default_storage())
     place = Place(
@@ -113,7 +115,7 @@ def run(arguments: Arguments) -> int:
         Client().wait(arguments.after)
 
     step = job.of(cell)
-    if step.run in spec.TRAINS:
+    if step.run in TRAINS:
         step = Step(step.run, {**step.arguments, "run": place.run, "storage": storage}, step.resources)
     collapsed = threading.Event()
 
@@ -225,7 +227,7 @@ def report(job: Job, place: Place, outcome: Outcome, what: str = "") -> None:
         tell(job, place, "finish", f"{name}: finished in {outcome.seconds:.0f} s", outcome.seconds)
 
 
-def tell(job: Job, place: Place, event: Literal["finish", "failure", "collapse"], text: str, seconds: float) -> None:
+def tell(job: Job, place: Place, event: Event, text: str, seconds: float) -> None:
     """Notify of an event, with what the run's summary knows."""
     summary = read(f"{place.run}/summary.json") or {}
     results = {key: summary[key] for key in TOLD if summary.get(key) is not None}
@@ -238,7 +240,7 @@ def tell(job: Job, place: Place, event: Literal["finish", "failure", "collapse"]
 
 def done(job: Job, place: Place, outcome: Outcome) -> bool:
     """Whether a cell left something to go on with: it succeeded and, where it trains, there was what to train on."""
-    return outcome.status == 0 and (job.step.run not in spec.TRAINS or bool(read(f"{place.run}/summary.json")))
+    return outcome.status == 0 and (job.step.run not in TRAINS or bool(read(f"{place.run}/summary.json")))
 
 
 def meet(job: Job, place: Place, outcome: Outcome) -> None:

@@ -23,7 +23,8 @@ from typing import Protocol
 from jobs import spec
 from jobs.cluster import Client
 from jobs.command import command
-from jobs.spec import Job
+from jobs.firing import firing_name
+from jobs.job import Job
 from jobs.submit import submit
 from pipeline.errors import UserError
 
@@ -112,9 +113,9 @@ def serve(
                 state.advance(job.name, now)
             for firing in due(job, state.until[job.name], now):
                 try:
-                    fire(job, spec.firing_name(firing))
+                    fire(job, firing_name(firing))
                 except Exception as error:
-                    say(f"{job.name} {spec.firing_name(firing)}: not submitted, tried again soon ({error})")
+                    say(f"{job.name} {firing_name(firing)}: not submitted, tried again soon ({error})")
                     break
                 state.advance(job.name, firing)
             else:

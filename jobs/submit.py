@@ -14,7 +14,9 @@ from pathlib import Path
 from jobs import spec
 from jobs.cluster import Client, Submitted, environment
 from jobs.command import command
-from jobs.spec import Cell, Job
+from jobs.entry_points import TRAINS
+from jobs.firing import which_firing
+from jobs.job import Cell, Job, Resources
 from pipeline.errors import UserError
 
 
@@ -56,7 +58,7 @@ def submit(job: Job, firing: str, client: Client, working_dir: Path) -> list[str
     for cell in job.cells:
         ids.append(job.submission(firing, cell.name))
         resources = job.step.resources
-        own = resources if job.step.run not in spec.TRAINS else spec.Resources(cpus=0)
+        own = resources if job.step.run not in TRAINS else Resources(cpus=0)
         new = client.submit(
             ids[-1],
             entry(job, firing, cell, working_dir, before if overlap == "wait" else ()),
@@ -94,7 +96,7 @@ def show(job: Job, firing: str, working_dir: Path) -> None:
         takes = step.resources
         print(f"{job.submission(firing, cell.name)}\n  on the cluster  {entry(job, firing, cell, working_dir)}")
         print(f"  which runs      {shlex.join(['python', *step.command('RUN')])}")
-        each = f"{job.workers or 1} workers" if step.run in spec.TRAINS else "entry point"
+        each = f"{job.workers or 1} workers" if step.run in TRAINS else "entry point"
         memory = f", {takes.memory / (1 << 30):g} GiB" if takes.memory else ""
         print(f"  takes           {each}: {takes.cpus:g} CPUs, {takes.gpus:g} GPUs{memory}")
     for i, step in enumerate(job.after):
@@ -107,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run(arguments: Arguments) -> int:
         job = spec.load(arguments.job, arguments.set)
-        firing = spec.which_firing(job, arguments.firing, datetime.now(UTC))
+        firing = which_firing(job, arguments.firing, datetime.now(UTC))
         folder = Path(arguments.working_dir)
         within(job.path, folder)
         if arguments.dry_run:

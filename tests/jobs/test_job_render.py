@@ -18,9 +18,9 @@ import yaml
 from job_toys import ROOT, python
 
 from jobs import spec
+from jobs.job import Job, Timetable
 from jobs.render import Arguments, calendars, render
 from jobs.schedule import Schedule, parse
-from jobs.spec import Timetable
 from pipeline.errors import UserError
 
 CRDS = ROOT.parent / "shared" / "data" / "kuberay_crds"
@@ -57,7 +57,7 @@ def job(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "value-of-the-token")
 
-    def write(text: str = JOB, *settings: str, folder: str = "jobs") -> spec.Job:
+    def write(text: str = JOB, *settings: str, folder: str = "jobs") -> Job:
         Path(folder).mkdir(exist_ok=True)
         (Path(folder) / "night.yaml").write_text(text)
         return spec.load(f"{folder}/night.yaml", settings)
@@ -65,7 +65,7 @@ def job(tmp_path, monkeypatch):
     return write
 
 
-def rendered(job: spec.Job, to: str, **options) -> str:
+def rendered(job: Job, to: str, **options) -> str:
     options = {"folder": "/srv/pre training", **options}
     return render(job, Arguments(str(job.path), to, set=job.settings, **options))
 

@@ -15,8 +15,7 @@ import pytest
 from job_toys import ROOT, TINY, photographs, python
 
 from jobs import run as jobs_run
-from jobs import spec
-from jobs.spec import Notify
+from jobs.job import Cell, Job, Notify, Retry, Step
 from tests.s3 import s3
 
 FIRING = "20260101T000000Z"
@@ -85,25 +84,25 @@ notify: {{webhook: $HOOK, command: 'echo "$JOB_EVENT $JOB_CELL" >> told'}}
     assert "-m pipeline.pack" not in again.stdout, "what comes after all cells is claimed once"
 
 
-ONCE = spec.Retry()
+ONCE = Retry()
 
 
-def outcome_of(program: str, retry: spec.Retry = ONCE, limit: float | None = None) -> jobs_run.Outcome:
-    step, cells = spec.Step("pretrain", {}), (spec.Cell("", {}),)
-    job = spec.Job("j", Path("j.yaml"), step, cells, None, None, {}, (), limit, retry, (), Notify())
+def outcome_of(program: str, retry: Retry = ONCE, limit: float | None = None) -> jobs_run.Outcome:
+    step, cells = Step("pretrain", {}), (Cell("", {}),)
+    job = Job("j", Path("j.yaml"), step, cells, None, None, {}, (), limit, retry, (), Notify())
     return jobs_run.attempt(["-c", program], job, lambda line: None)
 
 
 def test_a_failure_is_tried_again_and_a_users_mistake_is_not(tmp_path):
     log = tmp_path / "log"
     count = f"open({str(log)!r}, 'a').write('x'); n = len(open({str(log)!r}).read()); import sys; "
-    assert outcome_of(count + "sys.exit(0 if n == 3 else 1)", spec.Retry(2)).status == 0
+    assert outcome_of(count + "sys.exit(0 if n == 3 else 1)", Retry(2)).status == 0
     assert log.read_text() == "xxx"
     log.write_text("")
-    assert outcome_of(count + "sys.exit(2)", spec.Retry(5)).status == 2
+    assert outcome_of(count + "sys.exit(2)", Retry(5)).status == 2
     assert log.read_text() == "x"
     log.write_text("")
-    assert outcome_of(count + "print('why'); sys.exit(7)", spec.Retry(1)).last == "why"
+    assert outcome_of(count + "print('why'); sys.exit(7)", Retry(1)).last == "why"
     assert log.read_text() == "xx"
 
 
@@ -113,7 +112,7 @@ def test_a_time_limit_asks_first_and_kills_then(monkeypatch):
         "import signal, time; signal.signal(15, lambda *_: exit(143)); print('up', flush=True); time.sleep(60)", limit=3
     )
     assert (orderly.status, orderly.why) == (143, "time limit")
-    deaf = outcome_of("import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)", spec.Retry(3), limit=3)
+    deaf = outcome_of("import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)", Retry(3), limit=3)
     assert (deaf.status, deaf.why) == (137, "time limit")
     assert deaf.seconds < 30
     assert "SIGKILL" in deaf.last

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from jobs import scheduler, spec
+from jobs.firing import firing_name
+from jobs.job import Job
 from jobs.scheduler import State, alone, due, serve
 from pipeline.errors import UserError
 
@@ -47,7 +49,7 @@ class Cluster:
         self.asked = 0
         self.trouble, self.random = trouble, random.Random(seed)
 
-    def __call__(self, job: spec.Job, firing: str) -> None:
+    def __call__(self, job: Job, firing: str) -> None:
         self.asked += 1
         fate = self.random.random()
         if fate < self.trouble:
@@ -69,15 +71,15 @@ def tmp_path(tmp_path: Path) -> Iterator[Path]:
 def job(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    def write(name: str, cron: str, missed: str = "all") -> spec.Job:
+    def write(name: str, cron: str, missed: str = "all") -> Job:
         Path(f"{name}.yaml").write_text(TEXT.format(cron=cron, missed=missed))
         return spec.load(f"{name}.yaml")
 
     return write
 
 
-def expected(job: spec.Job, start: datetime, end: datetime) -> set[str]:
-    return {job.submission(spec.firing_name(f), "") for f in job.timetable.schedule.firings(start, end)}
+def expected(job: Job, start: datetime, end: datetime) -> set[str]:
+    return {job.submission(firing_name(f), "") for f in job.timetable.schedule.firings(start, end)}
 
 
 @pytest.mark.parametrize("day", ["2026-03-28", "2026-10-24", "2026-12-31", "2028-02-28"])
@@ -110,7 +112,7 @@ def test_firings_are_on_time(job, tmp_path):
     start = datetime(2026, 5, 1, 0, 3, 20, tzinfo=UTC)
     clock, late = FastClock(start, start + timedelta(hours=3)), []
 
-    def fire(job: spec.Job, firing: str) -> None:
+    def fire(job: Job, firing: str) -> None:
         late.append((clock.time - datetime.strptime(firing, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)).total_seconds())
 
     serve(lambda: [quarter], fire, State(tmp_path / "state.json"), clock)
@@ -131,7 +133,7 @@ def test_what_an_outage_missed(job):
 def test_a_job_that_fails_to_submit_holds_up_no_other(job, tmp_path):
     jobs, fired = [job("bad", "0 * * * *"), job("good", "0 * * * *")], Counter()
 
-    def fire(job: spec.Job, firing: str) -> None:
+    def fire(job: Job, firing: str) -> None:
         fired[job.name] += 1
         if job.name == "bad":
             raise UserError("the cluster refuses it")

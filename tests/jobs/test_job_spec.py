@@ -9,6 +9,9 @@ import tyro
 from job_toys import ROOT, python
 
 from jobs import spec
+from jobs.entry_points import entry_points
+from jobs.firing import which_firing
+from jobs.job import Job, Resources, Retry, cell_name
 from pipeline.errors import UserError
 
 GOOD = """\
@@ -44,7 +47,7 @@ notify:
 def job(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    def write(text: str, *settings: str, name: str = "night.yaml", **options) -> spec.Job:
+    def write(text: str, *settings: str, name: str = "night.yaml", **options) -> Job:
         Path(name).write_text(text)
         return spec.load(name, settings, **options)
 
@@ -59,8 +62,8 @@ def test_all_of_a_job_file_is_read(job):
         "--backbone", "vit_ti8", "--objective", "dino",
     ]  # fmt: skip
     assert read.time_limit == 8 * 3600
-    assert read.retry == spec.Retry(2, 300)
-    assert read.step.resources == spec.Resources(4, 0, 8 << 30)
+    assert read.retry == Retry(2, 300)
+    assert read.step.resources == Resources(4, 0, 8 << 30)
     assert read.timetable.overlap == "skip"
     assert read.after[0].command("runs/x") == [
         "-m", "pipeline.evaluate", "runs/x", "--data", "embedded", "--protocols", "knn", "linear",
@@ -134,12 +137,39 @@ def test_arguments_set_from_outside_take_the_place_of_an_axis(job):
         job(GOOD, "backbone=resnet81")
 
 
+def test_an_option_is_the_same_however_it_is_spelt(job):
+    text = "run: pretrain\narguments: {data: embedded}\nmatrix:\n  batch-size: [8, 16]\n"
+    assert [cell.values for cell in job(text).cells] == [{"batch_size": 8}, {"batch_size": 16}]
+    set_outside = job(text, "batch_size=32")
+    assert set_outside.of(*set_outside.cells).arguments == {"data": "embedded", "batch_size": 32}
+    with pytest.raises(UserError, match=r"night\.yaml:4: batch-size is set under arguments too"):
+        job(text.replace("embedded}", "embedded, batch_size: 8}"))
+    with pytest.raises(UserError, match=r"night\.yaml:4: matrix batch-size: 8 is given twice"):
+        job(text.replace("[8, 16]", "[8, '8']"))
+
+
+def test_workers_among_the_arguments_are_the_jobs(job):
+    """What is rendered asks for as many machines as the command will."""
+    assert job(GOOD, "workers=2..4").group == (2, 4)
+    with pytest.raises(UserError, match=r"workers 0: must be a whole number, at least 1"):
+        job(GOOD, "workers=0")
+
+
+def test_a_setting_hides_no_mistake_of_the_file(job):
+    for text, said in (("", "run is missing"), ("run: pack\narguments: [a]\n", "arguments must be a mapping")):
+        with pytest.raises(UserError, match=said):
+            job(text, "limit=1")
+
+
+def test_entry_points_are_modules_and_packages():
+    assert {"pretrain", "evaluate", "tracking", "watch"} < set(entry_points())
+    assert "config" not in entry_points()
+
+
 def test_names_of_cells_never_meet(job):
     text = "run: pretrain\narguments: {data: embedded}\nmatrix: {backbone: [timm/x, timm_x]}\n"
     assert (
-        len(
-            {spec.cell_name(values) for values in (["timm/x"], ["timm_x"], ["a-b", "c"], ["a", "b-c"], ["a", "b", "c"])}
-        )
+        len({cell_name(values) for values in (["timm/x"], ["timm_x"], ["a-b", "c"], ["a", "b-c"], ["a", "b", "c"])})
         == 5
     )
     with pytest.raises(UserError, match=r"night\.yaml:3: backbone 'timm/x'"):
@@ -151,13 +181,13 @@ def test_names_of_cells_never_meet(job):
 def test_ids_are_the_same_for_the_same_firing(job):
     read = job(GOOD)
     now = datetime(2026, 11, 24, 9, 30, tzinfo=UTC)
-    assert spec.which_firing(read, "scheduled", now) == "20261124T001500Z"
-    assert spec.which_firing(read, "scheduled", datetime(2026, 11, 24, 0, 14, 45, tzinfo=UTC)) == "20261124T001500Z"
-    assert spec.which_firing(read, "scheduled", datetime(2026, 11, 24, 0, 14, 15, tzinfo=UTC)) == "20261123T001500Z"
-    assert spec.which_firing(read, None, now) == "20261124T093000Z"
+    assert which_firing(read, "scheduled", now) == "20261124T001500Z"
+    assert which_firing(read, "scheduled", datetime(2026, 11, 24, 0, 14, 45, tzinfo=UTC)) == "20261124T001500Z"
+    assert which_firing(read, "scheduled", datetime(2026, 11, 24, 0, 14, 15, tzinfo=UTC)) == "20261123T001500Z"
+    assert which_firing(read, None, now) == "20261124T093000Z"
     assert read.submission("20261124T001500Z", "lenet5-dino") == "night-20261124T001500Z-lenet5-dino"
     with pytest.raises(UserError, match="must be scheduled, or a time as in"):
-        spec.which_firing(read, "tonight", now)
+        which_firing(read, "tonight", now)
 
 
 def test_a_job_that_is_not_there_is_told_with_those_that_are(job, tmp_path):

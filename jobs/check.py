@@ -1,0 +1,136 @@
+"""Arguments of a job against what its commands really take: options, backbones and objectives, data that is there.
+
+Pretraining's own parser reads the command of every cell, so that what it would say on the cluster is said here.
+"""
+
+import contextlib
+import dataclasses
+import io
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import objectives
+from backbones import names
+from jobs.entry_points import TRAINS, options, words
+from jobs.job import Cell, Job, Step
+from jobs.keys import named
+from jobs.located import Located, Place, nearest
+from pipeline import config
+from pipeline.errors import UserError
+
+
+def check(file: Located, job: Job, *, paths: bool) -> None:
+    """Check the command of every cell, and what comes after. `paths`: whether local data must exist here.
+
+    Raises:
+        UserError: names the file, the line, and the way out.
+    """
+    for cell in job.cells:
+        step = job.of(cell)
+        if step.run not in TRAINS:
+            _check_options(file, step)
+        if paths:
+            _check_paths(file, step)
+        if step.run in TRAINS:
+            _check_pretraining(file, step, cell)
+    for i, step in enumerate(job.after):
+        if step.run in TRAINS:
+            file.fail(("after", i, "run"), f"{step.run} cannot come after a job; make it a job of its own")
+        _check_options(file, step, ("after", i))
+        if paths:
+            _check_paths(file, step, ("after", i))
+
+
+def _check_options(file: Located, step: Step, around: Place = ()) -> None:
+    """Whether an entry point has the options that are given, and is given those that it needs."""
+    if not (known := options(step.run)):
+        return
+    for key, value in step.arguments.items():
+        if key not in known:
+            hint = nearest(key, [name for name in known if name != "debug"])
+            file.fail(_place(file, key, value, around), f"{step.run} has no option {key!r}{hint}")
+    for key, default in known.items():
+        if default is dataclasses.MISSING and key not in step.arguments:
+            file.fail((*around, "arguments"), f"{step.run} needs the argument {key}")
+
+
+def _check_paths(file: Located, step: Step, around: Place = ()) -> None:
+    for key in ("data", "val_data"):
+        value = step.arguments.get(key)
+        if isinstance(value, str) and not _exists(value):
+            file.fail(
+                _place(file, key, value, around),
+                f"{key} {value}: no such file or folder here; correct it, or where only the cluster's nodes have it "
+                "say data_on: cluster",
+            )
+
+
+def _exists(address: str) -> bool:
+    elsewhere = "://" in address or "{run" in address or address.startswith("$")
+    return elsewhere or address.split(":")[0] == "embedded" or Path(address).exists()
+
+
+def _check_pretraining(file: Located, step: Step, cell: Cell) -> None:
+    """Let pretraining's own parser read a cell's command; say what it says with the line it is about."""
+    given = dict(step.arguments)
+    for key in ("run", "resume"):
+        if key in given:
+            file.fail(_place(file, key), f"{key} is the job's own: each firing and cell has a run folder of its name")
+    try:
+        names.resolve(str(given.get("backbone", config.Config.backbone)))
+    except names.UnknownBackbone as error:
+        file.fail(_place(file, "backbone", given["backbone"]), str(error))
+    objective = str(given.get("objective", config.Config.objective))
+    if objective not in objectives.NAMES:
+        hint = nearest(objective, objectives.NAMES)
+        file.fail(_place(file, "objective", given["objective"]), f"objective {objective!r} is not known{hint}")
+
+    message = _refusal(words(step.run, {k: v for k, v in given.items() if k not in ("data", "val_data")}))
+    if message is None:
+        return
+    match = re.search(r"--(?:no-)?([a-z][\w.-]*)", message)
+    key = named(match[1]) if match else "run"
+    in_cell = f" (in the cell {cell.name})" if cell.name and not _place(file, key) else ""
+    file.fail(_place(file, key, given.get(key)), message.removeprefix("--") + in_cell)
+
+
+def _refusal(argv: list[str]) -> str | None:
+    """What pretraining's parser has against a command line, in one sentence."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            config.parse(argv)
+    except UserError as error:
+        return str(error)
+    except SystemExit:
+        return _told(said.getvalue())
+    return None
+
+
+def _told(box: str) -> str:
+    """The sentence in the box that tyro draws about a mistake."""
+    lines = [line.strip("│ ╭╮╰╯─") for line in box.splitlines()]
+    text = " ".join(line for line in lines if line)
+    match = re.search(r"--([a-z][\w.-]*).*?from \['?(.*?)'?\]", text)
+    if match:
+        return f"--{match[1]} {match[2]}: is no value for it; `python -m pipeline.pretrain --help` says what is"
+    return re.split(r"Argument helptext|For full helptext", text)[0].strip() or "is refused by the command"
+
+
+def _place(file: Located, key: str, value: Any = None, around: Place = ()) -> Place:
+    """Where an argument is set: in the matrix (at the value), under the arguments of a step (also nested), else
+    nowhere, as what `--set` adds."""
+    matrix = {} if around else file.at(("matrix",)) or {}
+    for spelt, values in matrix.items():
+        if named(spelt) == key:
+            return ("matrix", spelt, values.index(value)) if value in values else ("matrix", spelt)
+    for spelt, inner in (file.at((*around, "arguments")) or {}).items():
+        place = (*around, "arguments", spelt)
+        if named(spelt) == key and place in file.lines:
+            return place
+        for option in inner if isinstance(inner, Mapping) else ():
+            if named(f"{spelt}.{option}") == key and (*place, option) in file.lines:
+                return (*place, option)
+    return ("workers",) if key == "workers" else around
