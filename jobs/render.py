@@ -286,6 +286,7 @@ def ray_cluster(job: Job, arguments: Arguments) -> dict[str, Any]:
     head_takes = (2, 0, 8 << 30) if trains else (takes.cpus, takes.gpus, takes.memory)
     cluster: dict[str, Any] = {
         "headGroupSpec": {
+            # KubeRay's operator submits over the pod network, so the head listens beyond loopback.
             "rayStartParams": {"dashboard-host": "0.0.0.0"} | ({"num-cpus": "0"} if trains else {}),
             "template": pod("ray-head", *head_takes),
         }

@@ -42,6 +42,12 @@ def test_the_ray_cluster_fits_rays_schema():
         jsonschema.validate({**cluster, "max_worker": 2}, json.loads(schema.read_text()))
 
 
+def test_the_ray_clusters_job_api_listens_on_loopback():
+    commands = yaml.safe_load((DEPLOY / "ray-cluster.yaml").read_text())["head_start_ray_commands"]
+    (start,) = [command for command in commands if command.startswith("ray start --head")]
+    assert "--dashboard-host=127.0.0.1" in start.split()
+
+
 def test_the_slurm_script_parses():
     assert subprocess.run([shutil.which("bash") or "bash", "-n", DEPLOY / "slurm.sh"], timeout=30).returncode == 0
 
