@@ -7,7 +7,9 @@ pastes photographs.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping
+from itertools import product
 from types import MappingProxyType
 
 import torch
@@ -276,11 +278,27 @@ def _streaked(x: Tensor, radius: int, sigma: float, angle: float, ratio: float) 
     """Blurred along a line in one direction, by half a Gaussian of `sigma` up to 2 radius; all times `ratio` pixels."""
     at = torch.arange(0, 2 * radius + 1, dtype=torch.float64)
     weights = (-(at**2) / (2 * sigma**2)).exp()
-    out = torch.zeros_like(x)
+    # Read between pixels, a point of the line gives shares of its weight to four of them; near points, to the same.
+    taps: dict[tuple[int, int], float] = defaultdict(float)
     for distance, weight in zip((at * ratio).tolist(), (weights / weights.sum()).tolist()):
-        move = x.new_tensor([math.cos(angle), math.sin(angle)]) * distance
-        out += weight * _displaced(x, move.expand(len(x), *x.shape[-2:], 2))
+        (down, row), (right, column) = (divmod(distance * part(angle), 1) for part in (math.sin, math.cos))
+        for below, beside in product((0, 1), repeat=2):
+            share = abs(1 - below - row) * abs(1 - beside - column)
+            taps[int(down) + below, int(right) + beside] += share * weight
+    reach = max(abs(move) for tap in taps for move in tap)
+    rows, columns = (_mirrored(side, reach).to(x.device) for side in x.shape[-2:])
+    padded = x[..., rows, :][..., columns]
+    out = torch.zeros_like(x)
+    for (down, right), weight in taps.items():
+        y, z = reach + down, reach + right
+        out.add_(padded[..., y : y + x.shape[-2], z : z + x.shape[-1]], alpha=weight)
     return out
+
+
+def _mirrored(side: int, reach: int) -> Tensor:
+    """The index of each pixel of a side, `reach` of them beyond either end, where the border is a mirror."""
+    at = torch.arange(-reach, side + reach) % (2 * side)
+    return torch.minimum(at, 2 * side - 1 - at)
 
 
 def _filtered(x: Tensor, kernel: Tensor) -> Tensor:

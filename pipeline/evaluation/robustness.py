@@ -21,27 +21,29 @@ def robustness(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, fl
     train = train.labelled()
     if val.images is None or not len(train.labels):
         return None
-    elected: dict[str, list[list[Tensor]]] = {name: [[] for _ in SEVERITIES] for name in (*GEOMETRY, *CORRUPTIONS)}
-    clean, labels = [], []
+    changed: dict[str, list[Tensor]] = {name: [] for name in (*GEOMETRY, *CORRUPTIONS)}
+    clean = []
     for number, shown in enumerate(val.images.batches(IMAGES)):
         known = shown.labels >= 0
         if not bool(known.any()):
             continue
         images, truth = shown.images[known], shown.labels[known].to(train.labels.device)
 
-        def right(images: Tensor, truth: Tensor = truth) -> Tensor:
-            found = val.images.pooled(images)  # type: ignore[union-attr]
-            return (knn.predict(train.features, train.labels, found, ks=(K,))[K] == truth).cpu()
+        def right(features: Tensor, truth: Tensor = truth) -> Tensor:
+            """Which of features [severities · n, D] have the n true classes, bool [severities, n]."""
+            elected = knn.predict(train.features, train.labels, features, ks=(K,))[K]
+            return (elected.view(-1, len(truth)) == truth).cpu()
 
-        clean.append(right(images))
-        labels.append(truth)
-        for kind, name in enumerate(elected):
-            for severity in SEVERITIES:
-                own = ((seed * 1_009 + number) * 1_009 + kind) * 7 + severity
-                elected[name][severity - 1].append(right(change(images, name, severity, own)))
-    if not labels:
+        clean.append(right(val.images.pooled(images))[0])
+        for kind, name in enumerate(changed):
+            seeds = [((seed * 1_009 + number) * 1_009 + kind) * 7 + severity for severity in SEVERITIES]
+            features = [
+                val.images.pooled(change(images, name, severity, own)) for severity, own in zip(SEVERITIES, seeds)
+            ]
+            changed[name].append(right(torch.cat(features)))
+    if not clean:
         return None
-    answers = {name: torch.stack([torch.cat(parts) for parts in of]) for name, of in elected.items()}
+    answers = {name: torch.cat(parts, dim=1) for name, parts in changed.items()}
     means = {name: of.double().mean().item() for name, of in answers.items()}
     found: dict[str, float | Tensor] = {"clean": torch.cat(clean).double().mean().item(), **means}
     found["geometry"] = sum(means[name] for name in GEOMETRY) / len(GEOMETRY)

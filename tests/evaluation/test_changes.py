@@ -75,6 +75,20 @@ def test_defocus_is_a_convolution_with_a_disc() -> None:
     assert np.abs(x[0, 0].numpy() - expected).max() > 0.1
 
 
+def test_motion_blur_is_the_weighted_mean_of_scipys_shifts() -> None:
+    x = photographs(1, 56)[..., :48]
+    angle = np.radians(float(torch.rand((), generator=torch.Generator().manual_seed(5))) * 90 - 45)
+    far = np.arange(31)  # radius 15, sigma 8 at 224 pixels
+    weights = np.exp(-(far**2) / 128)
+    moved = [
+        ndimage.shift(x[0, 0].numpy(), (-d * np.sin(angle), -d * np.cos(angle)), order=1, mode="reflect")
+        for d in far * 48 / 224
+    ]
+    found = run("motion_blur", 3, x, seed=5)[0, 0].numpy()
+    assert abs(angle) > 0.2
+    assert np.abs(found - np.average(moved, axis=0, weights=weights)).max() < 1e-5
+
+
 def test_zoom_blur_is_the_mean_of_scipys_zooms() -> None:
     x = photographs(1, 64)
     found = run("zoom_blur", 3, x)[0, 0].numpy()

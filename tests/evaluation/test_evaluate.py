@@ -206,6 +206,18 @@ def test_every_protocol_finds_in_known_features_what_is_there(sets: tuple[Packed
     assert right == found.numbers["knn_top1"]
 
 
+def test_robustness_is_what_neighbours_say_of_changed_images(sets: tuple[Packed, Packed]) -> None:
+    found = examine({"": MeanColour()}, *sets, image_size=SIDE, protocols=("knn", "robustness"))[""]
+    clean = found.evidence["robustness_clean_right"]
+    assert found.numbers["robustness_clean"] == found.numbers["knn_top1"] == clean.double().mean().item()
+    shuffled = found.evidence["robustness_patch_shuffle_right"]
+    assert shuffled.shape == (5, 80)
+    assert torch.equal(shuffled[[0, 2, 4]], clean.expand(3, 80))  # all patches are kept, and with them the mean colour
+    assert found.numbers["robustness_patch_shuffle"] == shuffled.double().mean().item()
+    assert found.numbers["robustness_contrast"] == 1  # the mean stays
+    assert found.numbers["robustness_snow"] < 0.9
+
+
 def test_label_free_scores_need_no_labels(tmp_path: Path, sets: tuple[Packed, Packed]) -> None:
     bare, other = pack(tmp_path, "bare", 40, 2, classes=()), pack(tmp_path, "other", 12, 5, classes=())
     results = evaluate_backbone(MeanColour(), bare, other, image_size=SIDE, protocols=("label_free", "knn"))

@@ -16,7 +16,7 @@ from pipeline.evaluation.duplicates import duplicates
 from pipeline.evaluation.evaluate import truth
 from pipeline.evaluation.features import digest, look, look_once, random_views
 from pipeline.evaluation.floors import pixels
-from pipeline.evaluation.images import Images, evaluation_view
+from pipeline.evaluation.images import IN_CACHE, Images, evaluation_view
 from tests.evaluation.test_evaluate import SIDE, MeanColour, pack
 
 
@@ -107,6 +107,16 @@ def test_layers_are_the_means_of_the_cells_of_the_contract(packed: Packed) -> No
     torch.testing.assert_close(one.features[:, 0], expected.pooled, atol=1e-5, rtol=1e-4)
     for found, layer in zip(one.layers, expected.layers, strict=True):
         torch.testing.assert_close(found, layer.mean(1), atol=1e-5, rtol=1e-4)
+
+
+def test_pooled_features_are_those_of_all_images_at_once(packed: Packed) -> None:
+    backbone = backbones.create("resnet20", image_size=SIDE).eval()
+    images = Images(backbone, packed.path, torch.zeros(60), SIDE, torch.device("cpu"))
+    shown = next(iter(images.batches())).images
+    assert len(shown) > IN_CACHE
+    with torch.no_grad():
+        expected = backbone(images.normalised(shown)).pooled
+    torch.testing.assert_close(images.pooled(shown), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_random_views_differ_and_are_the_same_again(packed: Packed) -> None:
