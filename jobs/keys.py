@@ -94,10 +94,12 @@ def read_schedule(file: Located) -> Timetable | None:
     if not schedule:
         return None
     line, zone = schedule.get("cron"), schedule.get("time_zone")
+    if not isinstance(line, str):
+        file.fail(("schedule", "cron"), 'a schedule needs a cron line, as in "15 1 * * *"')
     try:
-        cron = parse(str(line))
+        cron = parse(line)
     except ValueError as error:
-        file.fail(("schedule", "cron"), f"cron line {str(line)!r} {error}")
+        file.fail(("schedule", "cron"), f"cron line {line!r} {error}")
     if not isinstance(zone, str):
         file.fail(("schedule", "time_zone"), "a schedule needs a time_zone, as in Europe/Berlin or UTC")
     try:

@@ -90,6 +90,7 @@ MISTAKES = [
     ("cron: 15 1 * * *", "at: noon", 11, "unknown key 'at'; there are cron"),
     ("Europe/Berlin", "Europe/Berln", 12, "time_zone 'Europe/Berln': unknown; did you mean Europe/Berlin"),
     ("  time_zone: Europe/Berlin\n", "", 10, "a schedule needs a time_zone"),
+    ("  cron: 15 1 * * *\n", "", 10, "a schedule needs a cron line"),
     ("workers: 2", "worker: 2", 13, "unknown key 'worker'; did you mean workers"),
     ("workers: 2", "workers: 1.5", 13, "workers 1.5: must be a whole number"),
     ("workers: 2", "workers: 8..2", 13, "workers '8..2': must be a whole number, at least 1, or two as in 2..8"),
