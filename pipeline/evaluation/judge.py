@@ -21,6 +21,8 @@ from pipeline.evaluation.classifier import save
 from pipeline.training import conclusion, launch, measure, step
 from pipeline.training.run_folder import RunFolder, read_checkpoint
 
+FLOORS = ("untrained", "pixels")
+
 
 def judge(
     run: str,
@@ -126,13 +128,22 @@ def find(run: str) -> Judged:
     return Judged(folder, config, objective.backbone, int(state["images_seen"]), tuple(objective.views))
 
 
+def merged(earlier: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores, and beside them those of other protocols that an earlier evaluation on as many images found."""
+    if any(earlier.get(count) != scores[count] for count in ("train_images", "val_images")):
+        return dict(scores)
+    return {**earlier, **scores, **{floor: {**earlier[floor], **scores[floor]} for floor in FLOORS}}
+
+
 def keep(
     folder: RunFolder, config: Config, data: str, seen: int, scores: Mapping[str, Any], protocols: Sequence[str]
 ) -> None:
-    """Add the scores to `summary.json` under `evaluations`, and one child a protocol to the run in MLflow."""
+    """Add the scores to those in `summary.json` under `evaluations`, and one child a protocol to the run in MLflow."""
     if folder.exists("summary.json"):
         summary = json.loads(folder.read("summary.json"))
-        summary.setdefault("evaluations", {})[f"{data} at {seen} images"] = dict(scores)
+        evaluations = summary.setdefault("evaluations", {})
+        name = f"{data} at {seen} images"
+        evaluations[name] = merged(evaluations.get(name, {}), scores)
         folder.write_json("summary.json", summary)
     if not folder.exists("mlflow_run_id"):
         return
@@ -141,7 +152,7 @@ def keep(
     children = []
     for protocol in protocols:
         numbers = {key: value for key, value in scores.items() if key.startswith(f"{protocol}_")}
-        for floor in ("untrained", "pixels"):
+        for floor in FLOORS:
             headline = f"{protocol}_{evaluation.PROTOCOLS[protocol].headline}"
             numbers[f"{floor}_{headline}"] = scores[floor].get(headline)
         tags = {"protocol": protocol, "data": data}
