@@ -39,8 +39,12 @@ class Arguments:
     """Labelled images to learn from; left open: the runs' own. Any source that pretraining takes."""
     val_data: str | None = None
     """Labelled images to be judged on; left open: a train/ + val/ pair, else a split by content."""
+    labels: str | None = None
+    """A table (.csv, .tsv) of labels in place of those of the folders: its first row names the columns, the first
+    column holds paths. One column of classes; or for multilabel columns of 0 and 1, for regression quantities."""
     protocols: tuple[str, ...] = COMPARED
-    """What to examine; attentive, finetune and scratch, which train for minutes, only where named."""
+    """What to examine; attentive, finetune and scratch, which train for minutes, only where named; and with --labels
+    multilabel, regression."""
     limit: int | None = None
     """Learn from at most this many labelled images."""
     seed: int = 0
@@ -66,8 +70,8 @@ def refuse(arguments: Arguments) -> None:
     for name in arguments.protocols:
         if name not in NAMES:
             raise UserError(f"--protocols {name}: unknown; there are {', '.join(NAMES)}")
-        if name in BY_TABLE:
-            raise UserError(f"--protocols {name}: needs a table of labels, which python -m pipeline.evaluate takes")
+        if name in BY_TABLE and arguments.labels is None:
+            raise UserError(f"--protocols {name}: needs --labels, a table of what every image has")
     for run in arguments.runs:
         if "://" not in run and not Path(run).exists():
             raise UserError(f"{run}: no such run folder or checkpoint")
@@ -93,10 +97,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         refuse(arguments)
         options = asdict(arguments)
-        backbones, objectives, pretrain, storage, runs = (
-            options.pop(name) for name in ("backbones", "objectives", "pretrain", "storage", "runs")
+        backbones, objectives, pretrain, storage, runs, labels = (
+            options.pop(name) for name in ("backbones", "objectives", "pretrain", "storage", "runs", "labels")
         )
         options.pop("debug")
+        own = None
+        if labels is not None:
+            from pipeline.evaluation import table
+
+            own = table.read(labels)
+            table.refuse(own, arguments.protocols)
         if backbones:
             from pipeline.report.candidates import train_missing
 
@@ -105,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             runs, options["data"] = (*runs, *trained), None if not runs else arguments.data
         from pipeline.report.write import compare  # torch comes with it, after all that can be refused without
 
-        compare(runs, **options, command=["python", "-m", "pipeline.compare", *argv])
+        compare(runs, **options, table=own, command=["python", "-m", "pipeline.compare", *argv])
         return 0
 
     return guarded(command, debug="--debug" in argv)

@@ -49,11 +49,23 @@ def difference(first: Tensor, second: Tensor, seed: int = 0) -> Difference:
     means = interval.resampled(values, seed)
     low, high = np.percentile(means, [2.5, 97.5])
     if first.dtype.is_floating_point or first.ndim > 1:
-        spread = float(means.std())
-        p = float(2 * stats.norm.sf(abs(values.mean()) / spread)) if spread else float(values.mean() == 0)
+        p = _normal(float(values.mean()), float(means.std()))
     else:
         p = mcnemar(first.cpu(), second.cpu())
     return Difference(float(values.mean()), float(low), float(high), float(p))
+
+
+def of_statistics(first: np.ndarray, second: np.ndarray) -> Difference:
+    """As `difference`, of two statistics [1 + draws] that are no means over images: the first entry of all images, the
+    others of bootstrap samples that were drawn alike. The p-value is the normal's."""
+    found, *drawn = first - second
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    return Difference(float(found), float(low), float(high), _normal(float(found), float(np.nanstd(drawn))))
+
+
+def _normal(found: float, spread: float) -> float:
+    """How likely a normal variable of this spread is as far from 0 as what was found."""
+    return float(2 * stats.norm.sf(abs(found) / spread)) if spread else float(found == 0)
 
 
 def holm(p: list[float]) -> list[float]:

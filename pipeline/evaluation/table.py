@@ -15,6 +15,7 @@ from pipeline.data.pack import ordered
 from pipeline.data.packed import Packed, read_names
 from pipeline.data.remote import given
 from pipeline.errors import UserError
+from pipeline.evaluation.protocols import PROTOCOLS
 from pipeline.redaction import hide, redact
 
 
@@ -104,7 +105,7 @@ def refuse(table: Table, protocols: Sequence[str]) -> None:
             odd = {x for row in table.numbers.values() for x in row if not math.isnan(x)} - {0.0, 1.0}
             if odd:
                 raise UserError(f"--labels {table.address}: multilabel needs 0 and 1, not {min(odd):g}")
-        if protocol in ("knn", "linear", "logistic") and len(table.columns) > 1:
+        if PROTOCOLS[protocol].labels and len(table.columns) > 1:
             raise UserError(
                 f"--labels {table.address}: has {len(table.columns)} columns beside the path, so no image has one "
                 f"class; {protocol} needs one, --protocols multilabel or regression take several"

@@ -31,32 +31,32 @@ def multilabel(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, fl
     """One logistic regression a label: `map`, the mean over labels of average precision, its bootstrap interval over
     images `low`, `high`, and `auc`, the mean area under the ROC curve; chance is the labels' frequency, and 0.5.
 
-    Labels that all or none of the known images have, in either set, are left out; None where none is left.
+    Labels that all or none of the known images have, in either set, are left out; None where none is left. As evidence
+    `drawn` [1 + draws]: `map`, and what it is of each bootstrap sample.
     """
     found = _read_off(train, val, seed, _logistic, F.binary_cross_entropy_with_logits)
     if found is None:
         return None
     score, truth = found
-    low, high = _interval(lambda weights: _mean_precision(score, truth, weights), score.shape[1], seed)
-    precision = _mean_precision(score, truth, np.ones(score.shape[1]))
+    of_images = _drawn(lambda weights: _mean_precision(score, truth, weights), score.shape[1], seed, "map")
     areas = [_area(s[~np.isnan(t)], t[~np.isnan(t)]) for s, t in zip(score, truth)]
-    return {"map": precision, "low": low, "high": high, "auc": float(np.mean(areas)), "labels": len(score)}
+    return {**of_images, "auc": float(np.mean(areas)), "labels": len(score)}
 
 
 def regression(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float | Tensor] | None:
     """One ridge regression a quantity: `r2`, the share of its variance that is explained (the mean over quantities),
     its bootstrap interval over images `low`, `high`, and `rank`, Spearman's correlation. Guessing the mean explains 0.
 
-    Quantities that do not vary, in either set, are left out; None where none is left.
+    Quantities that do not vary, in either set, are left out; None where none is left. As evidence `drawn` [1 + draws]:
+    `r2`, and what it is of each bootstrap sample.
     """
     found = _read_off(train, val, seed, _ridge, F.mse_loss)
     if found is None:
         return None
     guess, truth = found
-    low, high = _interval(lambda weights: _explained(guess, truth, weights), guess.shape[1], seed)
-    explained = _explained(guess, truth, np.ones(guess.shape[1]))
+    of_images = _drawn(lambda weights: _explained(guess, truth, weights), guess.shape[1], seed, "r2")
     ranks = [_rank(g[~np.isnan(t)], t[~np.isnan(t)]) for g, t in zip(guess, truth)]
-    return {"r2": explained, "low": low, "high": high, "rank": float(np.mean(ranks)), "quantities": len(guess)}
+    return {**of_images, "rank": float(np.mean(ranks)), "quantities": len(guess)}
 
 
 def _read_off(
@@ -130,12 +130,15 @@ def _minimised(start: Tensor, x: Tensor, y: Tensor, penalty: float) -> Tensor:
     return theta.detach()
 
 
-def _interval(statistic: Statistic, images: int, seed: int) -> tuple[float, float]:
-    """The 95 % percentile bootstrap interval of a statistic of images weighted by how often each was drawn [N]."""
+def _drawn(statistic: Statistic, images: int, seed: int, name: str) -> dict[str, float | Tensor]:
+    """A statistic of images weighted [N] by how often each was drawn: by its name of all, its 95 % percentile bootstrap
+    interval `low`, `high`, and all of this [1 + draws], drawn alike for every backbone, as `drawn`."""
     rng = np.random.default_rng(seed)
     drawn = [statistic(rng.multinomial(images, np.full(images, 1 / images)).astype(float)) for _ in range(DRAWS // 4)]
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
-    return float(low), float(high)
+    of_all = statistic(np.ones(images))
+    samples = torch.tensor([of_all, *drawn], dtype=torch.float64)
+    return {name: of_all, "low": float(low), "high": float(high), "drawn": samples}
 
 
 def _mean_precision(score: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> float:

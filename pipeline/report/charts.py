@@ -7,50 +7,49 @@ from matplotlib.figure import Figure
 
 from pipeline.evaluation.accuracy import confusion
 from pipeline.evaluation.changes import CORRUPTIONS, GEOMETRY
+from pipeline.evaluation.measures import MEASURES
 from pipeline.evaluation.similarity import cka
 from pipeline.report.contest import Contest, Entry
 from pipeline.report.drawing import INK, PALETTE, WIDTH, Picture, clear_to, coloured, legend, short, svg
-from pipeline.report.verdict import BUDGETS, LABEL_FREE, rivals
+from pipeline.report.verdict import ACCURACIES, BUDGETS, LABEL_FREE, headline, leading, rivals, score
 
 
 def accuracy(contest: Contest) -> Iterator[Picture]:
     """Accuracies with their intervals, beside both floors."""
-    shown = [
-        (protocol, label)
-        for protocol, label in (
-            ("knn", "k-NN"), ("linear", "linear"), ("logistic", "logistic regression"),
-            ("attentive", "attentive probe"), ("finetune", "fine-tuned"),
-        )
-        if contest.entries[0].trained.numbers.get(f"{protocol}_top1") is not None
-    ]  # fmt: skip
+    keys = {headline(protocol) for protocol in ACCURACIES}
+    shown = [m for m in MEASURES if m.key in keys and contest.entries[0].trained.numbers.get(m.key) is not None]
     if not shown:
         return
     rows = [(one.name, one.trained.numbers, one.untrained.numbers, c) for one, c in coloured(contest)]
     figure = Figure(figsize=(WIDTH, 0.55 + len(shown) * (0.3 + 0.24 * len(rows))))
     axes = figure.subplots()
     ticks, y = [], 0.0
-    for protocol, label in shown:
+    for measure in shown:
         top = y
-        pixels = contest.pixels.numbers.get(f"{protocol}_top1")
+        pixels = contest.pixels.numbers.get(measure.key)
         for name, trained, untrained, colour in rows:
-            value, low, high = (100 * float(trained[f"{protocol}_{k}"] or 0) for k in ("top1", "low", "high"))
-            axes.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="o", color=colour, capsize=2, ms=5)
-            if (floor := untrained.get(f"{protocol}_top1")) is not None:
+            value, low, high = (
+                100 * float(trained[k] or 0) for k in (measure.key, f"{measure.bounds}_low", f"{measure.bounds}_high")
+            )
+            bar = [[max(0, value - low)], [max(0, high - value)]]  # a bootstrap of mAP need not hold the value
+            axes.errorbar(value, y, xerr=bar, fmt="o", color=colour, capsize=2, ms=5)
+            if (floor := untrained.get(measure.key)) is not None:
                 axes.plot(100 * float(floor), y, "|", color=colour, ms=11, mew=1.5)
             axes.annotate(f"{name}  {value:.1f}", (high, y), xytext=(6, 0), textcoords="offset points", va="center",
                           fontsize=8, color=INK)  # fmt: skip
             y += 1
         if pixels is not None:
             axes.vlines(100 * float(pixels), top - 0.4, y - 0.6, color=INK, lw=0.8, ls=":")
-        ticks.append(((top + y - 1) / 2, label))
+        ticks.append(((top + y - 1) / 2, measure.title))
         y += 0.8
     axes.set_yticks([t for t, _ in ticks], [label for _, label in ticks])
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
-    axes.set_xlabel("accuracy, %")
+    axes.set_xlabel("accuracy, %" if contest.classes else "%")
     axes.margins(x=0.05)
     left, right = axes.get_xlim()
-    axes.set_xlim(max(0, left), right + 0.55 * (right - max(0, left)))
+    left = left if axes.dataLim.x0 < 0 else max(0, left)  # explained variance can be below 0
+    axes.set_xlim(left, right + 0.55 * (right - left))
     yield Picture(
         "Accuracy", svg(figure, "Accuracy"),
         "Point and bar: accuracy and its 95 % bootstrap interval over the validation images. Tick: the same network "
@@ -167,8 +166,7 @@ def confusions(contest: Contest) -> Iterator[Picture]:
 
 def cost(contest: Contest) -> Iterator[Picture]:
     """Accuracy against multiply-adds and parameters."""
-    key = "linear_top1" if contest.entries[0].trained.numbers.get("linear_top1") is not None else "knn_top1"
-    if contest.entries[0].trained.numbers.get(key) is None:
+    if (protocol := leading(contest.entries[0])) is None:
         return
     figure = Figure(figsize=(WIDTH, 2.8))
     for axes, label, value in zip(
@@ -177,18 +175,19 @@ def cost(contest: Contest) -> Iterator[Picture]:
         (lambda one: one.cost.multiply_adds / 1e9, lambda one: one.cost.parameters / 1e6),
     ):
         for one, colour in coloured(contest):
-            axes.plot(value(one), 100 * float(one.trained.numbers[key] or 0), "o", color=colour, ms=7)
+            axes.plot(value(one), 100 * score(one), "o", color=colour, ms=7)
         axes.set_xscale("log")
         axes.set_xlabel(label)
         axes.margins(x=0.2, y=0.2)
-    figure.axes[0].set_ylabel(f"{key.split('_')[0].replace('knn', 'k-NN')} accuracy, %")
+    figure.axes[0].set_ylabel(f"{ACCURACIES[protocol]}, %")
     legend(figure, contest)
     yield Picture("Accuracy and cost", svg(figure, "Accuracy and cost"), "Up and to the left is better.")
 
 
 def trustworthy(contest: Contest) -> Iterator[Picture]:
     """Label-free scores against k-NN accuracy."""
-    if len(contest.entries) < 4 or contest.entries[0].trained.numbers.get("label_free_rankme") is None:
+    needed = ("label_free_rankme", "knn_top1")
+    if len(contest.entries) < 4 or any(contest.entries[0].trained.numbers.get(key) is None for key in needed):
         return
     figure = Figure(figsize=(WIDTH, 4.4))
     for axes, name in zip(figure.subplots(2, 3, sharey=True).flat, LABEL_FREE):

@@ -14,10 +14,11 @@ from backbones.cost import multiply_adds, parameters, receptive_field
 from pipeline.config import Config
 from pipeline.data import preparation
 from pipeline.errors import UserError
-from pipeline.evaluation import floors, judge
+from pipeline.evaluation import BY_TABLE, floors, judge
 from pipeline.evaluation.duplicates import duplicates
 from pipeline.evaluation.evaluate import Findings, examine
 from pipeline.evaluation.protocols import PROTOCOLS
+from pipeline.evaluation.table import Table
 from pipeline.training import launch, measure
 
 
@@ -59,8 +60,10 @@ class Entry:
 class Contest:
     """Backbones examined on the same images.
 
+    classes    of the labels; none where only columns of a table were examined
     pixels     what raw pixels achieve
     copies     (training image, validation image) that are the same file
+    table      of the labels, where those of the folders do not count
     seconds    spent, by stage
     """
 
@@ -75,6 +78,7 @@ class Contest:
     protocols: tuple[str, ...]
     seed: int
     limit: int | None
+    table: Table | None = None
     fingerprints: tuple[str, str] = ("", "")
     device: str = "cpu"
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -85,12 +89,13 @@ def hold(
     *,
     data: str | None = None,
     val_data: str | None = None,
+    table: Table | None = None,
     protocols: Sequence[str],
     limit: int | None = None,
     seed: int = 0,
     cache: str | None = None,
 ) -> Contest:
-    """Examine runs or checkpoints on the data that all share, or on `data`.
+    """Examine runs or checkpoints on the data that all share, or on `data`, by its labels or by those of a table.
 
     Raises:
         UserError: fewer than two runs, runs on different data, no labels, or a torn or foreign checkpoint.
@@ -107,8 +112,12 @@ def hold(
     if data is not None or len({one.config.limit for one in found}) > 1:
         config = replace(config, limit=None)
     train, val, note = preparation.prepare(config)
-    if val is None or not train.classes or not val.classes:
-        raise UserError(f"--data {config.data}: has no labels to judge by (class folders are labels)")
+    if val is None and table:
+        train, val, note = preparation.prepare(config, hold_out=True)
+    if val is None or (table is None and not (train.classes and val.classes)):
+        raise UserError(
+            f"--data {config.data}: has no labels to judge by (class folders are labels; --labels takes a table)"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     seconds = {"reading checkpoints and packing": time.perf_counter() - begun}
 
@@ -124,7 +133,7 @@ def hold(
         results = examine(
             backbones, train, val, image_size=size, protocols=protocols, device=device, seed=seed, limit=limit,
             precision=measure.precision(one.config, device), floors=("untrained", "pixels"),
-            cache=preparation.cache_folder(config.cache) / "features",
+            cache=preparation.cache_folder(config.cache) / "features", table=table,
         )  # fmt: skip
         entries.append(
             Entry(
@@ -136,10 +145,14 @@ def hold(
         seconds[name] = time.perf_counter() - begun
         print(f"{name}: examined in {seconds[name]:.0f} s", flush=True)
     numbers = entries[0].trained.numbers
+    classes = train.classes
+    if table:
+        classes = () if set(protocols) <= set(BY_TABLE) else table.classes
     return Contest(
-        data=launch.data_name(config), note=note, classes=train.classes, train_images=int(numbers["train_images"] or 0),
-        val_images=int(numbers["val_images"] or 0), entries=tuple(entries), pixels=results["pixels"],
-        copies=tuple(duplicates(train, val)), protocols=tuple(protocols), seed=seed, limit=limit,
+        data=launch.data_name(config) + (f" by {table.name}" if table else ""), note=note, classes=classes,
+        train_images=int(numbers["train_images"] or 0), val_images=int(numbers["val_images"] or 0),
+        entries=tuple(entries), pixels=results["pixels"], copies=tuple(duplicates(train, val)),
+        protocols=tuple(protocols), seed=seed, limit=limit, table=table,
         fingerprints=(train.fingerprint, val.fingerprint), device=device.type, seconds=seconds,
     )  # fmt: skip
 
@@ -177,6 +190,7 @@ def as_json(contest: Contest) -> dict[str, Any]:
         "data": contest.data,
         "note": contest.note,
         "classes": list(contest.classes),
+        "labels": contest.table.address if contest.table else None,
         "train_images": contest.train_images,
         "val_images": contest.val_images,
         "fingerprints": list(contest.fingerprints),

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.evaluation import interval
+from pipeline.evaluation import BY_TABLE, interval
 from pipeline.evaluation.changes import CORRUPTIONS, GEOMETRY
 from pipeline.evaluation.evaluate import Findings
-from pipeline.evaluation.paired import Difference, difference, holm
+from pipeline.evaluation.paired import Difference, difference, holm, of_statistics
+from pipeline.evaluation.protocols import PROTOCOLS
 from pipeline.report.contest import Contest, Entry
 
 LEVEL = 0.05
@@ -22,6 +23,12 @@ UNEQUAL = 0.1
 
 BUDGETS = {"n1": "1 label a class", "n5": "5 labels a class", "n10": "10 labels a class", "p1": "1 % of the labels",
            "p10": "10 % of the labels"}  # fmt: skip
+ACCURACIES = {"linear": "linear accuracy", "logistic": "logistic-regression accuracy", "knn": "k-NN accuracy",
+              "attentive": "attentive-probe accuracy", "finetune": "fine-tuned accuracy",
+              "multilabel": "mAP over several labels", "regression": "explained variance"}  # fmt: skip
+"""What the headlines of protocols are called that tell how good a backbone is."""
+LEADING = ("linear", "knn", *BY_TABLE)
+"""By the first of these that was measured, backbones are ordered and set against their floors."""
 UNDER = "k-NN accuracy under "
 LABEL_FREE = ("rankme", "alpha_req", "effective_rank", "uniformity", "alignment", "lidar")
 
@@ -68,51 +75,68 @@ def rivals(contest: Contest) -> list[tuple[Entry, Entry]]:
 
 
 def score(one: Entry) -> float:
-    """What backbones are ordered by: linear accuracy, or k-NN's where that was not measured."""
-    return float(next((v for key in ("linear_top1", "knn_top1") if (v := one.trained.numbers.get(key))), 0.0))
+    """What backbones are ordered by; 0 where that was not measured."""
+    protocol = leading(one)
+    return float(one.trained.numbers[headline(protocol)] or 0.0) if protocol else 0.0
+
+
+def leading(one: Entry) -> str | None:
+    """The protocol whose headline stands for a backbone; None where none of `LEADING` was measured."""
+    return next((name for name in LEADING if one.trained.numbers.get(headline(name)) is not None), None)
+
+
+def headline(protocol: str) -> str:
+    """The name of the number that stands for a protocol."""
+    return f"{protocol}_{PROTOCOLS[protocol].headline}"
 
 
 def claims(contest: Contest) -> list[Claim]:
     """Everything that is tested, the p-values adjusted together."""
     found = []
     for first, second in rivals(contest):
-        for what, a, b in measured(first, second):
-            found.append((first.name, second.name, what, difference(a, b, seed=contest.seed), False))
+        for what, by in measured(first.trained, second.trained, contest.seed):
+            found.append((first.name, second.name, what, by, False))
     for one in contest.entries:
         for floor, findings in ((f"{one.config.backbone} untrained", one.untrained), ("raw pixels", contest.pixels)):
-            for protocol, what in (("linear", "linear accuracy"), ("knn", "k-NN accuracy")):
-                answers, theirs = right(one.trained, protocol), right(findings, protocol)
-                if answers is not None and theirs is not None:
-                    found.append((one.name, floor, what, difference(answers, theirs, seed=contest.seed), True))
+            for protocol in LEADING:
+                if above := between(one.trained, findings, protocol, contest.seed):
+                    found.append((one.name, floor, ACCURACIES[protocol], above, True))
                     break
     adjusted = holm([one[3].p for one in found])
     return [Claim(*one[:4], p, one[4]) for one, p in zip(found, adjusted)]
 
 
-def measured(first: Entry, second: Entry) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """What two backbones can be compared in, image by image: its name and both scores."""
-    for protocol, what in (
-        ("linear", "linear accuracy"), ("logistic", "logistic-regression accuracy"), ("knn", "k-NN accuracy"),
-        ("attentive", "attentive-probe accuracy"), ("finetune", "fine-tuned accuracy"),
-    ):  # fmt: skip
-        a, b = right(first.trained, protocol), right(second.trained, protocol)
-        if a is not None and b is not None:
-            yield what, a, b
-    mine, theirs = first.trained.evidence, second.trained.evidence
+def measured(first: Findings, second: Findings, seed: int) -> Iterator[tuple[str, Difference]]:
+    """What two backbones can be compared in on the same images, and how they differ in it."""
+    for protocol, what in ACCURACIES.items():
+        if by := between(first, second, protocol, seed):
+            yield what, by
+    mine, theirs = first.evidence, second.evidence
     for budget, what in BUDGETS.items():
         if (key := f"low_shot_{budget}_right") in mine and key in theirs:
-            yield f"accuracy with {what}", mine[key], theirs[key]
-    if "retrieval_precision" in mine and "retrieval_precision" in theirs:
-        yield "retrieval mAP", mine["retrieval_precision"], theirs["retrieval_precision"]
+            yield f"accuracy with {what}", difference(mine[key], theirs[key], seed)
+    if (key := "retrieval_precision") in mine and key in theirs:
+        yield "retrieval mAP", difference(mine[key], theirs[key], seed)
     if "robustness_clean_right" in mine and "robustness_clean_right" in theirs:
         for name in GEOMETRY:
             a, b = (one[f"robustness_{name}_right"].double().mean(0) for one in (mine, theirs))
-            yield f"{UNDER}{name.replace('_', ' ')}", a, b
+            yield f"{UNDER}{name.replace('_', ' ')}", difference(a, b, seed)
         a, b = (
             torch.stack([one[f"robustness_{name}_right"].double().mean(0) for name in CORRUPTIONS]).mean(0)
             for one in (mine, theirs)
         )
-        yield f"{UNDER}corruptions", a, b
+        yield f"{UNDER}corruptions", difference(a, b, seed)
+
+
+def between(first: Findings, second: Findings, protocol: str, seed: int) -> Difference | None:
+    """How two backbones differ in a protocol's headline; None where one of them did not go through it."""
+    if protocol in BY_TABLE:
+        key = f"{protocol}_drawn"
+        if key not in first.evidence or key not in second.evidence:
+            return None
+        return of_statistics(first.evidence[key].numpy(), second.evidence[key].numpy())
+    a, b = right(first, protocol), right(second, protocol)
+    return None if a is None or b is None else difference(a, b, seed)
 
 
 def right(findings: Findings, protocol: str) -> Tensor | None:

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from pipeline import tracking
+from pipeline.evaluation.table import Table
 from pipeline.redaction import redact
 from pipeline.report import contest as contests
 from pipeline.report import page, verdict
@@ -18,6 +19,7 @@ def compare(
     *,
     data: str | None,
     val_data: str | None,
+    table: Table | None,
     protocols: Sequence[str],
     limit: int | None,
     seed: int,
@@ -31,10 +33,11 @@ def compare(
         UserError: as of `contest.hold`.
     """
     held = contests.hold(
-        runs, data=data, val_data=val_data, protocols=protocols, limit=limit, seed=seed, cache=cache
+        runs, data=data, val_data=val_data, table=table, protocols=protocols, limit=limit, seed=seed, cache=cache
     )  # fmt: skip
     storage = Path(held.entries[0].run).parent if "://" not in held.entries[0].run else Path("runs")
-    folder = Path(output) if output else storage / f"comparison-{held.data}-{datetime.now():%m%d-%H%M%S}"
+    name = f"comparison-{held.data.replace(' ', '-')}-{datetime.now():%m%d-%H%M%S}"
+    folder = Path(output) if output else storage / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.html").write_text(page.render(held, command), encoding="utf-8")
     (folder / "numbers.json").write_text(json.dumps(contests.as_json(held), indent=2, ensure_ascii=False) + "\n")
@@ -55,7 +58,12 @@ def track(held: Contest, folder: Path, uri: str) -> None:
         experiment=held.data,
         name=f"comparison of {len(held.entries)}",
         tags={"kind": "comparison", "data": held.data},
-        params={"protocols": " ".join(held.protocols), "seed": held.seed, "limit": held.limit},
+        params={
+            "protocols": " ".join(held.protocols),
+            "seed": held.seed,
+            "limit": held.limit,
+            "labels": held.table.address if held.table else None,
+        },
         dataset={
             "name": held.data,
             "digest": held.fingerprints[0],
@@ -66,10 +74,11 @@ def track(held: Contest, folder: Path, uri: str) -> None:
         config_path=None,
     )
     (folder / "mlflow_run_id").write_text(parent)
+    headlines = {verdict.headline(name) for name in held.protocols}
     for one in held.entries:
         numbers = {k: v for k, v in one.trained.numbers.items() if v is not None and v == v}  # NaN is no metric
         numbers |= {
-            f"untrained_{k}": v for k, v in one.untrained.numbers.items() if k.endswith("_top1") and v is not None
+            f"untrained_{k}": v for k, v in one.untrained.numbers.items() if k in headlines and v is not None and v == v
         }
         numbers |= {"parameters": one.cost.parameters, "multiply_adds": one.cost.multiply_adds}
         tags = {

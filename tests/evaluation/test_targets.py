@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from pipeline import compare, evaluate
 from pipeline.data import pack as packing
 from pipeline.errors import UserError
-from pipeline.evaluation import evaluate_backbone, examine, table, targets
+from pipeline.evaluation import evaluate_backbone, examine, paired, table, targets
 from pipeline.evaluation.feature_set import FeatureSet
 from tests.evaluation.test_evaluate import SIDE, MeanColour, pack
 
@@ -82,6 +82,31 @@ def test_what_is_there_is_found_and_permuted_it_is_chance() -> None:
     assert several["auc"] == pytest.approx(0.5, abs=0.05)
 
 
+@pytest.mark.parametrize(("protocol", "key"), [("regression", "r2"), ("multilabel", "map")])
+def test_what_samples_of_images_say_tells_whether_two_backbones_differ(protocol: str, key: str) -> None:
+    def found(noise: float, own: int) -> dict:
+        """Of features in noise of their own that are, below it, the same for all."""
+        sets = (drawn(400, 0, 0.3), drawn(300, 1, 0.3))
+        generator = torch.Generator().manual_seed(own)
+        train, val = (
+            of._replace(features=of.features + noise * torch.randn(of.features.shape, generator=generator))
+            for of in (map(signs, sets) if protocol == "multilabel" else sets)
+        )
+        scores = getattr(targets, protocol)(train, val, seed=0)
+        assert scores["drawn"][0] == scores[key]
+        low, high = np.percentile(scores["drawn"][1:], [2.5, 97.5])
+        assert (low, high) == (scores["low"], scores["high"])
+        return scores
+
+    good, equal, poor = found(0.5, 1), found(0.5, 2), found(1.5, 3)
+    lead = paired.of_statistics(good["drawn"].numpy(), poor["drawn"].numpy())
+    assert lead.mean == good[key] - poor[key]
+    assert 0 < lead.low < lead.mean < lead.high
+    assert lead.p < 1e-3
+    assert paired.of_statistics(good["drawn"].numpy(), equal["drawn"].numpy()).p > 0.05
+    assert paired.of_statistics(good["drawn"].numpy(), good["drawn"].numpy()).p == 1
+
+
 def test_what_is_unknown_is_left_out() -> None:
     train, val = drawn(300, 0), drawn(200, 1)
     assert train.targets is not None
@@ -94,6 +119,9 @@ def test_what_is_unknown_is_left_out() -> None:
     first, of_val = (one._replace(targets=one.targets[:, :1]) for one in (train, val))
     alone = targets.regression(first.chosen(~first.targets[:, 0].isnan()), of_val, seed=0)
     both = targets.regression(first, of_val, seed=0)
+    assert alone is not None
+    assert both is not None
+    assert torch.equal(alone.pop("drawn"), both.pop("drawn"))
     assert alone == both
     assert targets.regression(FeatureSet(train.features, train.labels), val, seed=0) is None
 
@@ -121,6 +149,7 @@ def test_a_table_gives_classes_and_numbers_by_name(tmp_path: Path) -> None:
         (("path,a",), "knn", "needs a first row"),
         (("path,a", "x"), "knn", "row 2 has 1 cells, the first row 2"),
         (("path,a,b", "x,1,0"), "knn", "has 2 columns beside the path"),
+        (("path,a,b", "x,1,0"), "robustness", "has 2 columns beside the path"),
         (("path,a,b", "x,1,cat"), "regression", "regression needs numbers in every column"),
         (("path,a,b", "x,1,2"), "multilabel", "multilabel needs 0 and 1, not 2"),
     ],
@@ -135,7 +164,7 @@ def test_what_needs_a_table_says_so(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert evaluate.main([str(tmp_path), "--protocols", "regression"]) == 2
     assert "--protocols regression: needs --labels" in capsys.readouterr().err
     assert compare.main([str(tmp_path), str(tmp_path), "--protocols", "multilabel"]) == 2
-    assert "python -m pipeline.evaluate takes" in capsys.readouterr().err
+    assert "--protocols multilabel: needs --labels" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"none\.csv: cannot be read"):
         table.read(str(tmp_path / "none.csv"))
     with pytest.raises(UserError) as refused:
