@@ -118,9 +118,73 @@ def test_mistakes_are_one_sentence(
     torn.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     assert "torn.pt: cannot be read" in refused("torn.pt", command=evaluate)
     assert "torn.pt: cannot be read" in refused(LENET, "torn.pt")
+    nothing, gaps = (written(name, "path,a,b", row) for name, row in (("x.csv", "x,1,0"), ("gaps.csv", "x,1")))
+    assert "--protocols regression: needs --labels" in refused(LENET, VIT, "--protocols", "regression")
+    assert "none.csv: cannot be read" in refused(LENET, VIT, "--labels", "none.csv")
+    assert "gaps.csv: row 2 has 2 cells" in refused(LENET, VIT, "--labels", gaps)
+    assert "has 2 columns beside the path" in refused(LENET, VIT, "--labels", nothing)
+    words = ("--labels", nothing, "--protocols", "regression")
+    assert "x.csv: knows none of the 24 images" in refused(LENET, VIT, *words)
+    # Before anything is trained.
+    pair = ("--backbones", "lenet5", "vit_ti8", "--objectives", "mae", "--data", "photos", "--storage", "later")
+    assert "has 2 columns beside the path" in refused(*pair, "--labels", nothing)
+    assert not Path("later").exists()
     foreign = Path("foreign.pt")
     torch.save({"model": {}}, foreign)
     assert "is none of ours" in refused("foreign.pt", command=evaluate)
+
+
+def written(name: str, *rows: str) -> str:
+    Path(name).write_text("".join(f"{row}\n" for row in rows))
+    return name
+
+
+def test_a_table_of_ones_own_says_what_counts(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    files = sorted(file.relative_to("photos") for file in Path("photos").rglob("*.png"))
+    kinds = written("kinds.csv", "path,kind", *(f"{file},{'warm' if 'r' in file.parts else 'cold'}" for file in files))
+    chance = np.random.default_rng(0)
+    facts = [f"{file},{int(file.parts[1] == 'r')},{int(chance.integers(2))}" for file in files]
+    several = written("several.csv", "path,warm,lucky", *facts)
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{trained / 'runs' / 'mlflow.db'}")
+
+    def compared(table: str, *protocols: str) -> tuple[dict, str, list]:
+        words = [LENET, VIT, "--cache", "cache", "--labels", table, "--output", table[:-4], "--protocols", *protocols]
+        assert compare.main(words) == 0
+        experiment = client.get_experiment_by_name(f"photos by {table[:-4]}")
+        runs = client.search_runs([experiment.experiment_id], "tags.`mlflow.parentRunId` != ''")
+        return json.loads(Path(table[:-4], "numbers.json").read_text()), capsys.readouterr().out, runs
+
+    by_class, said, _ = compared(kinds, "knn")
+    assert by_class["classes"] == ["cold", "warm"]
+    assert by_class["labels"] == kinds
+    assert "in k-NN accuracy" in said or "of k-NN accuracy" in said
+    by_folder = json.loads(Path("first/numbers.json").read_text())
+    for one, other in zip(by_class["entries"], by_folder["entries"], strict=True):
+        assert one["trained"]["knn_top1"] == other["trained"]["knn_top1"]  # the folders in other words
+
+    found, said, children = compared(several, "multilabel", "regression")
+    assert "On these 24 images" in said
+    assert "mAP over several labels" in said
+    assert "explained variance" in said
+    page = Path("several/report.html").read_text()
+    assert "photos by several" in page
+    assert "labelled by the columns warm, lucky of several.csv" in page
+    assert " classes" not in page[: page.index("Numbers")]
+    assert {child.info.run_name for child in children} == {"lenet5 + mae", "vit_ti8 + mae"}
+    for child in children:
+        metrics = child.data.metrics
+        scores = {"multilabel_map", "regression_r2"}
+        assert scores | {f"untrained_{score}" for score in scores} <= set(metrics)
+        (entry,) = (one for one in found["entries"] if one["name"] == child.info.run_name)
+        assert metrics["multilabel_map"] == pytest.approx(entry["trained"]["multilabel_map"])
+        assert metrics["multilabel_map"] > 0.6  # of two labels one is plain to see
 
 
 def test_two_evaluations_of_the_same_data_stand_together(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
