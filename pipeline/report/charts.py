@@ -1,6 +1,6 @@
 """The charts of a report: every one draws what its protocol found, and nothing where it was not asked."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -165,15 +165,22 @@ def confusions(contest: Contest) -> Iterator[Picture]:
 
 
 def cost(contest: Contest) -> Iterator[Picture]:
-    """Accuracy against multiply-adds and parameters."""
+    """Accuracy against multiply-adds, parameters, and hours of pretraining where all are known."""
     if (protocol := leading(contest.entries[0])) is None:
         return
+    panels: dict[str, Callable[[Entry], float | None]] = {
+        "multiply-adds of one image, G": lambda one: one.cost.multiply_adds / 1e9,
+        "parameters, M": lambda one: one.cost.parameters / 1e6,
+        "hours of a GPU, or CPU, in training": lambda one: one.cost.hours(),
+    }
+    panels = {label: value for label, value in panels.items() if all(value(one) for one in contest.entries)}
+    alike: dict[tuple[str, str], list[Entry]] = {}
+    for one in sorted(contest.entries, key=lambda one: one.cost.multiply_adds):
+        alike.setdefault((one.config.objective, one.family), []).append(one)
     figure = Figure(figsize=(WIDTH, 2.8))
-    for axes, label, value in zip(
-        figure.subplots(1, 2, sharey=True),
-        ("multiply-adds of one image, G", "parameters, M"),
-        (lambda one: one.cost.multiply_adds / 1e9, lambda one: one.cost.parameters / 1e6),
-    ):
+    for axes, (label, value) in zip(figure.subplots(1, len(panels), sharey=True), panels.items()):
+        for same in alike.values():
+            axes.plot([value(one) for one in same], [100 * score(one) for one in same], color=INK, lw=0.6, alpha=0.4)
         for one, colour in coloured(contest):
             axes.plot(value(one), 100 * score(one), "o", color=colour, ms=7)
         axes.set_xscale("log")
@@ -181,7 +188,8 @@ def cost(contest: Contest) -> Iterator[Picture]:
         axes.margins(x=0.2, y=0.2)
     figure.axes[0].set_ylabel(f"{ACCURACIES[protocol]}, %")
     legend(figure, contest)
-    yield Picture("Accuracy and cost", svg(figure, "Accuracy and cost"), "Up and to the left is better.")
+    caption = "Up and to the left is better. Lines: CNNs, or ViTs, of one objective, by their multiply-adds."
+    yield Picture("Accuracy and cost", svg(figure, "Accuracy and cost"), caption)
 
 
 def trustworthy(contest: Contest) -> Iterator[Picture]:

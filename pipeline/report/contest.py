@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from backbones import names
-from backbones.cost import multiply_adds, parameters, receptive_field
+from backbones.cost import receptive_field
 from pipeline.config import Config
 from pipeline.data import preparation
 from pipeline.errors import UserError
@@ -19,26 +19,9 @@ from pipeline.evaluation.duplicates import duplicates
 from pipeline.evaluation.evaluate import Findings, examine
 from pipeline.evaluation.protocols import PROTOCOLS
 from pipeline.evaluation.table import Table
+from pipeline.report.cost import Cost, cost
 from pipeline.training import launch, measure
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a backbone and its pretraining took.
-
-    parameters     of the backbone
-    multiply_adds  for one image of the evaluation
-    images_seen    in pretraining, every repetition counted
-    compute        multiply-adds of one forward pass of the backbone over all views it saw, masks not deducted
-    seconds        of training, where the run's summary tells it; on `device`
-    """
-
-    parameters: int
-    multiply_adds: int
-    images_seen: int
-    compute: float
-    seconds: float | None
-    device: str
+from pipeline.training.conclusion import device_name
 
 
 @dataclass(frozen=True)
@@ -124,20 +107,22 @@ def hold(
     entries = []
     for one, name in zip(found, titles(found)):
         begun = time.perf_counter()
-        size = int(one.config.image_size or 0)
+        size, precision = int(one.config.image_size or 0), measure.precision(one.config, device)
+        one.backbone.to(device)
+        spent = cost(one, size, device, precision)
         backbones = {
-            "trained": one.backbone.to(device),
+            "trained": one.backbone,
             "untrained": floors.untrained(one.backbone.config, one.config.seed).to(device),
             "pixels": floors.pixels(),
         }
         results = examine(
             backbones, train, val, image_size=size, protocols=protocols, device=device, seed=seed, limit=limit,
-            precision=measure.precision(one.config, device), floors=("untrained", "pixels"),
+            precision=precision, floors=("untrained", "pixels"),
             cache=preparation.cache_folder(config.cache) / "features", table=table,
         )  # fmt: skip
         entries.append(
             Entry(
-                name, one.folder.address, one.config, names.family(one.config.backbone), cost(one, size),
+                name, one.folder.address, one.config, names.family(one.config.backbone), spent,
                 receptive_field(one.backbone), results["trained"], results["untrained"],
             )
         )  # fmt: skip
@@ -153,7 +138,7 @@ def hold(
         train_images=int(numbers["train_images"] or 0), val_images=int(numbers["val_images"] or 0),
         entries=tuple(entries), pixels=results["pixels"], copies=tuple(duplicates(train, val)),
         protocols=tuple(protocols), seed=seed, limit=limit, table=table,
-        fingerprints=(train.fingerprint, val.fingerprint), device=device.type, seconds=seconds,
+        fingerprints=(train.fingerprint, val.fingerprint), device=device_name(device.type), seconds=seconds,
     )  # fmt: skip
 
 
@@ -166,18 +151,6 @@ def titles(found: Sequence[judge.Judged]) -> list[str]:
         names[0] if plain.count(names[0]) == 1 else names[1] if seen.count(names[1]) == 1 else names[2]
         for names in zip(plain, seen, folders)
     ]
-
-
-def cost(one: judge.Judged, size: int) -> Cost:
-    """What a run took, from its shapes and its summary."""
-    per_view: dict[Any, int] = {shape: multiply_adds(one.backbone, shape) for shape in {v.size for v in one.views}}
-    summary = one.summary()
-    return Cost(
-        parameters(one.backbone), multiply_adds(one.backbone, size), one.seen,
-        float(one.seen) * sum(per_view[view.size] for view in one.views),
-        summary.get("training_seconds") if summary.get("images_seen") == one.seen else None,
-        str(summary.get("device", "")),
-    )  # fmt: skip
 
 
 def as_json(contest: Contest) -> dict[str, Any]:

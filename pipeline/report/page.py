@@ -16,6 +16,9 @@ from pipeline.report import drawing, pictures, verdict
 from pipeline.report.contest import Contest, Entry
 from pipeline.training.conclusion import versions
 
+Row = tuple[str, list[str]]
+"""A title, and a text for every backbone."""
+
 
 def render(contest: Contest, command: list[str]) -> str:
     """The page. `command` is what was typed, to be shown."""
@@ -41,6 +44,7 @@ def render(contest: Contest, command: list[str]) -> str:
         one_seed=len({(one.config.backbone, one.config.objective) for one in contest.entries}) == len(contest.entries),
         shown=[{"name": name, "colour": colour, "floor": floor} for name, _, colour, floor in shown],
         rows=[row for measure in MEASURES if (row := cells(measure, shown))],
+        costs=costs(contest),
         fairness=fairness(contest),
         pictures=list(pictures.pictures(contest)),
         trust=verdict.trust(contest),
@@ -76,25 +80,66 @@ def cells(measure: Measure, shown: list[tuple[str, Results, str, bool]]) -> dict
     return {"title": measure.title, "cells": [cell(numbers, floor) for _, numbers, _, floor in shown]}
 
 
-def fairness(contest: Contest) -> list[tuple[str, list[str]]]:
-    """What stands behind each backbone: rows of a title and a value for every one."""
+def costs(contest: Contest) -> list[Row]:
+    """What each backbone costs, and what a point of its accuracy does."""
+    no_summary = "– (no summary of this checkpoint)"
 
-    def row(title: str, value: Callable[[Entry], str]) -> tuple[str, list[str]]:
-        return title, [value(one) for one in contest.entries]
+    def memory(one: Entry) -> str:
+        return "– (kept by CUDA's allocator only)" if one.cost.memory is None else f"{one.cost.memory / 2**20:,.0f} MiB"
+
+    def training(one: Entry) -> str:
+        return no_summary if one.cost.training is None else f"{one.cost.training:,.0f}"
 
     def seconds(one: Entry) -> str:
-        return "–" if one.cost.seconds is None else f"{one.cost.seconds:,.0f} s on {one.cost.device or 'unknown'}"
+        if one.cost.seconds is None:
+            return no_summary
+        workers = f"{one.cost.workers} × " if (one.cost.workers or 0) > 1 else ""
+        return f"{one.cost.seconds:,.0f} s on {workers}{one.cost.device or 'unknown'}"
+
+    rows = [
+        row(contest, "parameters", lambda one: f"{one.cost.parameters / 1e6:.2f} M"),
+        row(contest, "multiply-adds of an image", lambda one: f"{one.cost.multiply_adds / 1e9:.3f} G"),
+        row(contest, "images/s of inference", lambda one: f"{one.cost.inference:,.0f}"),
+        row(contest, "peak memory of inference", memory),
+        row(contest, "images/s of training", training),
+        row(contest, "time of training", seconds),
+        row(contest, "multiply-adds of pretraining", lambda one: f"{one.cost.compute / 1e12:,.2f} T"),
+    ]
+    if (protocol := verdict.leading(contest.entries[0])) is None:
+        return rows
+    what = verdict.ACCURACIES[protocol]
+
+    def by_hour(one: Entry) -> str:
+        if one.cost.seconds is None:
+            return no_summary
+        hours = one.cost.hours()
+        return "– (workers came and went)" if hours is None else f"{100 * verdict.score(one) / hours:,.1f}"
 
     return [
-        row("parameters", lambda one: f"{one.cost.parameters / 1e6:.2f} M"),
-        row("multiply-adds of an image", lambda one: f"{one.cost.multiply_adds / 1e9:.3f} G"),
-        row("a cell can see", lambda one: "all" if one.field is None else f"{one.field} of {one.config.image_size} px"),
-        row("images seen", lambda one: f"{one.cost.images_seen:,}"),
-        row("multiply-adds of pretraining", lambda one: f"{one.cost.compute / 1e12:,.2f} T"),
-        row("time of training", seconds),
-        row("batch size", lambda one: f"{one.config.batch_size}"),
-        row("learning rate", lambda one: f"{one.config.lr or 0:.2g}"),
-        row("seed", lambda one: f"{one.config.seed}"),
+        *rows,
+        row(contest, f"points of {what} per hour of a GPU, or CPU, in training", by_hour),
+        row(contest, f"points of {what} per G multiply-adds of an image",
+            lambda one: f"{100 * verdict.score(one) / (one.cost.multiply_adds / 1e9):,.1f}"),
+    ]  # fmt: skip
+
+
+def row(contest: Contest, title: str, value: Callable[[Entry], str]) -> Row:
+    """A row of a table with one column a backbone."""
+    return title, [value(one) for one in contest.entries]
+
+
+def fairness(contest: Contest) -> list[Row]:
+    """What stands behind each backbone beside its cost."""
+
+    def field(one: Entry) -> str:
+        return "all" if one.field is None else f"{one.field} of {one.config.image_size} px"
+
+    return [
+        row(contest, "a cell can see", field),
+        row(contest, "images seen", lambda one: f"{one.cost.images_seen:,}"),
+        row(contest, "batch size", lambda one: f"{one.config.batch_size}"),
+        row(contest, "learning rate", lambda one: f"{one.config.lr or 0:.2g}"),
+        row(contest, "seed", lambda one: f"{one.config.seed}"),
     ]
 
 

@@ -81,6 +81,7 @@ def track(held: Contest, folder: Path, uri: str) -> None:
             f"untrained_{k}": v for k, v in one.untrained.numbers.items() if k in headlines and v is not None and v == v
         }
         numbers |= {"parameters": one.cost.parameters, "multiply_adds": one.cost.multiply_adds}
+        numbers |= {"inference_images_per_second": one.cost.inference}
         tags = {
             "backbone": one.config.backbone,
             "objective": one.config.objective,

@@ -73,6 +73,12 @@ def test_two_runs_become_a_report_and_a_parent_with_children(
     lenet, vit = numbers["entries"]
     assert (lenet["family"], vit["family"]) == ("cnn", "vit")
     assert lenet["cost"]["images_seen"] == vit["cost"]["images_seen"] == 24
+    summary = json.loads(Path(LENET, "summary.json").read_text())
+    assert lenet["cost"]["training"] == summary["images_per_second"]
+    assert lenet["cost"]["seconds"] == pytest.approx(summary["training_seconds"])
+    assert lenet["cost"]["inference"] > lenet["cost"]["training"] > 0
+    assert lenet["cost"]["inference"] > vit["cost"]["inference"]  # a hundredth of the multiply-adds
+    assert lenet["cost"]["workers"] == 1
     assert lenet["trained"]["knn_top1"] > 0.8  # red from blue, which any network sees
     assert lenet["trained"]["seeing_field_radius"] > 0
 

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from pipeline.report import drawing, page, pictures
+from pipeline.report import charts, drawing, page, pictures
 from pipeline.report.contest import Contest, as_json
 from tests.report.contests import contest, entry, findings
 
@@ -69,7 +69,7 @@ def test_it_shows_every_number_picture_and_command(shown: Contest, text: str) ->
         assert f"{100 * one.trained.numbers['knn_top1']:.1f}" in text
         assert f"--config {one.run}/config.yaml" in text
     titles = re.findall(r"<h2>(.*?)</h2>", text)
-    assert [t for t in titles if t not in ("Numbers", "Fairness", "All comparisons", "Reproduce")] == [
+    assert [t for t in titles if t not in ("Numbers", "Cost", "Fairness", "All comparisons", "Reproduce")] == [
         "Accuracy", "Few labels", "Where the knowledge sits", "Confusions", "Accuracy and cost",
         "Scores without labels",
     ]  # fmt: skip
@@ -79,6 +79,27 @@ def test_it_shows_every_number_picture_and_command(shown: Contest, text: str) ->
     assert "class &lt;0&gt;" in text
     assert "class <0>" not in text
     assert text.index('class="verdict"') < text.index("<h2>Numbers")
+
+
+def test_the_cost_of_a_point_is_shown_or_why_it_is_not(shown: Contest) -> None:
+    first, second = shown.entries[:2]
+    gpu = replace(first.cost, memory=3 << 30, seconds=7200.0, workers=4, device="a GPU")
+    unknown, elastic = replace(second.cost, seconds=None, training=None), replace(first.cost, workers=None)
+    entries = [replace(one, cost=cost) for one, cost in zip(shown.entries, (gpu, unknown, elastic, first.cost))]
+    rows = dict(page.costs(replace(shown, entries=tuple(entries))))
+    points = [100 * float(one.trained.numbers["linear_top1"] or 0) for one in entries]
+    no_summary = "– (no summary of this checkpoint)"
+    assert rows["images/s of inference"] == ["850"] * 4
+    assert rows["peak memory of inference"][:2] == ["3,072 MiB", "– (kept by CUDA's allocator only)"]
+    assert rows["images/s of training"] == ["83", no_summary, "83", "83"]
+    assert rows["time of training"][:2] == ["7,200 s on 4 × a GPU", no_summary]
+    assert rows["points of linear accuracy per hour of a GPU, or CPU, in training"] == [
+        f"{points[0] / 8:,.1f}", no_summary, "– (workers came and went)", f"{points[3] * 30:,.1f}",
+    ]  # fmt: skip
+    by_size = rows["points of linear accuracy per G multiply-adds of an image"]
+    assert by_size == [f"{one / 1.8:,.1f}" for one in points]
+    bare = [replace(one, trained=one.trained._replace(numbers={})) for one in entries]
+    assert not any("points" in title for title, _ in page.costs(replace(shown, entries=tuple(bare))))
 
 
 def test_it_is_made_for_phones_dark_rooms_and_paper(text: str) -> None:
@@ -94,6 +115,11 @@ def test_the_pictures_draw_the_numbers(shown: Contest) -> None:
     for one in shown.entries:
         assert f"{one.name}  {100 * one.trained.numbers['knn_top1']:.1f}" in drawn["Accuracy"]
     assert drawn["Few labels"].count("resnet18 + dino") == 1
+    assert "hours of a GPU" in drawn["Accuracy and cost"]
+    first, *others = shown.entries
+    unknown = replace(first, cost=replace(first.cost, seconds=None))
+    (cost,) = charts.cost(replace(shown, entries=(unknown, *others)))
+    assert "hours of a GPU" not in cost.markup
 
 
 def test_numbers_are_kept_as_plain_json(shown: Contest) -> None:
