@@ -51,7 +51,9 @@ class Cost:
 def cost(one: Judged, size: int, device: torch.device, precision: Literal["fp32", "bf16"]) -> Cost:
     """What a run took, from its shapes, its summary, and a second of its backbone, which is on `device`."""
     per_view: dict[Any, int] = {shape: multiply_adds(one.backbone, shape) for shape in {v.size for v in one.views}}
-    summary = one.summary() if one.summary().get("images_seen") == one.seen else {}
+    summary = one.summary()
+    if summary.get("images_seen") != one.seen:
+        summary = {}
     rate = summary.get("images_per_second")
     fewest, most = one.config.group
     inference, memory = infer(one.backbone, size, device, precision)

@@ -16,6 +16,7 @@ from pipeline.errors import OUT_OF_MEMORY, UserError
 from pipeline.training.run_folder import RunFolder
 
 INDEX = "checkpoints/index.json"
+STARVED = 2  # writes in a row without memory for them, after which a process is better ended
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Checkpoints:
     """Writes checkpoints in a thread of its own, one after the other.
 
     Training waits while the state is copied, and where the one before is still being written. A write that fails (a
-    full disk, a server that does not answer) ends nothing: `trouble` says so until one succeeds. Only a process that
-    has no memory left for it is better ended, while little is lost: the next `save` raises.
+    full disk, a server that does not answer) ends nothing: `trouble` says so until one succeeds. Only a process
+    that time and again has no memory for it is better ended, while little is lost: `save` raises.
 
     Attributes:
         trouble: a sentence on the last write, None where it succeeded.
@@ -65,6 +66,7 @@ class Checkpoints:
         self._facts = read_facts(folder)
         self._writer = ThreadPoolExecutor(1, "checkpoint")  # one thread for all: a new one would take memory, too
         self._under_way: Future[None] | None = None
+        self._starved = 0
 
     def save(self, seen: int, state: dict[str, Any], **facts: Any) -> None:
         """Begin to write the state at `seen` images.
@@ -73,11 +75,11 @@ class Checkpoints:
             facts: `well`, whether the run was; `knn_top1`, where it was measured.
 
         Raises:
-            MemoryError: the one before could not be written for lack of it.
+            MemoryError: the last `STARVED` could not be written for lack of it.
         """
         started = time.perf_counter()
         self.wait()
-        if self.trouble and OUT_OF_MEMORY.search(self.trouble):
+        if self._starved >= STARVED:
             raise MemoryError(self.trouble)
         copy = copied(state)
         self.held += time.perf_counter() - started
@@ -110,11 +112,12 @@ class Checkpoints:
             self._facts[seen] = facts
             self._index()
             self._clean(self.keep.spared(self.folder.checkpoints(), self._facts))
-            self.trouble = None
+            self.trouble, self._starved = None, 0
         except Exception as error:
             kept = self.folder.checkpoints()
             good = f"the last good one is at {kept[-1]:,} images" if kept else "there is none yet"
             why = str(error) or type(error).__name__
+            self._starved = self._starved + 1 if OUT_OF_MEMORY.search(f"{type(error).__name__}: {why}") else 0
             self.trouble = f"no checkpoint could be written at {seen:,} images ({why}); {good}"
 
     def _index(self) -> None:
