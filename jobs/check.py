@@ -17,7 +17,7 @@ from jobs.entry_points import TRAINS, options, words
 from jobs.job import Cell, Job, Step
 from jobs.keys import named
 from jobs.located import Located, Place, nearest
-from pipeline import config
+from pipeline import config, recipes
 from pipeline.errors import UserError
 
 
@@ -69,7 +69,7 @@ def _check_paths(file: Located, step: Step, around: Place = ()) -> None:
 
 def _exists(address: str) -> bool:
     elsewhere = "://" in address or "{run" in address or address.startswith("$")
-    return elsewhere or address.split(":")[0] == "embedded" or Path(address).exists()
+    return elsewhere or recipes.generated(address) or Path(address).exists()
 
 
 def _check_pretraining(file: Located, step: Step, cell: Cell) -> None:
@@ -82,10 +82,11 @@ def _check_pretraining(file: Located, step: Step, cell: Cell) -> None:
         names.resolve(str(given.get("backbone", config.Config.backbone)))
     except names.UnknownBackbone as error:
         file.fail(_place(file, "backbone", given["backbone"]), str(error))
-    objective = str(given.get("objective", config.Config.objective))
+    data = str(given.get("data", config.Config.data))
+    objective = given["objective"] = str(given.get("objective", recipes.objective_for(data)))
     if objective not in objectives.NAMES:
         hint = nearest(objective, objectives.NAMES)
-        file.fail(_place(file, "objective", given["objective"]), f"objective {objective!r} is not known{hint}")
+        file.fail(_place(file, "objective", objective), f"objective {objective!r} is not known{hint}")
 
     message = _refusal(words(step.run, {k: v for k, v in given.items() if k not in ("data", "val_data")}))
     if message is None:

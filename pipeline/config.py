@@ -30,8 +30,9 @@ class Config:
 
     backbone: str = "vit_s16"
     """lenet5, resnet18, efficientnet_b0, vit_s16 ... or any timm name; `python -m backbones` lists them."""
-    objective: str = "dino"
-    """The self-supervised objective; `python -m objectives` lists them."""
+    objective: str = recipes.DEFAULT
+    """The self-supervised objective; `python -m objectives` lists them. Left open: dino; for the generated images
+    lejepa, which learns from them in minutes."""
     data: str = "embedded"
     """A folder, .tar, .parquet, .csv or .beton, here or at any fsspec address, or '$NAME' of a variable that holds it;
     "embedded" is a generated set."""
@@ -150,7 +151,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "python -m pipeline.pre
     import tyro
 
     argv = list(sys.argv[1:] if argv is None else argv)
-    saved = Config()
+    saved = Config(objective=recipes.objective_for(_peek(argv, "data") or Config.data))
     if path := _peek(argv, "config"):
         saved = load(path)
     elif run := _peek(argv, "resume"):
@@ -229,7 +230,7 @@ def check(config: Config) -> None:
         raise UserError(f"--workers {config.workers}: --engine local is one process; use --engine ray")
     for name in ("data", "val_data"):
         address = getattr(config, name)
-        elsewhere = address and ("://" in address or address.startswith("$") or address.split(":")[0] == "embedded")
+        elsewhere = address and ("://" in address or address.startswith("$") or recipes.generated(address))
         if address and not elsewhere and not Path(address).exists():
             raise UserError(f"--{name.replace('_', '-')} {address}: no such file or folder")
     places = {name: getattr(config, name) for name in ("run", "storage", "resume", "init", "cache")}

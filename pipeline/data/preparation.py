@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline import recipes
 from pipeline.config import Config
 from pipeline.data import embedded
 from pipeline.data.beton import BetonReader
@@ -33,7 +34,7 @@ def prepare(config: Config, *, hold_out: bool = False) -> Split:
                 "'$NAME' of a variable that holds the address"
             )
     cache = cache_folder(config.cache)
-    if config.data.split(":")[0] == "embedded":
+    if recipes.generated(config.data):
         counts = EMBEDDED | ({"train": config.limit} if config.limit else {})
         train, val = (embedded.packed(cache, part, n, EMBEDDED_SIZE) for part, n in counts.items())
         return Split(train, val, "generated, val drawn apart from train")

@@ -127,6 +127,15 @@ def test_data_of_the_cluster_is_looked_for_on_the_cluster(job):
         job(text, on_cluster=True)
 
 
+def test_options_of_an_objective_left_open_are_those_that_pretraining_would_take(job, tmp_path):
+    text = "run: pretrain\narguments: {data: DATA, options: {OPTION: 0.05}}\n"
+    own, generated = text.replace("DATA", str(tmp_path)), text.replace("DATA", "embedded")
+    job(own.replace("OPTION", "teacher_temp"))
+    job(generated.replace("OPTION", "sigreg_weight"))
+    with pytest.raises(UserError, match=r"options\.teacher-temp: no such option"):
+        job(generated.replace("OPTION", "teacher_temp"))
+
+
 def test_arguments_set_from_outside_take_the_place_of_an_axis(job):
     read = job(GOOD, "backbone=resnet18", "epochs=1", "betas=[0.9, 0.95]")
     assert [cell.name for cell in read.cells] == ["dino"]

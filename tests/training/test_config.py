@@ -93,6 +93,19 @@ def test_options_of_the_objective_are_set_on_the_command_line():
     assert filled.options["global_scale"] == (0.3, 0.9)
 
 
+def test_the_objective_left_open_is_dino_and_lejepa_on_generated_images(tmp_path):
+    kept = tmp_path / "config.yaml"
+    kept.write_text(config.dump(resolved("--objective", "mae")))
+    for asked, objective in (
+        ([], "lejepa"),
+        (["--data", "embedded"], "lejepa"),
+        ([f"--data={tmp_path}"], "dino"),
+        (["--objective", "dino"], "dino"),
+        (["--config", str(kept)], "mae"),
+    ):
+        assert config.parse(asked).objective == objective
+
+
 def test_a_teachers_address_holds_in_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
@@ -161,7 +174,7 @@ def test_help_names_every_option_and_an_example_without_torch():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for name in ("--backbone", "--objective", "--data", "--val-data", "--resume", "--options.teacher-temp"):
+    for name in ("--backbone", "--objective", "--data", "--val-data", "--resume", "--options.sigreg-weight"):
         assert name in done.stdout
     assert "python -m pipeline.pretrain --backbone vit_s16" in done.stdout
     assert str(Path.home()) not in done.stdout
