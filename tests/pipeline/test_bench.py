@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import bench
-from pipeline.bench import BENCHES, Arguments, Bench, Contender, around, main, rate, table
+from pipeline.bench import contender, measuring
+from pipeline.bench.__main__ import BENCHES, main
+from pipeline.bench.contender import Arguments, Bench, Contender, rate
+from pipeline.bench.measuring import describe, draw_photographs, measured, table
+from pipeline.blocks import around
 from pipeline.data.beton import JPEG, BetonReader
 from pipeline.errors import UserError
 
@@ -20,14 +23,14 @@ TEXT = "# Title\n<!-- bench:loader -->\nold\n<!-- /bench:loader -->\nthe end\n"
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bench") / "photographs.beton"
-    bench.draw_photographs(path, images=12)
+    draw_photographs(path, images=12)
     return path
 
 
 def test_a_rate_counts_what_is_done_after_the_first_batch():
     def batches():
         for _ in itertools.count():
-            bench.time.sleep(0.01)
+            contender.time.sleep(0.01)
             yield 5
 
     assert 250 < rate(batches(), 0.2) <= 500
@@ -46,7 +49,7 @@ def test_drawn_photographs_are_jpegs_of_usual_size(photographs):
     assert len(reader) == 12
     assert (reader.metadata["mode"] == JPEG).all()
     assert 30_000 < reader.metadata["size"].mean() < 300_000
-    assert "12 images" in bench.describe(photographs)
+    assert "12 images" in describe(photographs)
 
 
 @pytest.mark.parametrize("name", BENCHES["loader"].contenders)
@@ -67,10 +70,18 @@ def test_each_way_to_change_colours_works(photographs, name):
     assert [next(batches) for _ in range(2)] == [1, 1]
 
 
+@pytest.mark.parametrize("name", BENCHES["step"].contenders)
+def test_each_training_step_works(photographs, name):
+    if "lightly" in name:
+        pytest.importorskip("lightly")
+    batches = BENCHES["step"].contenders[name].batches(photographs, Arguments("step", batch_size=2, threads=1))
+    assert [next(batches) for _ in range(2)] == [2, 2]
+
+
 def test_the_block_of_a_file_is_replaced_and_nothing_else(photographs, tmp_path, monkeypatch, capsys):
     readme = tmp_path / "README.md"
     readme.write_text(TEXT)
-    monkeypatch.setattr(bench, "measured", lambda name, path, arguments: 100.0)
+    monkeypatch.setattr(measuring, "measured", lambda name, path, arguments: 100.0)
     options = ["--data", str(photographs), "--rounds", "2", "--write", str(readme)]
     for _ in range(2):  # the second time over its own table
         assert main(["loader", *options]) == 0
@@ -87,7 +98,7 @@ def test_the_block_of_a_file_is_replaced_and_nothing_else(photographs, tmp_path,
 @pytest.mark.parametrize("text", ["", "<!-- bench:loader -->", "<!-- /bench:loader --> <!-- bench:loader -->"])
 def test_a_file_without_markers_is_refused_before_measuring(tmp_path, text, monkeypatch, capsys):
     (tmp_path / "README.md").write_text(text)
-    monkeypatch.setattr(bench, "measured", lambda *_: pytest.fail("measured first"))
+    monkeypatch.setattr(measuring, "measured", lambda *_: pytest.fail("measured first"))
     assert main(["loader", "--write", str(tmp_path / "README.md")]) == 2
     assert "needs one line <!-- bench:loader -->" in capsys.readouterr().err
     with pytest.raises(UserError, match="cannot be read"):
@@ -96,7 +107,7 @@ def test_a_file_without_markers_is_refused_before_measuring(tmp_path, text, monk
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(["loadr"], "choose one of loader, photometric, engine"), (["loader", "--only", "dali"], "torchvision")],
+    [(["loadr"], "choose one of loader, photometric, step, engine"), (["loader", "--only", "dali"], "torchvision")],
 )
 def test_a_wrong_name_is_one_line(options, words, capsys):
     assert main(options) == 2
@@ -109,22 +120,23 @@ def test_a_contender_that_hangs_or_fails_leaves_a_gap(photographs, monkeypatch):
     def hangs(command, **options):
         raise subprocess.TimeoutExpired(command, options["timeout"])
 
-    monkeypatch.setattr(bench.subprocess, "run", hangs)
-    assert bench.measured("ffcv", photographs, arguments) == "did not end"
+    monkeypatch.setattr(measuring.subprocess, "run", hangs)
+    assert measured("ffcv", photographs, arguments) == "did not end"
     failed = subprocess.CompletedProcess([], 1, stdout="", stderr="error: FFCV is not here\n")
-    monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: failed)
-    assert bench.measured("ffcv", photographs, arguments) == "error: FFCV is not here"
+    monkeypatch.setattr(measuring.subprocess, "run", lambda *_, **__: failed)
+    assert measured("ffcv", photographs, arguments) == "error: FFCV is not here"
 
 
 def test_a_contender_in_a_process_of_its_own(photographs):
-    figure = bench.measured("opencv", photographs, Arguments("loader", seconds=0.3, batch_size=4, threads=1))
+    figure = measured("opencv", photographs, Arguments("loader", seconds=0.3, batch_size=4, threads=1))
     assert isinstance(figure, float)
     assert figure > 0
 
 
 def test_help_needs_no_torch():
     program = (
-        "import sys; from pipeline.bench import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
+        "import sys; from pipeline.bench.__main__ import main\n"
+        "try: main(['--help'])\nfinally: print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert "False" in done.stdout

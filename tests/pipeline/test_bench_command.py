@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from pipeline.bench import BENCHES
+from pipeline.bench.__main__ import BENCHES
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,0 +1,68 @@
+"""`python -m pipeline.bench loader`: what the parts cost here, measured against their alternatives.
+
+Every contender runs in a process of its own, under a time limit, several times by turns; its best round counts, since
+whatever else a machine does can only slow a round down.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.bench import engine, loader, photometric, step
+from pipeline.bench.contender import Arguments
+from pipeline.bench.measuring import best_rates, describe, draw_photographs, machine, table
+from pipeline.blocks import around, write
+from pipeline.command import guarded
+from pipeline.errors import UserError
+
+BENCHES = {"loader": loader.BENCH, "photometric": photometric.BENCH, "step": step.BENCH, "engine": engine.BENCH}
+
+
+def run(arguments: Arguments) -> int:
+    """One contender's figure, or the whole table."""
+    bench = BENCHES.get(arguments.bench)
+    if bench is None:
+        raise UserError(f"no bench is called {arguments.bench!r}: choose one of {', '.join(BENCHES)}")
+    if arguments.only is not None:
+        if arguments.only not in bench.contenders:
+            raise UserError(f"--only {arguments.only}: choose one of {', '.join(bench.contenders)}")
+        print(json.dumps(bench.contenders[arguments.only].figure(Path(arguments.data or ""), arguments)))
+        return 0
+    if arguments.write:
+        around(Path(arguments.write), f"bench:{arguments.bench}")  # a wrong file is told before measuring
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        path, caption = Path(folder) / "photographs.beton", ""
+        if arguments.bench == "loader":
+            if arguments.data is None:
+                draw_photographs(path)
+            else:
+                from pipeline.data.pack import pack
+
+                path = pack(arguments.data, folder).path
+            caption = describe(path) + "; "
+        rates = best_rates(bench, path, arguments)
+    rounds = f"best of {arguments.rounds} rounds" + f" of {arguments.seconds:g} s" * (arguments.bench != "engine")
+    text = table(bench, rates, f"{caption}batches of {arguments.batch_size}, {rounds}; {machine()}.")
+    print(text)
+    if arguments.write:
+        write(Path(arguments.write), f"bench:{arguments.bench}", text)
+    return 1 if all(isinstance(figure, str) for figure in rates.values()) else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0, or 1 failed, 2 a user's mistake, 130 Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+
+    def command() -> int:
+        import tyro
+
+        config = (tyro.conf.PositionalRequiredArgs,)
+        return run(tyro.cli(Arguments, args=argv, prog="python -m pipeline.bench", config=config))
+
+    return guarded(command, debug="--debug" in argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""What the benches have in common: what is asked for, what a contender is, how its images are counted."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from objectives.views import View
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Measure a part of the pipeline on this machine: images of the source per second."""
+
+    bench: str
+    """loader: JPEG files to views. photometric: views to what the network reads, on this machine's CPU. step: a step of
+    training beside LightlySSL's. engine: whole runs, with Ray and without."""
+    data: str | None = None
+    """Images to measure with: anything `pipeline.pack` takes; left open: photographs drawn for the purpose."""
+    batch_size: int = 32
+    """Images of a batch."""
+    threads: int | None = None
+    """Threads or processes of each contender; left open: one to a core."""
+    seconds: float = 5.0
+    """How long a round measures."""
+    rounds: int = 3
+    """Rounds of each contender; the best counts."""
+    write: str | None = None
+    """A file whose block `<!-- bench:NAME -->` … `<!-- /bench:NAME -->` takes the table."""
+    only: str | None = None
+    """Measure this one contender in this process and print its figure."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+class Measured(Protocol):
+    """What has a figure: a `Contender`, or a whole run."""
+
+    @property
+    def title(self) -> str:
+        """What the table calls it."""
+
+    def figure(self, path: Path, arguments: Arguments) -> float:
+        """Images per second."""
+
+
+class Contender(NamedTuple):
+    """One way to do the job. `batches` yields the number of images that it has just finished, for ever."""
+
+    title: str
+    batches: Callable[[Path, Arguments], Iterator[int]]
+
+    def figure(self, path: Path, arguments: Arguments) -> float:
+        """Images per second."""
+        return rate(self.batches(path, arguments), arguments.seconds)
+
+
+class Bench(NamedTuple):
+    """Contenders for one job, the first of which is the yardstick of the ratios."""
+
+    job: str
+    contenders: Mapping[str, Measured]
+
+
+def rate(batches: Iterator[int], seconds: float) -> float:
+    """Images per second over at least `seconds`, after one batch that does not count."""
+    next(batches)
+    images, started = 0, time.perf_counter()
+    for done in batches:
+        images += done
+        elapsed = time.perf_counter() - started
+        if elapsed >= seconds:
+            return images / elapsed
+    raise RuntimeError("the contender ended before its time")
+
+
+def threads(arguments: Arguments) -> int:
+    """As asked for, or one to a core."""
+    from pipeline.data.workers import cores
+
+    return arguments.threads or cores()
+
+
+JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "gray_p": 0.2}
+
+
+def views(photometric: bool = False) -> list["View"]:
+    """DINO's multi-crop: two views of 224 pixels and eight of 96, with BYOL's colours where asked for."""
+    from objectives.views import Photometric, View
+
+    def colours(**more: float) -> Any:
+        return Photometric(**{**JITTER, **more}) if photometric else None  # type: ignore[arg-type]
+
+    return [
+        View("global", (224, 224), (0.25, 1.0), photometric=colours(blur_p=1.0)),
+        View("global", (224, 224), (0.25, 1.0), photometric=colours(blur_p=0.1, solarize_p=0.2)),
+        *[View("local", (96, 96), (0.05, 0.25), photometric=colours(blur_p=0.5))] * 8,
+    ]
