@@ -14,6 +14,7 @@ from objectives.contract import Objective, pair
 from objectives.distributed import mean_over_ranks
 from objectives.latents import VITAL_SIGNS, normalised, signs
 from objectives.layers import layer_shapes
+from objectives.masked_pass import encode
 from objectives.masks import block_mask
 from objectives.precision import full_precision
 from objectives.schedules import warmup
@@ -101,7 +102,7 @@ class Data2Vec(Objective):
         masked = block_mask(counts, self.grid, min_block=self.min_block).to(images.device, non_blocking=True)
         layers = self.teacher(images, layers=True).layers
         targets = normalised(torch.stack([normalised(layers[i]) for i in self.layers]).mean(0))
-        seen = self.student(images, replaced=masked)
+        seen = encode(self.student, images, replaced=masked)
         predictions = full_precision(self.head(seen.cells))
         losses = F.smooth_l1_loss(predictions, targets, beta=self.beta, reduction="none").mean(-1)
         # Images differ a little in how much of them is masked: the mean is over all ranks' cells.

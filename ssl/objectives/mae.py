@@ -11,6 +11,7 @@ from torch import Tensor
 
 from objectives.cell_transformer import CellTransformer
 from objectives.contract import Objective, pair
+from objectives.masked_pass import encode
 from objectives.masks import random_cells, take, visible_count
 from objectives.pixels import VITAL_SIGNS, normalise, patchify, pixels_per_cell, signs
 from objectives.precision import full_precision
@@ -102,7 +103,7 @@ class MAE(Objective):
         (images,) = views
         cells = self.grid[0] * self.grid[1]
         visible, masked = random_cells(len(images), cells, self.visible, images.device)
-        seen = self.encoder(images, visible=visible)
+        seen = encode(self.encoder, images, visible=visible)
         predictions = full_precision(take(self.decoder(seen.pooled, seen.cells, visible), masked))
         patches = take(patchify(full_precision(images), self.grid), masked)
         targets = normalise(patches) if self.normalise_targets else patches

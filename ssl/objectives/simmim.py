@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from objectives.contract import Objective, pair
+from objectives.masked_pass import encode
 from objectives.masks import finer, random_cells, take
 from objectives.pixels import VITAL_SIGNS, patchify, pixels_per_cell, signs
 from objectives.precision import full_precision
@@ -82,7 +83,7 @@ class SimMIM(Objective):
         (images,) = views
         masked = self.masked(len(images), images.device)
         replaced = torch.zeros(len(images), self.grid[0] * self.grid[1], dtype=torch.bool, device=images.device)
-        seen = self.encoder(images, replaced=replaced.scatter(1, masked, True))
+        seen = encode(self.encoder, images, replaced=replaced.scatter(1, masked, True))
         predictions = full_precision(self.head(take(seen.cells, masked)))
         targets = take(patchify(full_precision(images), self.grid), masked)
         loss = (predictions - targets).abs().mean()

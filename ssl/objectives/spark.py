@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from objectives.contract import Objective, pair
 from objectives.layers import layer_shapes
+from objectives.masked_pass import encode
 from objectives.masks import finer, random_cells, take
 from objectives.pixels import VITAL_SIGNS, normalise, patchify, signs
 from objectives.precision import full_precision
@@ -154,7 +155,7 @@ class SparK(Objective):
         """Squared error on the hidden patches of [B, C, H, W], each normalised (sec. 3.3), and its signs."""
         (images,) = views
         visible, masked = random_cells(len(images), self.grid[0] * self.grid[1], self.visible, images.device)
-        seen = self.encoder(images, visible=visible, layers=True)
+        seen = encode(self.encoder, images, visible=visible, layers=True)
         painted = full_precision(self.decoder(seen, visible))
         predictions = take(patchify(painted, self.grid), masked)
         patches = take(patchify(full_precision(images), self.grid), masked)
