@@ -14,14 +14,14 @@ from pipeline.blocks import around, write
 from pipeline.command import guarded
 
 BACKBONES = ("resnet20", "vit_ti8")
-SIZE, EPOCHS = 32, 1
+SIZE, EPOCHS = 32, 8
 BASE = "dino"
 """Whose run of the same backbone and seed teaches in distillation, and is what Gram anchoring goes on from."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Train every objective for one epoch of the generated images, from its own recipe, on a small CNN and a small ViT.
+    """Train every objective for eight epochs of the generated images, from its own recipe, on a small CNN and a small ViT.
 
     Runs that are there already are not trained again, so that what was interrupted goes on where it stopped.
     """
