@@ -5,14 +5,15 @@ from typing import TYPE_CHECKING, Any
 from backbones.names import UnknownBackbone
 
 if TYPE_CHECKING:
-    from backbones.build import create, load
+    from backbones.build import create
     from backbones.contract import Backbone, Features
+    from backbones.exported import load
 
 __all__ = ["Backbone", "Features", "UnknownBackbone", "create", "load"]
 
 _HOME = {
     "create": "backbones.build",
-    "load": "backbones.build",
+    "load": "backbones.exported",
     "Backbone": "backbones.contract",
     "Features": "backbones.contract",
 }

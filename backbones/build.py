@@ -2,15 +2,11 @@
 
 import bisect
 import contextlib
-import json
 import re
-from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -76,24 +72,6 @@ def create(
     if pool == "cls":
         raise ValueError(f"pool='cls': {name} has no class token; use pool='mean'.")
     return _feature_map(name, network, size, in_channels, config)
-
-
-def load(path: str | Path) -> Backbone:
-    """The backbone that a run exported: `path` is its run folder, or the `backbone.safetensors` in it.
-
-    Raises ValueError where there is none, or the file is another program's.
-    """
-    file = Path(path) / "backbone.safetensors" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file; a run exports its backbone when it ends.")
-    try:
-        with safe_open(file, framework="pt") as weights:
-            config = json.loads((weights.metadata() or {})["config"])
-        backbone = create(**config)
-        backbone.load_state_dict(load_file(file))
-    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{file}: not a backbone that this program exported ({str(error)[:100]}).") from error
-    return backbone.eval()
 
 
 def published(name: str) -> nn.Module:

@@ -39,6 +39,8 @@ class Backbone(nn.Module):
     pool: str
     config: dict[str, Any]
     mask_token: nn.Parameter
+    norm_key = "head.norm"
+    """What timm calls the norm of cells."""
 
     def forward(
         self,

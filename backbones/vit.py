@@ -41,7 +41,8 @@ class Transformer(Backbone):
         self.name, self.width, self.in_channels = name, int(net.embed_dim), in_channels
         self.stride, self.pool, self.config = int(net.patch_embed.feat_ratio()), pool, config
         self.native = tuple(net.patch_embed.grid_size)
-        self.norm = net.norm if isinstance(net.fc_norm, nn.Identity) else net.fc_norm
+        self.norm_key = "norm" if isinstance(net.fc_norm, nn.Identity) else "fc_norm"
+        self.norm = getattr(net, self.norm_key)
         for head in ("norm", "fc_norm", "head", "attn_pool", "head_drop"):
             if hasattr(net, head):
                 setattr(net, head, nn.Identity())

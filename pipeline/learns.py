@@ -21,7 +21,8 @@ BASE = "dino"
 
 @dataclass(frozen=True)
 class Arguments:
-    """Train every objective for eight epochs of the generated images, from its own recipe, on a small CNN and a small ViT.
+    """Train every objective for eight epochs of the generated images, from its own recipe, on a small CNN and a small
+    ViT.
 
     Runs that are there already are not trained again, so that what was interrupted goes on where it stopped.
     """

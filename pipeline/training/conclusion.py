@@ -87,7 +87,8 @@ def conclude(
     folder.write_json("summary.json", summary)
     tracker.log_artifact(folder.path("summary.json"))
     weights, made = folder.path("backbone.safetensors"), {"create": "backbones.create", **result["backbone_config"]}
-    tracker.log_backbone(weights, made, usage(folder))
+    lines = usage(folder, summary["timm"])
+    tracker.log_backbone(weights, made, lines)
     tracker.finish("FINISHED")
     table(summary)
     speed = ""
@@ -98,19 +99,26 @@ def conclude(
         )
     print(
         f"\n{speed}run folder   {folder.address}\n"
-        f"checkpoint   {summary['checkpoint']}\n{usage(folder)}"
+        f"checkpoint   {summary['checkpoint']}\n{lines}"
         f"look         mlflow ui --backend-store-uri {shlex.quote(redact(uri))}",
         flush=True,
     )
     return summary
 
 
-def usage(folder: RunFolder) -> str:
-    """The lines that evaluate and that load a run's backbone, ready to paste."""
-    return (
+def usage(folder: RunFolder, in_timm: str | None) -> str:
+    """The lines that evaluate and that load a run's backbone, here and in timm (`in_timm` makes it), ready to paste."""
+    file = folder.path("backbone.safetensors")
+    lines = (
         f"evaluate     python -m pipeline.evaluate {shlex.quote(folder.address)}\n"
-        f"load         import backbones; backbone = backbones.load({folder.path('backbone.safetensors')!r})\n"
+        f"load         import backbones; backbone = backbones.load({file!r})\n"
     )
+    if in_timm and "://" not in file:
+        lines += (
+            f"in timm      import timm, safetensors.torch as st; model = {in_timm}; "
+            f"model.load_state_dict(st.load_file({file!r}), strict=False)\n"
+        )
+    return lines
 
 
 def table(summary: dict[str, Any]) -> None:

@@ -1,14 +1,12 @@
 """What rank 0 measures of a run: k-NN now and then, everything at the end with both floors beside it."""
 
-import json
 from typing import Any, Literal
 
-import safetensors.torch
 import torch
 
 import backbones
 import objectives
-from backbones import Backbone
+from backbones import Backbone, exported
 from pipeline import evaluation
 from pipeline.config import Config
 from pipeline.data.packed import Packed
@@ -76,7 +74,7 @@ def finish(
         backbone, floors.untrained(backbone.config, config.seed).to(device), train, val,
         image_size=int(config.image_size or 0), device=device, seed=config.seed, precision=precision(config, device),
     )  # fmt: skip
-    return {"backbone_config": dict(backbone.config), **scores}
+    return {"backbone_config": dict(backbone.config), "timm": exported.in_timm(backbone), **scores}
 
 
 def precision(config: Config, device: torch.device) -> Literal["bf16", "fp32"]:
@@ -89,6 +87,5 @@ def precision(config: Config, device: torch.device) -> Literal["bf16", "fp32"]:
 
 
 def export(backbone: Backbone, folder: RunFolder) -> None:
-    """Write the backbone's weights and how to build it again: backbone.safetensors, backbone.json."""
-    weights = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
-    folder.write("backbone.safetensors", safetensors.torch.save(weights, {"config": json.dumps(backbone.config)}))
+    """Write the backbone's weights and how to build it again."""
+    folder.write("backbone.safetensors", exported.dump(backbone))

@@ -10,9 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import backbones
+from backbones import exported
 from pipeline import evaluate, pretrain
+from pipeline.training.conclusion import usage
 from pipeline.training.run_folder import RunFolder
 
 SMALL = [
@@ -260,3 +264,19 @@ def test_evaluating_what_is_no_run_is_one_line(tmp_path, capsys):
     assert evaluate.main([str(tmp_path / "foreign.pt")]) == 2
     assert evaluate.main([str(tmp_path)]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 3
+
+
+def test_the_lines_that_load_a_backbone_can_be_pasted(tmp_path):
+    torch.manual_seed(0)
+    backbone, images = backbones.create("resnet18", image_size=96).eval(), torch.randn(2, 3, 96, 96)
+    folder = RunFolder(str(tmp_path / "a run's"))
+    folder.write("backbone.safetensors", exported.dump(backbone))
+    lines = usage(folder, exported.in_timm(backbone)).splitlines()
+    here: dict = {}
+    for line in lines[1:]:
+        exec(line[13:], here)  # after the column of titles
+    with torch.no_grad():
+        assert torch.equal(here["backbone"](images).pooled, backbone(images).pooled)
+        torch.testing.assert_close(here["model"].eval()(images), backbone(images).pooled)
+    assert "timm" not in usage(folder, None)
+    assert "timm" not in usage(RunFolder("memory://runs/a"), exported.in_timm(backbone))
