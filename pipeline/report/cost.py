@@ -28,6 +28,7 @@ class Cost:
     images_seen       in pretraining, every repetition counted
     compute           multiply-adds of one forward pass of the backbone over all views it saw, masks not deducted
     training          images/s of pretraining on `device`, by the run's summary; None without one of this checkpoint
+    training_memory   peak bytes of one process of it, of the GPU where there was one; None likewise
     seconds           that `images_seen` took at this speed
     workers           that shared it; None where their number changed
     """
@@ -39,6 +40,7 @@ class Cost:
     images_seen: int
     compute: float
     training: float | None
+    training_memory: int | None
     seconds: float | None
     device: str
     workers: int | None
@@ -65,6 +67,7 @@ def cost(one: Judged, size: int, device: torch.device, precision: Literal["fp32"
         images_seen=one.seen,
         compute=float(one.seen) * sum(per_view[view.size] for view in one.views),
         training=rate,
+        training_memory=summary.get("peak_memory"),
         seconds=one.seen / rate if rate else None,  # a summary's own seconds are those since the last resume
         device=str(summary.get("device", "")),
         workers=most if fewest == most else None,

@@ -87,6 +87,10 @@ def costs(contest: Contest) -> list[Row]:
     def memory(one: Entry) -> str:
         return "– (kept by CUDA's allocator only)" if one.cost.memory is None else f"{one.cost.memory / 2**20:,.0f} MiB"
 
+    def training_memory(one: Entry) -> str:
+        peak = one.cost.training_memory
+        return no_summary if peak is None else f"{peak / 2**20:,.0f} MiB"
+
     def training(one: Entry) -> str:
         return no_summary if one.cost.training is None else f"{one.cost.training:,.0f}"
 
@@ -102,6 +106,7 @@ def costs(contest: Contest) -> list[Row]:
         row(contest, "images/s of inference", lambda one: f"{one.cost.inference:,.0f}"),
         row(contest, "peak memory of inference", memory),
         row(contest, "images/s of training", training),
+        row(contest, "peak memory of training, a process", training_memory),
         row(contest, "time of training", seconds),
         row(contest, "multiply-adds of pretraining", lambda one: f"{one.cost.compute / 1e12:,.2f} T"),
     ]

@@ -54,6 +54,7 @@ def conclude(
     final = {
         "knn_top1": result["knn_top1"],
         "linear_top1": result["linear_top1"],
+        "peak_memory": result["peak_memory"],
         **{f"{floor}_{name}": value for floor in ("untrained", "pixels") for name, value in result[floor].items()},
     }
     tracker = tracking.Tracker(uri, run_id, run=folder.address, system_metrics=0)
@@ -79,11 +80,12 @@ def conclude(
             "data_wait",
             "checkpoint_wait",
             "training_seconds",
+            "peak_memory",
             "seconds",
             "vital_signs",
             "alarms",
         )
-        summary |= {key: before[key] for key in kept}
+        summary |= {key: before[key] for key in kept if key in before}
     folder.write_json("summary.json", summary)
     tracker.log_artifact(folder.path("summary.json"))
     weights, made = folder.path("backbone.safetensors"), {"create": "backbones.create", **result["backbone_config"]}

@@ -172,6 +172,11 @@ def begin(job: Job, folder: RunFolder, uri: str, argv: Sequence[str]) -> str:
             command=[sys.executable, "-m", "pipeline.pretrain", *argv],
         )
     folder.write("mlflow_run_id", run_id)
+    if train.rejected:
+        tracker = tracking.Tracker(uri, run_id, run=folder.address, system_metrics=0)
+        tracker.log({"rejected": train.rejected_count}, 0)
+        tracker.log_artifact(folder.path("rejected.csv"))
+        tracker.close()
     return run_id
 
 

@@ -1,5 +1,6 @@
 """What rank 0 measures of a run: k-NN now and then, everything at the end with both floors beside it."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -84,6 +85,14 @@ def precision(config: Config, device: torch.device) -> Literal["bf16", "fp32"]:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held at a time: on a GPU by its allocator, on a CPU resident, all told."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def export(backbone: Backbone, folder: RunFolder) -> None:

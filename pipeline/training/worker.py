@@ -169,7 +169,8 @@ class Training:
         kept = self.folder.checkpoints()
         result = {**self.recorder.summary(), "stopped": self.stop, "loader": self.loader.backend,
                   "checkpoint": self.folder.path(f"checkpoints/{kept[-1]:012d}.pt") if kept else None,
-                  "checkpoint_images": kept[-1] if kept else 0, "interventions": len(self.care.done)}  # fmt: skip
+                  "checkpoint_images": kept[-1] if kept else 0, "interventions": len(self.care.done),
+                  "peak_memory": measure.peak_memory(self.device)}  # fmt: skip
         if not self.stop:
             result |= measure.finish(self.config, self.folder, self.stepper.objective.backbone, self.train_set,
                                      self.val_set, self.device)  # fmt: skip

@@ -55,7 +55,7 @@ def entry(
     family = "vit" if backbone.startswith("vit") else "cnn"
     cost = Cost(
         parameters=11_200_000, multiply_adds=1_800_000_000, inference=850.0, memory=None, images_seen=seen,
-        compute=1e14, training=83.3, seconds=120.0, device="a processor", workers=1,
+        compute=1e14, training=83.3, training_memory=5 << 28, seconds=120.0, device="a processor", workers=1,
     )  # fmt: skip
     field = None if family == "vit" else 435
     return Entry(f"{backbone} + {objective}", f"runs/{backbone}", config, family, cost, field, trained, untrained)

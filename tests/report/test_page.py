@@ -84,7 +84,10 @@ def test_it_shows_every_number_picture_and_command(shown: Contest, text: str) ->
 def test_the_cost_of_a_point_is_shown_or_why_it_is_not(shown: Contest) -> None:
     first, second = shown.entries[:2]
     gpu = replace(first.cost, memory=3 << 30, seconds=7200.0, workers=4, device="a GPU")
-    unknown, elastic = replace(second.cost, seconds=None, training=None), replace(first.cost, workers=None)
+    unknown, elastic = (
+        replace(second.cost, seconds=None, training=None, training_memory=None),
+        replace(first.cost, workers=None),
+    )
     entries = [replace(one, cost=cost) for one, cost in zip(shown.entries, (gpu, unknown, elastic, first.cost))]
     rows = dict(page.costs(replace(shown, entries=tuple(entries))))
     points = [100 * float(one.trained.numbers["linear_top1"] or 0) for one in entries]

@@ -111,6 +111,9 @@ def test_a_run_leaves_all_that_is_promised(command, tmp_path, capsys, backbone, 
     assert kept.info.status == "FINISHED"
     assert kept.data.metrics["knn_top1"] == pytest.approx(summary["knn_top1"])
     assert [m.step for m in store.get_metric_history(kept.info.run_id, "loss")] == [i for i, _ in losses(run)]
+    assert kept.data.metrics["rejected"] == 1
+    assert kept.data.metrics["peak_memory"] == summary["peak_memory"] > 50_000_000  # torch alone is larger
+    assert {"config.yaml", "rejected.csv", "summary.json"} <= {f.path for f in store.list_artifacts(kept.info.run_id)}
     assert kept.inputs.dataset_inputs[0].dataset.digest
 
     asked = ("knn", "linear", "retrieval", "label_free")
