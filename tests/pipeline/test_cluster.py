@@ -1,14 +1,17 @@
 """Training through Ray: two workers equal one, the loading of a set from another node, stop and resume."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -43,16 +46,22 @@ def no_cluster() -> Iterator[None]:
         yield
 
 
-def pretrain(photos: Path, run: Path, *words: str) -> subprocess.CompletedProcess:
+def begin(photos: Path, run: Path, *words: str) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'ssl'}", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1"}
     environment["RAY_worker_niceness"] = "0"
     environment.pop("RAY_ADDRESS", None)
     environment |= ISOLATED
     common = ["--data", str(photos), "--cache", str(photos.parent / "cache"), "--storage", str(run.parent)]
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", "pipeline.pretrain", *common, *SMALL, "--run", str(run), *words],
-        env=environment, capture_output=True, text=True, timeout=380, cwd=run.parent,
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=run.parent,
     )  # fmt: skip
+
+
+def pretrain(photos: Path, run: Path, *words: str) -> subprocess.CompletedProcess:
+    begun = begin(photos, run, *words)
+    out, err = begun.communicate(timeout=380)
+    return subprocess.CompletedProcess(begun.args, begun.returncode, out, err)
 
 
 def losses(run: Path) -> list[float]:
@@ -70,6 +79,34 @@ def test_two_workers_train_as_one_process_does(photos, tmp_path):
     assert summary["images_seen"] == 8 * len(losses(tmp_path / "two"))
     assert "2 workers" in both.stdout
     assert "raw pixels" in both.stdout
+
+
+@pytest.mark.slow
+def test_two_workers_killed_and_resumed_go_on_to_the_last_bit(photos, tmp_path):
+    words = ("--workers", "2", "--backbone", "resnet20", "--options.head-norm", "batch", "--epochs", "12")
+    whole = pretrain(photos, tmp_path / "whole", *words)
+    assert whole.returncode == 0, whole.stderr
+    killed = tmp_path / "killed"
+    begun = begin(photos, killed, *words, "--checkpoint-every", "0.2")
+    try:
+        deadline = time.monotonic() + 200
+        while len(list(killed.glob("checkpoints/*.pt"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+    finally:
+        tree = [*psutil.Process(begun.pid).children(recursive=True), begun]
+        for process in tree:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        begun.communicate()
+    kept = sorted(killed.glob("checkpoints/*.pt"))
+    assert kept, "it was killed before its first checkpoint"
+    assert not (killed / "summary.json").exists()
+    resumed = pretrain(photos, killed, *words)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "continued at" in resumed.stdout
+    assert losses(killed) == losses(tmp_path / "whole")
+    weights = [(folder / "backbone.safetensors").read_bytes() for folder in (killed, tmp_path / "whole")]
+    assert weights[0] == weights[1]
 
 
 def test_a_cluster_that_another_run_has_begun_for_itself_is_left_alone():
