@@ -148,3 +148,15 @@ def test_a_job_that_is_stopped_saves_and_goes_on(cluster, tmp_path):
     assert ray_job(cluster, "stop", "again").returncode == 0
     rows = [json.loads(line)["images"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert rows == list(range(8, rows[-1] + 8, 8))
+
+
+def test_an_installed_project_needs_no_working_folder_and_keeps_its_runs_in_the_home_folder(cluster):
+    data = ["--data", str(cluster.photos), "--cache", str(cluster.cache)]
+    command = ["python", "-m", "pipeline.pretrain", *data, *SMALL, "--epochs", "1"]
+    done = ray_job(cluster, "submit", "--", *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    home = Path(cluster.environment["HOME"], "ssl-runs")
+    (run,) = [path for path in home.iterdir() if path.name.startswith("vit_ti8-dino-photos-")]
+    assert json.loads((run / "summary.json").read_text())["images_seen"] == 8 * len(losses(run))
+    assert f"sqlite:///{home}/mlflow.db" in done.stdout
+    assert str(run) in done.stdout
