@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation import floors, table
 from pipeline.evaluation.classifier import save
 from pipeline.training import conclusion, launch, measure, step
-from pipeline.training.run_folder import RunFolder, read_checkpoint
+from pipeline.training.run_folder import RunFolder
 
 FLOORS = ("untrained", "pixels")
 
@@ -109,7 +109,7 @@ def find(run: str) -> Judged:
         state = folder.load_checkpoint(int(Path(run).stem))
     elif run.endswith(".pt"):
         path = Path(run).resolve()
-        state = read_checkpoint(path.read_bytes(), run)
+        state = RunFolder(str(path.parent)).load_state(path.name)
         folder = RunFolder(str(path.parent.parent))
     else:
         folder = RunFolder(run)

@@ -4,9 +4,9 @@ import contextlib
 import io
 import json
 import os
+import posixpath
 import re
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -14,6 +14,7 @@ from typing import IO, Any
 import fsspec
 import torch
 
+from objectives import checkpoint
 from pipeline.errors import UserError
 
 WRITING = ".writing-"  # how names of files begin that are not whole yet
@@ -74,10 +75,11 @@ class RunFolder:
             raise
 
     def tidy(self) -> None:
-        """Remove what a process that was killed while writing left half written; only the one that trains may ask."""
+        """Remove what processes that were killed while writing left half written; only a run that begins may ask."""
         if self.local:
             for left in Path(self.root).glob(f"**/{WRITING}*"):
                 left.unlink(missing_ok=True)
+        self.remove_strays()
 
     def rename(self, old: str, new: str) -> None:
         """Rename a file within the folder."""
@@ -85,8 +87,9 @@ class RunFolder:
 
     def remove(self, name: str) -> None:
         """Remove `name` if it is there."""
-        if self.exists(name):
-            self.filesystem.rm_file(f"{self.root}/{name}")
+        with contextlib.suppress(FileNotFoundError):  # another worker may be as quick
+            if self.exists(name):
+                self.filesystem.rm_file(f"{self.root}/{name}")
 
     def write_json(self, name: str, content: Any) -> None:
         """Write `name` as indented JSON."""
@@ -105,12 +108,36 @@ class RunFolder:
 
     def checkpoints(self) -> list[int]:
         """Images seen at each whole checkpoint, oldest first."""
+        return sorted(int(match[1]) for name in self._names() if (match := CHECKPOINT.search(name)))
+
+    def parts(self) -> dict[str, int]:
+        """The parts of checkpoints that several workers write, and the images seen at each; whole ones or not."""
+        return {name: int(match[1]) for name in self._names() if (match := checkpoint.PART.search(name))}
+
+    def _names(self) -> list[str]:
         self.filesystem.invalidate_cache()  # others write there, too
         try:
-            found = self.filesystem.ls(f"{self.root}/checkpoints", detail=False)
+            return [posixpath.basename(path) for path in self.filesystem.ls(f"{self.root}/checkpoints", detail=False)]
         except FileNotFoundError:
             return []
-        return sorted(int(match[1]) for path in found if (match := CHECKPOINT.search(path)))
+
+    def files_of(self, images_seen: int) -> list[str]:
+        """The files of the checkpoint at that many images; without the first it does not count."""
+        parts = [name for name, seen in self.parts().items() if seen == images_seen]
+        return [f"checkpoints/{name}" for name in (f"{images_seen:012d}.pt", *sorted(parts))]
+
+    def remove_checkpoint(self, images_seen: int) -> None:
+        """Remove the checkpoint at that many images with all its parts."""
+        for name in self.files_of(images_seen):
+            self.remove(name)
+
+    def remove_strays(self, before: float = float("inf")) -> int:
+        """Remove parts of checkpoints that never became whole, of those `before` so many images; returns how many."""
+        whole = set(self.checkpoints())
+        strays = [name for name, seen in self.parts().items() if seen < before and seen not in whole]
+        for name in strays:
+            self.remove(f"checkpoints/{name}")
+        return len(strays)
 
     def save_checkpoint(self, images_seen: int, state: dict[str, Any]) -> str:
         """Write a checkpoint, whole or not at all; returns its address."""
@@ -128,30 +155,26 @@ class RunFolder:
         return self.path(name)
 
     def load_checkpoint(self, images_seen: int) -> dict[str, Any]:
-        """The checkpoint at that many images, on the CPU; never executes what it holds."""
-        return read_checkpoint(self.read(f"checkpoints/{images_seen:012d}.pt"), str(images_seen))
+        """The checkpoint at that many images, on the CPU; never executes what it holds.
+
+        Raises:
+            UserError: it, or a part of it, is torn, damaged, missing or foreign.
+        """
+        return self._load(f"checkpoints/{images_seen:012d}.pt", str(images_seen))
 
     def load_state(self, name: str) -> dict[str, Any]:
-        """What `save_state` wrote, likewise."""
-        return read_checkpoint(self.read(name), self.path(name))
+        """What `save_state` wrote, or a checkpoint by its file, likewise."""
+        return self._load(name, self.path(name))
 
-
-def read_checkpoint(content: bytes, name: str) -> dict[str, Any]:
-    """A checkpoint from its bytes.
-
-    Raises:
-        UserError: a torn, damaged or foreign file.
-    """
-    try:
-        if torn := zipfile.ZipFile(io.BytesIO(content)).testzip():
-            raise ValueError(f"the checksum of {torn} is wrong")
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:
-        why = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise UserError(f"checkpoint {name}: cannot be read ({why})") from None
-    if not isinstance(state, dict) or "objective" not in state or "config" not in state:
-        raise UserError(f"checkpoint {name}: is none of ours (it has no objective and config)")
-    return state
+    def _load(self, name: str, called: str) -> dict[str, Any]:
+        folder, file = posixpath.split(name)
+        try:
+            state = checkpoint.read(file, lambda beside: self.read(posixpath.join(folder, beside)))
+        except ValueError as error:
+            raise UserError(f"checkpoint {called}: cannot be read ({error})") from None
+        if not isinstance(state, dict) or "objective" not in state or "config" not in state:
+            raise UserError(f"checkpoint {called}: is none of ours (it has no objective and config)")
+        return state
 
 
 class MetricsFile:

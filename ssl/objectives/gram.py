@@ -15,6 +15,7 @@ import yaml
 from einops import rearrange
 from torch import Tensor
 
+from objectives.checkpoint import read
 from objectives.contract import Objective, pair
 from objectives.dino import DINO
 from objectives.dinov2 import DINOv2
@@ -63,7 +64,7 @@ def read_checkpoint(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not found or not found[-1].is_file():
         raise ValueError(f"checkpoint {path}: no such file, or a run folder without checkpoints")
     try:
-        saved = torch.load(found[-1], map_location="cpu", weights_only=True)
+        saved = read(found[-1].name, lambda name: found[-1].with_name(name).read_bytes())
         return saved["objective"], yaml.safe_load(saved["config"])
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:100]

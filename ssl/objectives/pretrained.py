@@ -1,8 +1,7 @@
 """Teachers that are given: a run of this program, a backbone it exported, or timm's published weights."""
 
-import io
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 import backbones
 import objectives
+from objectives.checkpoint import read
 from objectives.multicrop import crop_size
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ def teacher(address: str) -> "Frozen":
             copy = Path(folder, "backbone.safetensors")
             filesystem.get_file(path, str(copy))
             return Frozen(backbones.load(copy))
-    return Frozen(from_checkpoint(filesystem.cat_file(path), address))
+    folder, _, file = path.rpartition("/")
+    return Frozen(from_checkpoint(file, lambda name: filesystem.cat_file(f"{folder}/{name}"), address))
 
 
 def normalisation(backbone: "Backbone") -> tuple[Sequence[float], Sequence[float]]:
@@ -63,8 +64,12 @@ def normalisation(backbone: "Backbone") -> tuple[Sequence[float], Sequence[float
     return published["mean"], published["std"]
 
 
-def from_checkpoint(content: bytes, name: str) -> "Backbone":
+def from_checkpoint(file: str, fetch: Callable[[str], bytes], name: str) -> "Backbone":
     """The backbone that an objective evaluates, out of a checkpoint of its run.
+
+    Args:
+        file, fetch: the checkpoint's file, and the bytes of one beside it.
+        name: what to call it.
 
     Raises:
         ValueError: a torn or foreign file, or one that does not fit its own configuration.
@@ -72,7 +77,7 @@ def from_checkpoint(content: bytes, name: str) -> "Backbone":
     import yaml
 
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        state = read(file, fetch)
         config: dict[str, Any] = yaml.safe_load(state["config"])
         kind = objectives.objective(config["objective"])
         backbone = backbones.create(

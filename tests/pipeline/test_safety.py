@@ -29,7 +29,7 @@ from objectives import gram, pretrained
 from pipeline import compare, evaluate, pack, pretrain
 from pipeline.errors import UserError
 from pipeline.redaction import bare, hide, redact
-from pipeline.training.run_folder import read_checkpoint
+from pipeline.training.run_folder import RunFolder
 from tests.s3 import s3
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,7 +119,7 @@ def test_no_place_that_loads_a_checkpoint_executes_it(tmp_path, mark, make, caps
     checkpoint = run / "checkpoints" / f"{8:012d}.pt"
     make(checkpoint)
     for refused in (
-        lambda: pretrained.from_checkpoint(checkpoint.read_bytes(), "evil"),
+        lambda: pretrained.from_checkpoint(checkpoint.name, lambda _: checkpoint.read_bytes(), "evil"),
         lambda: pretrained.teacher(str(run)),
         lambda: gram.read_checkpoint(str(run)),
         lambda: gram.read_checkpoint(str(checkpoint)),
@@ -128,7 +128,7 @@ def test_no_place_that_loads_a_checkpoint_executes_it(tmp_path, mark, make, caps
             refused()
     if make is not _in_yaml:
         with pytest.raises(UserError):
-            read_checkpoint(checkpoint.read_bytes(), "evil")
+            RunFolder(str(checkpoint.parent)).load_state(checkpoint.name)
     assert evaluate.main([str(checkpoint)]) == 2
     assert evaluate.main([str(run)]) == 2
     assert compare.main([str(checkpoint), str(run)]) == 2
