@@ -1,22 +1,34 @@
 """A run's checkpoints: written beside the training, checked when they are read, kept by a rule.
 
-A checkpoint is one file that torch writes, a zip archive with a checksum (CRC-32) of every tensor in it. It appears
-whole or not at all, and one that was damaged later is found out before anything is taken from it.
+A checkpoint is one file that torch writes, a zip archive with a checksum (CRC-32) of every tensor in it. Where several
+workers have enough to write, each writes a part of it to a file of its own, and rank 0, once it sees them all, the file
+by which the checkpoint counts. So it appears whole or not at all, and one that was damaged later is found out before
+anything is taken from it. No worker's thread waits for another in a collective: those belong to the training.
 """
 
 import json
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Event
 from typing import Any
 
-from torch import Tensor
+import torch.distributed as dist
 
+from objectives.checkpoint import mapped
 from pipeline.errors import OUT_OF_MEMORY, UserError
 from pipeline.training.run_folder import RunFolder
+from pipeline.training.shares import Share, on_cpu
 
 INDEX = "checkpoints/index.json"
 STARVED = 2  # writes in a row without memory for them, after which a process is better ended
+PATIENCE = 30.0  # seconds that the run itself waits for parts to appear: file servers may be late to show them
+POLL = 0.2  # seconds between two looks for them
+
+
+class Unfinished(Exception):
+    """The others' parts of a checkpoint did not come."""
 
 
 @dataclass(frozen=True)
@@ -48,30 +60,37 @@ class Keep:
 
 
 class Checkpoints:
-    """Writes checkpoints in a thread of its own, one after the other.
+    """Writes checkpoints, or a worker's parts of them, in a thread of its own, one after the other.
 
     Training waits while the state is copied, and where the one before is still being written. A write that fails (a
     full disk, a server that does not answer) ends nothing: `trouble` says so until one succeeds. Only a process
     that time and again has no memory for it is better ended, while little is lost: `save` raises.
+
+    Args:
+        keep: by which rank 0 removes others once a checkpoint is whole.
+        rank: this worker's.
 
     Attributes:
         trouble: a sentence on the last write, None where it succeeded.
         held: seconds that training waited, all together.
     """
 
-    def __init__(self, folder: RunFolder, keep: Keep) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: RunFolder, keep: Keep, rank: int = 0) -> None:
+        self.folder, self.keep, self.rank = folder, keep, rank
         self.trouble: str | None = None
         self.held = 0.0
         self._facts = read_facts(folder)
+        self._waits = Event()  # somebody, for the write under way
+        self._lost: str | None = None  # why a part of it will not come
         self._writer = ThreadPoolExecutor(1, "checkpoint")  # one thread for all: a new one would take memory, too
         self._under_way: Future[None] | None = None
         self._starved = 0
 
-    def save(self, seen: int, state: dict[str, Any], **facts: Any) -> None:
-        """Begin to write the state at `seen` images.
+    def save(self, seen: int, state: dict[str, Any], share: Share | None = None, **facts: Any) -> None:
+        """Begin to write the state at `seen` images, or this worker's share of it.
 
         Args:
+            share: where several workers write; all of them call this.
             facts: `well`, whether the run was; `knn_top1`, where it was measured.
 
         Raises:
@@ -81,56 +100,97 @@ class Checkpoints:
         self.wait()
         if self._starved >= STARVED:
             raise MemoryError(self.trouble)
-        copy = copied(state)
+        part = share.tensors(state) if share else {}
+        rest = share.index(state) if share else mapped(state, lambda _, tensor: on_cpu(tensor))
         self.held += time.perf_counter() - started
-        self._under_way = self._writer.submit(self._write, seen, copy, facts)
+        self._waits.clear()
+        self._lost = None
+        self._under_way = self._writer.submit(self._write, seen, rest, share, part, facts)
 
     def wait(self) -> None:
-        """Until the checkpoint under way is written, or has failed."""
+        """Until the write under way has come to its end, or has failed."""
+        self._waits.set()
         if self._under_way is not None:
             self._under_way.result()
             self._under_way = None
+
+    def settle(self) -> None:
+        """Until the checkpoint under way is whole, or has failed: what all ranks do together, in the training's thread.
+
+        Rank 0 hears of a part that could not be written.
+        """
+        started = time.perf_counter()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            if self.rank:
+                self.wait()
+            troubles: list[str | None] = [None] * dist.get_world_size()
+            dist.all_gather_object(troubles, self.trouble if self.rank else None)
+            self._lost = next((f"worker {rank}: {why}" for rank, why in enumerate(troubles) if why), None)
+        self.wait()
+        self.held += time.perf_counter() - started
 
     def drop_after(self, seen: int) -> None:
         """Remove those of more than `seen` images: training goes another way from there."""
         self.wait()
         for later in self.folder.checkpoints():
             if later > seen:
-                self.folder.remove(f"checkpoints/{later:012d}.pt")
+                self.folder.remove_checkpoint(later)
                 self._facts.pop(later, None)
         self._index()
 
-    def _write(self, seen: int, state: dict[str, Any], facts: dict[str, Any]) -> None:
+    def _write(
+        self, seen: int, rest: dict[str, Any], share: Share | None, part: dict[Any, Any], facts: dict[str, Any]
+    ) -> None:
         try:
-            try:
-                self.folder.save_checkpoint(seen, state)
-            except (OSError, RuntimeError):  # a full disk, perhaps: all but the newest good one make room
-                spared = Keep(last=1, best=False).spared(self.folder.checkpoints(), self._facts)
-                if not self._clean(spared):
-                    raise
-                self.folder.save_checkpoint(seen, state)
-            self._facts[seen] = facts
-            self._index()
-            self._clean(self.keep.spared(self.folder.checkpoints(), self._facts))
+            if share:
+                self._put(seen, lambda: self.folder.save_state(f"checkpoints/{share.file}", part))
+            if self.rank == 0:
+                self._await(share)
+                self._put(seen, lambda: self.folder.save_checkpoint(seen, rest))
+                self._facts[seen] = facts
+                self._index()
+                self._clean(self.keep.spared(self.folder.checkpoints(), self._facts), seen)
             self.trouble, self._starved = None, 0
         except Exception as error:
+            why = str(error) or type(error).__name__
+            starved = not isinstance(error, Unfinished) and OUT_OF_MEMORY.search(f"{type(error).__name__}: {why}")
+            self._starved = self._starved + 1 if starved else 0
             kept = self.folder.checkpoints()
             good = f"the last good one is at {kept[-1]:,} images" if kept else "there is none yet"
-            why = str(error) or type(error).__name__
-            self._starved = self._starved + 1 if OUT_OF_MEMORY.search(f"{type(error).__name__}: {why}") else 0
-            self.trouble = f"no checkpoint could be written at {seen:,} images ({why}); {good}"
+            self.trouble = why if self.rank else f"no checkpoint could be written at {seen:,} images ({why}); {good}"
+
+    def _put(self, seen: int, write: Callable[[], object]) -> None:
+        """Write, if need be after all but the newest good checkpoint have made room: the disk may be full."""
+        try:
+            write()
+        except (OSError, RuntimeError):
+            facts = read_facts(self.folder) if self.rank else self._facts
+            if not self._clean(Keep(last=1, best=False).spared(self.folder.checkpoints(), facts), seen):
+                raise
+            write()
+
+    def _await(self, share: Share | None) -> None:
+        """Wait until every part is there."""
+        patience = PATIENCE
+        while missing := sorted(set(share.files if share else ()) - self.folder.parts().keys()):
+            if self._lost:
+                raise Unfinished(self._lost)
+            if patience < 0:
+                raise Unfinished(f"{missing[0]} does not appear; do all nodes share the run's folder?")
+            patience -= POLL * self._waits.is_set()
+            time.sleep(POLL)
 
     def _index(self) -> None:
         found = set(self.folder.checkpoints())
         self._facts = {n: facts for n, facts in self._facts.items() if n in found}
         self.folder.write_json(INDEX, {str(n): facts for n, facts in sorted(self._facts.items())})
 
-    def _clean(self, spared: set[int]) -> bool:
-        """Remove all but the spared ones; whether there was any to remove."""
+    def _clean(self, spared: set[int], seen: int) -> bool:
+        """Remove all but the spared ones, and what came of none before `seen` images; whether there was any."""
         surplus = [n for n in self.folder.checkpoints() if n not in spared]
         for n in surplus:
-            self.folder.remove(f"checkpoints/{n:012d}.pt")
-        return bool(surplus)
+            self.folder.remove_checkpoint(n)
+        return bool(self.folder.remove_strays(seen) + len(surplus))
 
 
 def read_facts(folder: RunFolder) -> dict[int, dict[str, Any]]:
@@ -143,7 +203,7 @@ def read_facts(folder: RunFolder) -> dict[int, dict[str, Any]]:
 def newest(folder: RunFolder, *, well: bool = False) -> tuple[int, dict[str, Any] | None, list[str]]:
     """The newest sound checkpoint: images seen, its state, and a sentence on each damaged one that was passed over.
 
-    Damaged files are renamed to `….pt.damaged`. Without any checkpoint: 0 and None.
+    The files of a damaged one are renamed to `….damaged`. Without any checkpoint: 0 and None.
 
     Args:
         well: pass over those that were taken while a vital sign was outside its range, too.
@@ -159,19 +219,9 @@ def newest(folder: RunFolder, *, well: bool = False) -> tuple[int, dict[str, Any
         try:
             return seen, folder.load_checkpoint(seen), said
         except UserError as error:
-            folder.rename(f"checkpoints/{seen:012d}.pt", f"checkpoints/{seen:012d}.pt.damaged")
+            for file in folder.files_of(seen):
+                folder.rename(file, f"{file}.damaged")
             said.append(f"warning: {error}; it is left aside as {seen:012d}.pt.damaged, and the one before is taken")
     if said:
         raise UserError(f"{folder.address}: every checkpoint is damaged ({'; '.join(said)}); give a new --run")
     return 0, None, said
-
-
-def copied(state: Any) -> Any:
-    """A state that shares no memory with the one that trains, on the CPU."""
-    if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        return {key: copied(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(copied(value) for value in state)
-    return state

@@ -9,6 +9,7 @@ from pipeline.training.display import Status
 from pipeline.training.health import Health
 from pipeline.training.links import Links
 from pipeline.training.run_folder import MetricsFile, RunFolder
+from pipeline.training.shares import Share
 
 MAX_POINTS = 2000  # values of one metric that MLflow is given over a run
 
@@ -108,8 +109,8 @@ class Recorder:
         best = self.config.keep_best and self._knn is not None and self._knn[1] > self.best
         return best or time.monotonic() - self._saved_at >= 60 * self.config.checkpoint_every
 
-    def checkpoint(self, state: dict[str, Any]) -> None:
-        """Begin to write a checkpoint, after all that was recorded until it."""
+    def checkpoint(self, state: dict[str, Any], share: Share | None = None) -> None:
+        """Begin to write a checkpoint, or rank 0's share of it, after all that was recorded until it."""
         facts: dict[str, Any] = {"well": self.health.well}
         if self._knn and self._knn[0] == self.status.seen:
             facts["knn_top1"] = self._knn[1]
@@ -119,7 +120,7 @@ class Recorder:
             self.file.flush()
         except OSError as error:
             self.say(f"warning: metrics.jsonl could not be written ({error.strerror}); they wait in memory")
-        self.checkpoints.save(self.status.seen, state, **facts)
+        self.checkpoints.save(self.status.seen, state, share, **facts)
         self._saved_at = time.monotonic()
 
     def complain(self) -> None:

@@ -6,6 +6,7 @@ The same function runs alone (`--engine local`) and on every Ray Train worker.
 import contextlib
 import dataclasses
 import time
+import uuid
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +20,12 @@ from pipeline.data.loader import Batch, Loader, make_loader
 from pipeline.data.packed import Packed
 from pipeline.errors import UserError
 from pipeline.training import measure
-from pipeline.training.checkpoints import newest
+from pipeline.training.checkpoints import Checkpoints, Keep, newest
 from pipeline.training.health import Care, Health, Intervention, Unwell
 from pipeline.training.links import Links
 from pipeline.training.recorder import Recorder
 from pipeline.training.run_folder import MetricsFile, RunFolder
+from pipeline.training.shares import share
 from pipeline.training.step import Stepper, device_of, step_seed
 
 RELOADS = 3  # times in a row that a loader which failed is begun anew
@@ -89,7 +91,7 @@ class Training:
             seed=config.seed, rank=self.rank, world=self.world, threads=job.threads, backend=config.loader,
         )  # fmt: skip
         self.planned = config.planned(self.loader.images)
-        self.seen, self.stop = 0, False
+        self.seen, self.stop, self.due = 0, False, False
         self.row: dict[str, float] = {}
         self.bundle: Intervention | None = None
         self.ill_rows: list[dict[str, float]] = []
@@ -106,6 +108,7 @@ class Training:
             self.recorder = Recorder(self.folder, config, links, self.health, seen=self.seen, planned=self.planned,
                                      batch_size=self.step_images, said=said)  # fmt: skip
             self.knn = measure.OnlineKnn(config, self.train_set, self.val_set, self.device, self.planned)
+        self.checkpoints = self.recorder.checkpoints if self.recorder else Checkpoints(self.folder, Keep(), self.rank)
 
     def train(self) -> None:
         """Take steps until all images are seen or the run is asked to stop.
@@ -128,40 +131,61 @@ class Training:
             self.seen = min(seen + self.step_images, self.planned)  # of another group's steps a part may be left
             if not self.care.skips(seen):
                 values, lr = self.stepper(batch, seen, self.planned, self.care)
-                means, self.stop = self.agree(values)
+                means, self.stop, self.due = self.agree(values)
                 self.row = {"images": self.seen, **means, "lr": lr}
                 self.health.check(self.row, self.seen)
                 if self.recorder:
                     self.recorder.step(self.row, seconds=time.perf_counter() - started, waited=waited)
-            elif self.recorder:
-                self.recorder.skip(self.seen)
+            else:
+                self.due = True  # perhaps
+                if self.recorder:
+                    self.recorder.skip(self.seen)
             self.measure()
 
-    def agree(self, values: dict[str, Tensor]) -> tuple[dict[str, float], bool]:
-        """The mean of each value over all ranks, and whether rank 0 was asked to stop: one small reduction a step."""
-        asked = float(self.recorder.asked_to_stop()) if self.recorder else 0.0
+    def agree(self, values: dict[str, Tensor]) -> tuple[dict[str, float], bool, bool]:
+        """The mean of each value over all ranks, whether rank 0 was asked to stop, and whether it may have a checkpoint
+        taken: one small reduction a step."""
+        asked = due = False
+        if self.recorder:
+            asked = self.recorder.asked_to_stop()
+            due = self.knn.due(self.seen) or self.recorder.checkpoint_due()
         packed = torch.stack([v.detach().float().reshape(()) for v in values.values()])
-        packed = torch.cat([packed, packed.new_tensor([asked])])
+        packed = torch.cat([packed, packed.new_tensor([asked, due])])
         if self.world > 1:
             dist.all_reduce(packed)
-        *sums, asked = packed.tolist()
-        return {name: value / self.world for name, value in zip(values, sums)}, asked > 0
+        *sums, stop, may = packed.tolist()
+        return {name: value / self.world for name, value in zip(values, sums)}, stop > 0, may > 0
 
     def measure(self) -> None:
-        """Rank 0's online k-NN and checkpoints, where they are due."""
-        if self.recorder is None:
-            return
-        if self.knn.due(self.seen) and not self.stop:
+        """Rank 0's online k-NN, and a checkpoint of all ranks, where they are due."""
+        if self.recorder and self.knn.due(self.seen) and not self.stop:
             self.recorder.knn(self.knn(self.stepper.objective.backbone, self.seen), self.seen)
-        if self.seen >= self.planned or self.stop or self.recorder.checkpoint_due():
-            self.recorder.checkpoint(self.snapshot())
+        last = self.seen >= self.planned or self.stop
+        if not (last or self.due):
+            return
+        token = [uuid.uuid4().hex[:8] if self.recorder and (last or self.recorder.checkpoint_due()) else ""]
+        if self.world > 1:
+            dist.broadcast_object_list(token)
+        if token[0]:
+            self.checkpoint(token[0])
+
+    def checkpoint(self, token: str) -> None:
+        """Begin to write a checkpoint, each rank its share of it; `token` names the attempt on all of them."""
+        self.checkpoints.settle()
+        state = self.snapshot()
+        buffers = [name for name, _ in self.stepper.objective.named_buffers()]
+        part = share(state, self.seen, token, self.rank, self.world, buffers)
+        if self.recorder:
+            self.recorder.checkpoint(state, part)
+        elif part:
+            self.checkpoints.save(self.seen, state, part)
 
     def finish(self) -> dict[str, Any]:
         """What the run came to, on rank 0; at its end its backbone is exported and measured."""
         self.loader.close()
+        self.checkpoints.settle()
         if self.recorder is None:
             return {}
-        self.recorder.checkpoints.wait()
         self.recorder.complain()
         with contextlib.suppress(OSError):
             self.recorder.file.flush()
@@ -179,8 +203,7 @@ class Training:
     def close(self) -> None:
         """End what runs beside the training."""
         self.loader.close()
-        if self.recorder:
-            self.recorder.checkpoints.wait()
+        self.checkpoints.wait()
 
     def restore(self, *, well: bool = False) -> tuple[int, list[str]]:
         """Put everything back to the newest sound checkpoint, or to the beginning where there is none.
@@ -226,8 +249,8 @@ class Training:
         Raises:
             FloatingPointError: everything has been tried, or `--no-heal` forbids it.
         """
+        self.checkpoints.settle()
         if self.recorder:
-            self.recorder.checkpoints.wait()
             self.ill_rows = [*self.recorder.file.rows(), self.row]
         back, said = self.restore(well=unwell.cause != "nonfinite")
         chosen = self.care.treat(unwell, back, half=self.stepper.half) if self.config.heal else None
@@ -241,7 +264,7 @@ class Training:
         self.recall()
         if self.recorder:
             self.care.write(self.folder)
-            self.recorder.checkpoints.drop_after(back)
+            self.checkpoints.drop_after(back)
             self.recorder.rewind(back)
             self.recorder.say(*said, chosen.line())
 

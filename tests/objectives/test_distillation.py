@@ -22,6 +22,8 @@ import backbones
 import objectives
 from objectives.distillation import Distillation, cosine_distance, match_loss, resample
 from objectives.pretrained import Frozen, teacher
+from pipeline.training.run_folder import RunFolder
+from tests.parts import write
 
 SMALL = {"teacher": "random:vit_ti16"}
 SIZE = {"image_size": 32}
@@ -170,6 +172,10 @@ def test_a_run_teaches_by_its_export_or_its_newest_checkpoint(tmp_path: Path) ->
     new = checkpointed(tmp_path, "dino", 200, **small_dino)
     assert same(teacher(str(tmp_path)), new)
     assert same(teacher(str(tmp_path / "checkpoints" / f"{100:012d}.pt")), old)
+    run = RunFolder(str(tmp_path))
+    write(run, 200, run.load_checkpoint(200), workers=2)
+    assert len(run.parts()) == 2
+    assert same(teacher(str(tmp_path)), new)
     export = backbones.create("lenet5", **SIZE)
     path = exported(export, tmp_path)
     assert same(teacher(str(tmp_path)), export)

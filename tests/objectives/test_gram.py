@@ -15,7 +15,10 @@ from torch import Tensor
 import backbones
 import objectives
 from objectives.contract import Objective
-from objectives.gram import GramAnchoring, gram_loss, resample
+from objectives.gram import GramAnchoring, gram_loss, read_checkpoint, resample
+from pipeline.training.run_folder import RunFolder
+from tests.chaos.runs import assert_identical
+from tests.parts import write
 
 BASE = {
     "out_dim": 32,
@@ -200,6 +203,16 @@ def test_state_dict_gives_the_same_loss_in_a_fresh_objective(run: str) -> None:
         losses.append(one(random_views(one, seed=9), 0.4)[0])
     assert torch.equal(*losses)
     assert again.refreshed == 1
+
+
+def test_a_checkpoint_that_several_workers_wrote_is_read_as_one(run: str) -> None:
+    whole, folder = read_checkpoint(run), RunFolder(run)
+    write(folder, 64, folder.load_checkpoint(64), workers=3)
+    assert len(folder.parts()) == 3
+    assert_identical(read_checkpoint(run)[0], dict(whole[0]))
+    folder.remove(f"checkpoints/{min(folder.parts())}")
+    with pytest.raises(ValueError, match=r"its part \S+ is missing"):
+        read_checkpoint(run)
 
 
 def test_what_cannot_be_gets_a_sentence(tmp_path: Path, run: str) -> None:
