@@ -155,8 +155,8 @@ class Checkpoints:
             why = str(error) or type(error).__name__
             starved = not isinstance(error, Unfinished) and OUT_OF_MEMORY.search(f"{type(error).__name__}: {why}")
             self._starved = self._starved + 1 if starved else 0
-            kept = self.folder.checkpoints()
-            good = f"the last good one is at {kept[-1]:,} images" if kept else "there is none yet"
+            kept = max(self._facts, default=None)  # the folder itself may not answer
+            good = f"the last good one is at {kept:,} images" if kept is not None else "there is none yet"
             self.trouble = why if self.rank else f"no checkpoint could be written at {seen:,} images ({why}); {good}"
 
     def _put(self, seen: int, write: Callable[[], object]) -> None:

@@ -99,6 +99,26 @@ def test_a_disk_that_is_full_costs_nothing_but_the_new_checkpoint(folder, monkey
     assert newest(folder)[0] == 320
 
 
+def test_a_server_that_does_not_answer_at_all_ends_nothing(folder, monkeypatch):
+    checkpoints = Checkpoints(folder, Keep())
+    checkpoints.save(64, state(64), well=True)
+    checkpoints.wait()
+
+    def away(*_):
+        raise ConnectionError("no route to host")
+
+    for name in ("save_state", "checkpoints", "parts"):
+        monkeypatch.setattr(RunFolder, name, away)
+    checkpoints.save(128, state(128), well=True)
+    checkpoints.wait()
+    assert "at 128 images (no route to host); the last good one is at 64 images" in checkpoints.trouble
+    monkeypatch.undo()
+    checkpoints.save(192, state(192), well=True)
+    checkpoints.wait()
+    assert checkpoints.trouble is None
+    assert newest(folder)[0] == 192
+
+
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: you tried to allocate 8 bytes")])
 def test_a_process_without_memory_for_a_checkpoint_does_not_train_on_unsaved(folder, monkeypatch, error):
     checkpoints = Checkpoints(folder, Keep())
