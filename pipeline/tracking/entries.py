@@ -13,7 +13,7 @@ from typing import Any
 
 import fsspec
 
-from pipeline.tracking.store import accepted, connect, now
+from pipeline.tracking.store import accepted, connect, hopeless, now, short
 from pipeline.tracking.tickets import resolve
 
 METRICS_PER_REQUEST = 1000
@@ -42,18 +42,36 @@ class Recipient:
         uri: the store.
         run_id: the run's id, or its ticket: then the run is created now.
         ended: the run is over; else it is marked as running.
+
+    Attributes:
+        refused: metrics and files that the store never takes, each with the reason.
     """
 
     def __init__(self, uri: str, run_id: str, *, ended: bool) -> None:
         self._client = connect(uri)
         self.run_id = resolve(self._client, run_id)
         run = self._client.get_run(self.run_id)
+        self.refused: dict[str, str] = {}
         self._stored = {metric.key: metric.step for metric in run.data._metric_objs}  # the last step of each metric
         if run.info.status != "RUNNING" and not ended:
             self._client.update_run(self.run_id, status="RUNNING")
 
     def send(self, request: Sequence[Mapping[str, Any]]) -> None:
-        """Send what `first_request` gave."""
+        """Send what `first_request` gave; what the store refuses is left out, and stands in `refused`."""
+        taken = [entry for entry in request if entry.get("metric") not in self.refused]
+        try:
+            if taken:
+                self._send(taken)
+        except Exception as error:
+            if not hopeless(error):
+                raise
+            if len(taken) == 1:
+                self.refused.setdefault(_name(taken[0]), short(error))
+                return
+            self.send(taken[: len(taken) // 2])
+            self.send(taken[len(taken) // 2 :])
+
+    def _send(self, request: Sequence[Mapping[str, Any]]) -> None:
         entry = request[0]
         if "metric" in entry:
             self._log(request)
@@ -77,6 +95,11 @@ class Recipient:
         if new:
             self._client.log_batch(self.run_id, metrics=new)
         self._stored = stored
+
+
+def _name(entry: Mapping[str, Any]) -> str:
+    """What an entry is called where it is refused."""
+    return str(entry.get("metric") or entry.get("file") or entry.get("artifact") or "the end of the run")
 
 
 @contextmanager

@@ -140,8 +140,10 @@ def short(error: Exception) -> str:
 
 
 def accepted(name: str) -> str:
-    """The name of a metric or parameter in characters and a length that every store takes."""
-    return re.sub(r"[^\w\-./ :]", "_", name)[:250]
+    """The name of a metric or parameter as every store takes it: in its characters and length, and a plain path."""
+    parts = re.sub(r"[^\w\-./ :]", "_", name).split("/")
+    path = "/".join(part if part.strip(".") else "_" for part in parts)
+    return re.sub(r"^\.\.", "__", path)[:250].rstrip("/")
 
 
 def now() -> int:

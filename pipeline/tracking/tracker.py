@@ -13,7 +13,7 @@ from pipeline.redaction import redact
 from pipeline.tracking.entries import Recipient, first_request, metrics_at
 from pipeline.tracking.load import Load
 from pipeline.tracking.spool import Spool, spool_below_home, spool_of
-from pipeline.tracking.store import hopeless, now, short
+from pipeline.tracking.store import now, short
 from pipeline.tracking.tickets import PENDING
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Tracker:
         self._step = 0
         self._silent_since: float | None = None  # when the store failed to answer, if it has not since
         self._lost = False
-        self._refused = False
+        self._refused: set[str] = set()
         self._full = False
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
@@ -188,17 +188,19 @@ class Tracker:
         while request := self._next():
             try:
                 self._recipient.send(request)
-            except Exception as error:
-                if not hopeless(error):
-                    raise
-                if not self._refused:
-                    self._say(f"MLflow at {redact(self.uri)} refused an entry, which is left out: {short(error)}")
-                self._refused = True
+            finally:
+                self._tell_refused(self._recipient.refused)
             with self._changed:
                 self.spool.drop(len(request))
         if self._silent_since is not None:
             self._silent_since = None
             self._say(f"MLflow at {redact(self.uri)} answers again and has everything that waited.")
+
+    def _tell_refused(self, refused: Mapping[str, str]) -> None:
+        """Name once what the store never takes."""
+        if new := [name for name in refused if name not in self._refused]:
+            self._say(f"MLflow at {redact(self.uri)} refuses {', '.join(new)}, left out here: {refused[new[0]]}")
+            self._refused.update(new)
 
     def _log_load(self) -> None:
         if self._load is None:

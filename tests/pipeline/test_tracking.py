@@ -26,7 +26,7 @@ from pipeline.tracking import Tracker, child_run, default_uri, description, end_
 from pipeline.tracking.__main__ import main
 from pipeline.tracking.description import PARAM_LENGTH, DatasetInput
 from pipeline.tracking.spool import Spool, read, spool_of
-from pipeline.tracking.store import TrackingError, connect
+from pipeline.tracking.store import TrackingError, accepted, connect
 from pipeline.tracking.tickets import PENDING
 
 DATASET: DatasetInput = {
@@ -387,6 +387,26 @@ def test_entry_that_cannot_be_stored_holds_up_nothing(
     assert [step for step, _ in history(uri, tracker.run_id, "odd _name_")] == [1]
     assert len(warnings_in(caplog)) == 1
     assert "deleted.txt" in caplog.text
+
+
+def test_a_refused_metric_takes_no_other_with_it(uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_id, run = begin(uri), tmp_path / "runs" / "one"
+    run.mkdir()
+    names = ("loss", "top//1", "lr")
+    entries = [{"metric": name, "value": 0.5, "step": step, "time": 1000} for step in range(500) for name in names]
+    spool_of(str(run)).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    Tracker(uri, run_id, run=str(run), system_metrics=0).finish("FINISHED")
+    for name in ("loss", "lr"):
+        assert history(uri, run_id, name) == [(step, 0.5) for step in range(500)]
+    (said,) = warnings_in(caplog)
+    assert "refuses top//1, left out here" in said
+
+
+@pytest.mark.parametrize("name", ["a//b", "/a", "a/", "../a", "..a", ".", "", "a/./b", "ä(ö)|", "x" * 400, "/" * 400])
+def test_names_are_made_such_as_a_store_takes(name: str) -> None:
+    from mlflow.utils.validation import _validate_metric_name
+
+    _validate_metric_name(accepted(name))
 
 
 def test_store_of_an_unknown_kind_is_refused_in_a_sentence(tmp_path: Path) -> None:
