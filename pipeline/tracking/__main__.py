@@ -2,10 +2,10 @@
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import fsspec
@@ -13,7 +13,7 @@ import fsspec
 from pipeline.command import guarded
 from pipeline.errors import UserError
 from pipeline.redaction import redact
-from pipeline.tracking.spool import evaluations_of, read, sole, spool_of
+from pipeline.tracking.spool import Spool, evaluations_of, spool_of, taken
 from pipeline.tracking.store import connect, short, store_of
 from pipeline.tracking.tickets import create_evaluation, resolve
 from pipeline.tracking.tracker import Tracker
@@ -71,29 +71,37 @@ def deliver(run: str) -> bool:
     Raises:
         UserError: it is training now, and delivers by itself.
     """
-    spool, evaluations = spool_of(run), evaluations_of(run)
-    if not any(file.exists() and file.stat().st_size for file in (spool, evaluations)):
+    path, evaluations = spool_of(run), evaluations_of(run)
+    if not any(file.exists() and file.stat().st_size for file in (path, evaluations)):
         print(f"{run}: nothing waits", flush=True)
         return True
+    spool = Spool(path, ended=True)
+    try:
+        if not spool.claim():
+            raise UserError(f"{run}: is at work now, and delivers by itself")
+        return _send(run, spool, evaluations)
+    finally:
+        spool.close(delivered=False)
+
+
+def _send(run: str, spool: Spool, evaluations: Path) -> bool:
     files, root = fsspec.core.url_to_fs(run)
-    uri, given = store_of(run), files.cat_file(f"{root}/mlflow_run_id").decode()
-    with sole(spool, run), sole(evaluations, run):
-        count = sum(1 for file in (spool, evaluations) for _ in read(file))
-        try:
+    uri, count = store_of(run), len(spool)
+    try:
+        with taken(evaluations) as requests:
+            count += len(requests)
             client = connect(uri)
-            run_id = resolve(client, given)
+            run_id = resolve(client, files.cat_file(f"{root}/mlflow_run_id").decode())
             files.pipe_file(f"{root}/mlflow_run_id", run_id.encode())
-            for request in read(evaluations):
+            for request in requests:
                 create_evaluation(client, run_id, request)
-            if evaluations.exists():
-                os.truncate(evaluations, 0)
-            _name_in_summary(files, f"{root}/summary.json", run_id)
-        except Exception as error:
-            log.warning("%s: MLflow at %s takes nothing (%s): %d entries wait.", run, redact(uri), short(error), count)
-            return False
-    tracker = Tracker(uri, run_id, run=run, system_metrics=0, ended=True)
+        _name_in_summary(files, f"{root}/summary.json", run_id)
+    except Exception as error:
+        log.warning("%s: MLflow at %s takes nothing (%s): %d entries wait.", run, redact(uri), short(error), count)
+        return False
+    tracker = Tracker(uri, run_id, run=run, system_metrics=0, spool=spool)
     tracker.close(timeout=3600.0)
-    left = len(tracker.spool)
+    left = len(spool)
     print(f"{run}: {count - left:,} of {count:,} entries delivered to MLflow at {redact(uri)}", flush=True)
     return not left
 

@@ -12,7 +12,7 @@ from pipeline.redaction import redact
 from pipeline.tracking.description import DatasetInput, flat, plain_tags, run_tags, user
 from pipeline.tracking.spool import evaluations_of, keep
 from pipeline.tracking.store import TrackingError, accepted, artifacts_of, connect, hopeless, now, short, unreachable
-from pipeline.tracking.tickets import create, create_evaluation, pack, resolve
+from pipeline.tracking.tickets import PENDING, create, create_evaluation, pack, resolve
 from pipeline.tracking.tracker import Status, Tracker
 
 log = logging.getLogger(__name__)
@@ -71,8 +71,11 @@ def resume_run(uri: str, run_id: str, last_step: int) -> str | None:
     """Open a run again, to continue from a checkpoint at `last_step` images; gives the run's id.
 
     What the store already holds beyond `last_step` stays, and is not sent a second time (see `pipeline.tracking`).
-    None, after a warning, where the store does not hold the run: it was begun with another store, or deleted.
+    None, after a warning, where the store does not hold the run: it was begun with another store, or deleted. A ticket
+    stays one: the `Tracker` creates the run, after another process that may be about to.
     """
+    if run_id.startswith(PENDING):
+        return run_id
     try:
         client = connect(uri)
         run_id = resolve(client, run_id)

@@ -32,7 +32,7 @@ class Tracker:
         run: the run's folder, in which entries wait while the store does not answer, so that they outlive the process:
             the next `Tracker` of the same run sends them (see `spool_of`). Left open, they wait below `~/.cache`.
         required: whether a store that stays away is a reason to stop, see `lost`.
-        ended: the run is over, and only what its spool holds is to be delivered.
+        spool: of a run that is over, claimed by the caller: only what it holds is to be delivered.
         say: takes a sentence for the user: that the store went away, that it came back.
         system_metrics: seconds between two measurements of processor, memory, disk, network and GPU; 0 takes none.
         interval: seconds between two deliveries, and between two attempts while the store does not answer.
@@ -50,16 +50,18 @@ class Tracker:
         system_metrics: float = 10.0,
         interval: float = 1.0,
         required: bool = False,
-        ended: bool = False,
+        spool: Spool | None = None,
         say: Callable[[str], object] = log.warning,
     ) -> None:
         self.uri = uri
         self.run_id = run_id
-        self.spool = Spool(spool_below_home(f"{uri} {run_id}") if run is None else spool_of(run), ended=ended)
+        self._ended = spool is not None
+        path = spool_below_home(f"{uri} {run_id}") if run is None else spool_of(run)
+        self.spool = Spool(path, ended=False) if spool is None else spool
         self._run = run
         self._load = Load(uri, system_metrics) if system_metrics else None
         self._interval = interval
-        self._required, self._ended, self._say = required, ended, say
+        self._required, self._say = required, say
         self._changed = threading.Condition()
         self._attempts = 0  # deliveries tried to the end, for `flush`
         self._hurry = False
@@ -171,6 +173,8 @@ class Tracker:
                 if not self._hurry:
                     self._changed.wait(self._interval)
                 self._hurry = False
+                if not self.spool.claim():  # another process delivers what waits from before, in its order
+                    continue
             try:
                 self._deliver()
             except Exception as error:

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -324,6 +325,57 @@ def test_a_run_at_work_delivers_by_itself(uri: str, tmp_path: Path, capsys: pyte
     assert "no run is there" in capsys.readouterr().err
     assert main([]) == 2
     assert "no run is named" in capsys.readouterr().err
+
+
+def test_a_run_resumed_during_a_delivery_loses_nothing(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id, run = begin(uri), tmp_path / "runs" / "one"
+    run.mkdir()
+    (run / "mlflow_run_id").write_text(run_id)
+    entries = [{"metric": "loss", "value": step / 7, "step": step, "time": 1000 + step} for step in range(3)]
+    ended = {"status": "KILLED", "time": 2000}
+    spool_of(str(run)).write_text("".join(json.dumps(entry) + "\n" for entry in [*entries, ended]))
+    begun: list[Tracker] = []
+
+    class Delivery(Tracker):
+        def close(self, timeout: float = 10.0) -> None:
+            assert self.flush(timeout)  # all is sent; now the run is resumed, before the file is let go
+            begun.append(Tracker(uri, run_id, run=str(run), system_metrics=0, interval=0.05))
+            begun[0].log({"loss": 3 / 7}, 3)
+            time.sleep(1.0)
+            assert len(history(uri, run_id)) == 3  # it waits for its turn
+            super().close(timeout)
+
+    monkeypatch.setattr("pipeline.tracking.__main__.Tracker", Delivery)
+    assert main([str(run)]) == 0
+    resumed = begun[0]
+    eventually(lambda: len(history(uri, run_id)) == 4)
+    assert connect(uri).get_run(run_id).info.status == "RUNNING"
+
+    def away(*request: Any) -> None:
+        raise ConnectionError("nobody answers")
+
+    monkeypatch.setattr(resumed._recipient, "send", away)
+    resumed.log({"loss": 4 / 7}, 4)
+    assert not resumed.flush()
+    resumed._stop(False)  # as a kill leaves it
+    end_run(uri, run_id, "FINISHED", str(run))
+    assert history(uri, run_id) == [(step, pytest.approx(step / 7)) for step in range(5)]
+
+
+def test_what_a_run_says_to_its_end_waits_for_the_delivery(tmp_path: Path) -> None:
+    delivery = Spool(tmp_path / "spool", ended=True)
+    resumed = Spool(tmp_path / "spool", ended=False)
+    resumed.add({"metric": "loss"})
+    resumed.write()
+    assert not resumed.claim()
+    assert not delivery.path.stat().st_size
+    closing = threading.Thread(target=lambda: resumed.close(delivered=False))
+    closing.start()
+    delivery.close(delivered=True)
+    closing.join(30.0)
+    assert list(read(resumed.path)) == [{"metric": "loss"}]
 
 
 @pytest.mark.parametrize("required", [True, False])
