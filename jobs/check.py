@@ -121,8 +121,11 @@ def _told(box: str) -> str:
 
 
 def _place(file: Located, key: str, value: Any = None, around: Place = ()) -> Place:
-    """Where an argument is set: in the matrix (at the value), under the arguments of a step (also nested), else
-    nowhere, as what `--set` adds."""
+    """Where an argument is set: on the command line, in the matrix (at the value), under the arguments of a step (also
+    nested), else nowhere."""
+    for place in () if around else file.given:
+        if f"{key}.".startswith(f"{named(place[-1])}."):
+            return place
     matrix = {} if around else file.at(("matrix",)) or {}
     for spelt, values in matrix.items():
         if named(spelt) == key:

@@ -101,10 +101,9 @@ class Job:
     notify: Notify
     settings: tuple[str, ...] = ()
 
-    @property
-    def group(self) -> tuple[int, int]:
-        """The fewest and the most workers."""
-        return config.Config(workers=self.workers or 1).group
+    def group(self, cell: Cell) -> tuple[int, int]:
+        """The fewest and the most workers of a cell."""
+        return config.Config(workers=self.of(cell).arguments.get("workers", 1)).group
 
     def of(self, cell: Cell) -> Step:
         """The command of one cell."""

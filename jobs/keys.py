@@ -115,21 +115,24 @@ def read_schedule(file: Located) -> Timetable | None:
 
 
 def read_workers(file: Located, step: Step) -> int | str | None:
-    """How many workers train, as `--workers` takes it; what stands under arguments goes first."""
-    inside = ("arguments", "workers")
+    """How many workers train, as `--workers` takes it; what stands under arguments goes first. None where nothing is
+    said, or each cell has its own."""
+    inside, axis = ("arguments", "workers"), ("matrix", "workers")
     place = inside if step.run in TRAINS and file.at(inside) is not None else ("workers",)
     value = file.at(place)
-    if value is None:
-        return None
-    if step.run not in TRAINS:
+    if value is not None and step.run not in TRAINS:
         file.fail(place, f"workers: {step.run} is one process; give resources for it")
-    try:
-        fewest, most = config.Config(workers=value).group
-    except UserError:
-        fewest, most = 0, 0
-    if not 1 <= fewest <= most:
-        file.fail(place, f"workers {value!r}: must be a whole number, at least 1, or two as in 2..8")
-    return value if isinstance(value, int) else str(value)
+    of_cells = file.at(axis) or []
+    if value is not None and of_cells:
+        file.fail(axis, "workers is set outside the matrix too; keep one of the two")
+    for where, given in [(place, value)] if value is not None else [((*axis, i), v) for i, v in enumerate(of_cells)]:
+        try:
+            fewest, most = config.Config(workers=given).group
+        except UserError:
+            fewest, most = 0, 0
+        if not 1 <= fewest <= most:
+            file.fail(where, f"workers {given!r}: must be a whole number, at least 1, or two as in 2..8")
+    return value if value is None or isinstance(value, int) else str(value)
 
 
 def read_environment(file: Located) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import yaml
@@ -16,17 +16,20 @@ Place = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Located:
-    """What a YAML file holds: `value` as plain data, and the line of each key and list entry."""
+    """What a YAML file holds: `value` as plain data, the line of each key and list entry, and what the command line
+    `given` in the place of some."""
 
     name: str
     value: Any
     lines: Mapping[Place, int]
+    given: Mapping[Place, str] = field(default_factory=dict)
 
     def fail(self, place: Place, message: str) -> NoReturn:
-        """Raise a `UserError` that begins with the file and the line of a place, or of the nearest thing around it."""
-        while place and place not in self.lines:
+        """Raise a `UserError` that begins with the file and the line of a place, or of the nearest thing around it, or
+        with the word of the command line that gave it."""
+        while place and place not in self.lines and place not in self.given:
             place = place[:-1]
-        raise UserError(f"{self.name}:{self.lines.get(place, 1)}: {message}")
+        raise UserError(f"{self.given.get(place) or f'{self.name}:{self.lines.get(place, 1)}'}: {message}")
 
     def known(self, place: Place, keys: Sequence[str]) -> Mapping[str, Any]:
         """The mapping at a place, none of whose keys is unknown; empty where nothing is there."""

@@ -24,7 +24,7 @@ import yaml
 from jobs import spec
 from jobs.command import command
 from jobs.entry_points import TRAINS
-from jobs.job import Job, Timetable, cell_name
+from jobs.job import Cell, Job, Timetable, cell_name
 from jobs.schedule import DAYS
 from pipeline.errors import UserError
 
@@ -244,7 +244,7 @@ def raycronjob(job: Job, arguments: Arguments) -> str:
             "ttlSecondsAfterFinished": 600,
             "backoffLimit": 0,
             "submissionMode": "K8sJobMode",
-            "rayClusterSpec": ray_cluster(job, arguments),
+            "rayClusterSpec": ray_cluster(job, cell, arguments),
         }
         if job.time_limit:  # jobs.run keeps the limit itself, and leaves a checkpoint; this one is for when it hangs
             template["activeDeadlineSeconds"] = math.ceil(job.time_limit * 1.1 + 1800)
@@ -263,8 +263,8 @@ def raycronjob(job: Job, arguments: Arguments) -> str:
     return notes + "---\n".join(map(_yaml, documents))
 
 
-def ray_cluster(job: Job, arguments: Arguments) -> dict[str, Any]:
-    """A cluster for one firing: a head that drives, and the workers that train, where there are any."""
+def ray_cluster(job: Job, cell: Cell, arguments: Arguments) -> dict[str, Any]:
+    """A cluster for one firing of a cell: a head that drives, and the workers that train, where there are any."""
     trains = job.step.run in TRAINS
     takes = job.step.resources
     env = variables({}, job)
@@ -292,7 +292,7 @@ def ray_cluster(job: Job, arguments: Arguments) -> dict[str, Any]:
         }
     }
     if trains:
-        fewest, most = job.group
+        fewest, most = job.group(cell)
         cluster["workerGroupSpecs"] = [
             {
                 "groupName": "train", "replicas": most, "minReplicas": fewest, "maxReplicas": most,
@@ -347,7 +347,12 @@ class _Dumper(yaml.SafeDumper):
 def slurm(job: Job, arguments: Arguments) -> str:
     """A script for sbatch. SLURM has no schedules of its own: scrontab, or cron, submits it."""
     takes = job.step.resources
-    fewest, most = job.group
+    (fewest, most), *others = sorted({job.group(cell) for cell in job.cells})
+    if others:
+        raise UserError(
+            f"{job.path}: its cells ask for different numbers of workers, and all tasks of a SLURM array get as many "
+            "nodes; render it once for each, with --set workers=…"
+        )
     options = [
         f"job-name=ssl-{job.name}",
         f"nodes={fewest}" if fewest == most else f"nodes={fewest}-{most}",

@@ -105,13 +105,18 @@ def _with(file: Located, settings: Sequence[str]) -> Located:
     arguments, matrix = (file.at((key,)) or {} for key in ("arguments", "matrix"))
     if not settings or not isinstance(arguments, Mapping) or not isinstance(matrix, Mapping):
         return file  # what is wrong in it is told by whoever reads that key
+    lines, given = dict(file.lines), dict[Place, str]()
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key:
             raise UserError(f"--set {setting}: must be name=value, as in --set epochs=1")
         matrix = {axis: values for axis, values in matrix.items() if keys.named(axis) != keys.named(key)}
         arguments = {**arguments, key: located.plain(value)}
-    return dataclasses.replace(file, value={**(file.value or {}), "arguments": arguments, "matrix": matrix})
+        place = ("arguments", key)
+        lines = {inner: line for inner, line in lines.items() if inner[:2] != place}
+        given[place] = f"--set {redact(setting)}"
+    changed = {**(file.value or {}), "arguments": arguments, "matrix": matrix}
+    return dataclasses.replace(file, value=changed, lines=lines, given=given)
 
 
 def secretless(file: Located, place: Place = ()) -> None:

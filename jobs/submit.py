@@ -96,7 +96,7 @@ def show(job: Job, firing: str, working_dir: Path) -> None:
         takes = step.resources
         print(f"{job.submission(firing, cell.name)}\n  on the cluster  {entry(job, firing, cell, working_dir)}")
         print(f"  which runs      {shlex.join(['python', *step.command('RUN')])}")
-        each = f"{job.workers or 1} workers" if step.run in TRAINS else "entry point"
+        each = f"{step.arguments.get('workers', 1)} workers" if step.run in TRAINS else "entry point"
         memory = f", {takes.memory / (1 << 30):g} GiB" if takes.memory else ""
         print(f"  takes           {each}: {takes.cpus:g} CPUs, {takes.gpus:g} GPUs{memory}")
     for i, step in enumerate(job.after):

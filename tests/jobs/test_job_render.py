@@ -137,6 +137,16 @@ def test_an_elastic_job_asks_for_as_many_machines_as_there_are(job):
     assert (workers["minReplicas"], workers["replicas"], workers["maxReplicas"]) == (2, 4, 4)
 
 
+def test_each_cell_asks_for_the_workers_of_its_own(job):
+    text = JOB.replace("workers: 2\n", "").replace("[lenet5, vit_ti8]", "[lenet5]\n  workers: [1, 2..4]")
+    documents = list(yaml.safe_load_all(rendered(job(text), "raycronjob", volume="photos")))
+    groups = [d["spec"]["jobTemplate"]["rayClusterSpec"]["workerGroupSpecs"][0] for d in documents]
+    assert [(group["minReplicas"], group["maxReplicas"]) for group in groups] == [(1, 1), (2, 4)]
+    with pytest.raises(UserError, match="cells ask for different numbers of workers, and all tasks of a SLURM array"):
+        rendered(job(text), "slurm")
+    assert "#SBATCH --nodes=3\n" in rendered(job(text, "workers=3"), "slurm")
+
+
 def test_raycronjobs_fit_kuberays_own_schema(job, ray_cron_job_schema):
     documents = list(yaml.safe_load_all(rendered(job(), "raycronjob", volume="photos")))
     assert [d["metadata"]["name"] for d in documents] == ["ssl-night-lenet5", documents[1]["metadata"]["name"]]

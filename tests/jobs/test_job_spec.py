@@ -1,6 +1,7 @@
 """Job files: what they say, and that a mistake in one is named by file, line and way out."""
 
 import importlib
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -160,9 +161,41 @@ def test_an_option_is_the_same_however_it_is_spelt(job):
 
 def test_workers_among_the_arguments_are_the_jobs(job):
     """What is rendered asks for as many machines as the command will."""
-    assert job(GOOD, "workers=2..4").group == (2, 4)
+    read = job(GOOD, "workers=2..4")
+    assert {read.group(cell) for cell in read.cells} == {(2, 4)}
     with pytest.raises(UserError, match=r"workers 0: must be a whole number, at least 1"):
         job(GOOD, "workers=0")
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("epochs=0", "epochs 0: must be at least 1"),
+        ("batch-size=many", "batch-size many: is no value for it"),
+        ("epoch=1", "epoch: no such option; did you mean --epochs"),
+        ("options.out_dim=x", "options.out-dim x: is no value for it"),
+        ("options={outdim: 1}", "options.outdim: no such option"),
+        ("backbone=resnet81", "backbone 'resnet81' is not known"),
+        ("data=nowhere/photos", "data nowhere/photos: no such file or folder here"),
+        ("workers=0", "workers 0: must be a whole number"),
+        ("run=mine", "run is the job's own"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named_by_what_was_written(job, setting, said):
+    with pytest.raises(UserError, match=f"^--set {re.escape(setting)}: {re.escape(said)}"):
+        job(GOOD, setting)
+
+
+def test_each_cell_may_have_workers_of_its_own(job):
+    text = GOOD.replace("objective: [dino]", "workers: [1, 2..4]").replace("workers: 2\n", "")
+    read = job(text)
+    assert [read.group(cell) for cell in read.cells] == [(1, 1), (2, 4)] * 2
+    assert [read.of(cell).arguments["workers"] for cell in read.cells] == [1, "2..4"] * 2
+    with pytest.raises(UserError, match=r"night\.yaml:9: workers 0: must be a whole number"):
+        job(text.replace("[1, 2..4]", "[1, 0]"))
+    with pytest.raises(UserError, match=r"night\.yaml:9: workers is set outside the matrix too; keep one"):
+        job(GOOD.replace("objective: [dino]", "workers: [1, 2]"))
+    assert job(text, "workers=3").group(job(text, "workers=3").cells[0]) == (3, 3)
 
 
 def test_a_setting_hides_no_mistake_of_the_file(job):
