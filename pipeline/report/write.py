@@ -72,6 +72,7 @@ def track(held: Contest, folder: Path, uri: str) -> None:
             "classes": len(held.classes),
         },
         config_path=None,
+        run=str(folder),
     )
     (folder / "mlflow_run_id").write_text(parent)
     headlines = {verdict.headline(name) for name in held.protocols}

@@ -14,13 +14,14 @@ twice and none missing, on every kind of store.
 
 from pipeline.tracking.description import TAGS_VARIABLE
 from pipeline.tracking.runs import child_run, end_run, resume_run, start_run
-from pipeline.tracking.store import default_uri, require, store_of
+from pipeline.tracking.store import artifacts_of, default_uri, require, store_of
 from pipeline.tracking.tracker import Status, Tracker
 
 __all__ = [
     "TAGS_VARIABLE",
     "Status",
     "Tracker",
+    "artifacts_of",
     "child_run",
     "default_uri",
     "end_run",

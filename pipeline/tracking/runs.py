@@ -27,6 +27,7 @@ def start_run(
     params: Mapping[str, Any],
     dataset: DatasetInput | None,
     config_path: str | Path | None,
+    run: str,
     command: Sequence[str] | None = None,
 ) -> str:
     """Create a run and give its id.
@@ -39,6 +40,7 @@ def start_run(
         params: the configuration, nested or flat; long values are cut, `config_path` holds them whole.
         dataset: the training images, listed as the run's input.
         config_path: a text file, kept as an artifact.
+        run: the run's folder.
         command: what was typed; the process's own command line unless given.
 
     Where a server does not answer, the run is not lost: a warning says so, and the id is a ticket (`pending.…`) with
@@ -50,7 +52,7 @@ def start_run(
     request = {
         "ticket": uuid.uuid4().hex,
         "experiment": experiment,
-        "artifacts": artifacts_of(uri, config_path),
+        "artifacts": artifacts_of(uri, run),
         "name": name,
         "start": now(),
         "tags": run_tags(tags, dataset, sys.orig_argv if command is None else command),

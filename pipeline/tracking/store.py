@@ -30,14 +30,12 @@ class TrackingError(UserError):
 def default_uri(runs_dir: str | Path) -> str:
     """Where runs are recorded: `MLFLOW_TRACKING_URI`, else the file `mlflow.db` in `runs_dir`.
 
-    Addresses of local files come out absolute, since workers of a cluster run in folders of their own. Artifacts of an
-    sqlite store lie in `mlartifacts/` beside its file. No data base can lie in a remote `runs_dir`: then it is in
-    `~/ssl-runs`.
+    Addresses of local files come out absolute, since workers of a cluster run in folders of their own. No data base can
+    lie in a remote `runs_dir`: then it is in `~/ssl-runs`.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
     if not uri:
-        folder = Path.home() / "ssl-runs" if "://" in str(runs_dir) else Path(runs_dir).expanduser().resolve()
-        return f"sqlite:///{folder / 'mlflow.db'}"
+        return f"sqlite:///{_lasting(runs_dir) / 'mlflow.db'}"
     if file := _sqlite_file(uri):
         return f"sqlite:///{file.resolve()}"
     return uri
@@ -48,13 +46,19 @@ def store_of(run: str) -> str:
     return default_uri(run.rstrip("/").rpartition("/")[0] or ".")
 
 
-def artifacts_of(uri: str, config_path: str | Path | None) -> str | None:
-    """Where artifacts of a data base lie: beside its file, or beside the run folders. None: its server knows."""
-    if file := _sqlite_file(uri):
-        return (file.resolve().parent / "mlartifacts").as_uri()
-    if _served(uri) or config_path is None:
+def artifacts_of(uri: str, run: str) -> str | None:
+    """Where artifacts of a data base lie: in `mlartifacts/` beside its file, else beside the run's folder, or in
+    `~/ssl-runs` where that is remote. None: the store is a server, which knows."""
+    if _served(uri):
         return None
-    return (Path(config_path).resolve().parent.parent / "mlartifacts").as_uri()
+    file = _sqlite_file(uri)
+    folder = file.resolve().parent if file else _lasting(run.rstrip("/").rpartition("/")[0] or ".")
+    return (folder / "mlartifacts").as_uri()
+
+
+def _lasting(runs_dir: str | Path) -> Path:
+    """A folder of this machine for what goes with the runs in a folder."""
+    return Path.home() / "ssl-runs" if "://" in str(runs_dir) else Path(runs_dir).expanduser().resolve()
 
 
 def _sqlite_file(uri: str) -> Path | None:

@@ -28,7 +28,7 @@ VERSIONS = ("torch", "timm", "ray", "mlflow", "ffcv", "numpy")
 def introduce(job: Job, folder: RunFolder, engine: str, note: str, uri: str) -> None:
     """Say what is about to run, in ten lines."""
     config, train, val = job.config, job.train, job.val
-    seen = folder.checkpoints()
+    seen, files = folder.checkpoints(), tracking.artifacts_of(uri, folder.address)
     lines = {
         "run": f"{folder.address}{f' (continued at {seen[-1]:,} images)' if seen else ''}",
         "backbone": config.backbone,
@@ -40,7 +40,7 @@ def introduce(job: Job, folder: RunFolder, engine: str, note: str, uri: str) -> 
         "length": f"{config.epochs} epochs at batch {config.batch_size}, {config.image_size} px, "
         f"{config.optimiser} at learning rate {config.lr:.2g}",
         "engine": engine,
-        "tracking": redact(uri),
+        "tracking": redact(uri) + (f", its files in {files}" if files else ""),
     }
     for name, value in lines.items():
         print(f"{name:>10}  {value}", flush=True)

@@ -169,6 +169,7 @@ def begin(job: Job, folder: RunFolder, uri: str, argv: Sequence[str]) -> str:
                 "classes": len(train.classes),
             },
             config_path=config_path,
+            run=folder.address,
             command=[sys.executable, "-m", "pipeline.pretrain", *argv],
         )
     folder.write("mlflow_run_id", run_id)

@@ -27,7 +27,7 @@ from pipeline.tracking import Tracker, child_run, default_uri, description, end_
 from pipeline.tracking.__main__ import main
 from pipeline.tracking.description import PARAM_LENGTH, DatasetInput
 from pipeline.tracking.spool import Spool, read, spool_of
-from pipeline.tracking.store import TrackingError, accepted, connect
+from pipeline.tracking.store import TrackingError, accepted, artifacts_of, connect
 from pipeline.tracking.tickets import PENDING
 
 DATASET: DatasetInput = {
@@ -113,6 +113,7 @@ def begin(uri: str, **changes: Any) -> str:
         "params": {"lr": 0.001, "options": {"out_dim": 2048}},
         "dataset": DATASET,
         "config_path": None,
+        "run": "runs/one",
     }
     return start_run(uri, **(settings | changes))
 
@@ -146,6 +147,25 @@ def test_environment_names_another_store(tmp_path: Path, monkeypatch: pytest.Mon
     assert default_uri("runs") == "http://mlflow:5000"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///here.db")
     assert default_uri("runs") == f"sqlite:///{tmp_path}/cwd/here.db"
+
+
+@pytest.mark.parametrize(
+    ("run", "place"),
+    [("s3://bucket/runs/one", "home/ssl-runs"), ("runs/one", "cwd/runs"), ("one", "cwd")],
+)
+def test_artifacts_of_a_data_base_have_a_lasting_place(run: str, place: str, tmp_path: Path) -> None:
+    assert artifacts_of("postgresql://db/mlflow", run) == (tmp_path / place / "mlartifacts").as_uri()
+    assert artifacts_of(f"sqlite:///{tmp_path}/here/mlflow.db", run) == (tmp_path / "here" / "mlartifacts").as_uri()
+    assert artifacts_of("http://mlflow:5000", run) is None
+
+
+def test_artifacts_of_a_run_elsewhere_lie_where_it_is_said(uri: str, tmp_path: Path) -> None:
+    copy = tmp_path / "temporary" / "copy" / "config.yaml"  # of what lies in a remote storage
+    copy.parent.mkdir(parents=True)
+    copy.write_text("seed: 0\n")
+    begin(uri.replace("sqlite:", "sqlite+pysqlite:"), config_path=copy, run="s3://bucket/runs/one")
+    (kept,) = tmp_path.rglob("artifacts/config.yaml")
+    assert kept.is_relative_to(tmp_path / "home" / "ssl-runs" / "mlartifacts")
 
 
 @pytest.mark.parametrize(
@@ -469,7 +489,8 @@ def test_store_of_an_unknown_kind_is_refused_in_a_sentence(tmp_path: Path) -> No
 def test_two_runs_may_create_the_store_at_once(tmp_path: Path) -> None:
     program = (
         "import sys; from pipeline.tracking import start_run\n"
-        "print(start_run(sys.argv[1], experiment='e', name='n', tags={}, params={}, dataset=None, config_path=None))"
+        "print(start_run(sys.argv[1], experiment='e', name='n', tags={}, params={}, dataset=None, config_path=None, "
+        "run='runs/one'))"
     )
     uri = default_uri(tmp_path / "fresh")
     root = Path(tracking.__file__).parents[2]
