@@ -111,13 +111,16 @@ def fit(job: "Job", tracking: tuple[str, str], display: Display, stop: threading
         if news.status is not None:
             display.show(Status(**news.status))
         if news.refused:
-            raise UserError(f"{news.refused}; {_continues(folder)}" if folder.checkpoints() else news.refused)
+            raise UserError(_refusal(news.refused, folder))
         if news.gave_up:
             raise RuntimeError(f"{news.gave_up}; {_continues(folder)}")
         if news.alone < PATIENCE:
             told = False
         elif stop.is_set():
-            kept = (folder.checkpoints() or [0])[-1]
+            try:
+                kept = (folder.checkpoints() or [0])[-1]
+            except Exception as error:
+                raise RuntimeError(f"stopped without a worker; {_continues(folder)}") from error
             return {"stopped": True, "unrecorded": False, "images_seen": kept, "checkpoint_images": kept}
         elif not told and (news.starts > 1 or room(job.threads, cuda=cuda) < fewest):
             told = True
@@ -173,6 +176,15 @@ def _waits(workers: int, threads: int, *, cuda: bool) -> str:
         f"waiting for room for {workers} worker{'s' * (workers > 1)} of {each}: the machines of the cluster could hold "
         f"{room(threads, cuda=cuda)}, and have {idle} free"
     )
+
+
+def _refusal(mistake: str, folder: "RunFolder") -> str:
+    """What a worker refuses, and how the run goes on once that is mended, where it has begun."""
+    try:
+        begun = bool(folder.checkpoints())
+    except Exception:  # of which `_continues` tells
+        begun = True
+    return f"{mistake}; {_continues(folder)}" if begun else mistake
 
 
 def _continues(folder: "RunFolder") -> str:

@@ -15,7 +15,8 @@ import psutil
 import pytest
 from PIL import Image
 
-from pipeline.cluster.driver import _cause
+from pipeline.cluster.driver import _cause, _refusal
+from pipeline.training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -134,6 +135,19 @@ def test_one_worker_needs_no_cluster(photos, tmp_path):
     done = pretrain(photos, tmp_path / "one", "--engine", "ray")
     assert done.returncode == 0, done.stderr
     assert "Ray Train in this process" in done.stdout
+
+
+def test_what_a_worker_refuses_is_told_though_the_run_folder_does_not_answer(tmp_path, monkeypatch):
+    folder = RunFolder(str(tmp_path / "one"))
+    assert _refusal("mistaken", folder) == "mistaken"
+    folder.write("checkpoints/000000000064.pt", b"")
+    assert _refusal("mistaken", folder).startswith("mistaken; the checkpoint at 64 images is kept; this continues it")
+
+    def away(self):
+        raise ConnectionError("nobody answers")
+
+    monkeypatch.setattr(RunFolder, "checkpoints", away)
+    assert _refusal("mistaken", folder) == "mistaken; the run folder does not answer either (nobody answers)"
 
 
 def test_a_failure_without_words_is_told_all_the_same():
