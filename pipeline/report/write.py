@@ -47,12 +47,18 @@ def compare(
     for line in verdict.unfair(held):
         print(f"not alike: {line}")
     print(f"\nreport       {folder / 'report.html'}")
-    track(held, folder, tracking.default_uri(storage))
+    track(held, folder, storage / name)
     return held
 
 
-def track(held: Contest, folder: Path, uri: str) -> None:
-    """One parent run in MLflow with the report, below it a child for each backbone, all with the same metric names."""
+def track(held: Contest, folder: Path, place: Path) -> None:
+    """One parent run in MLflow with the report, below it a child for each backbone, all with the same metric names.
+
+    Args:
+        folder: of the report.
+        place: a folder beside the runs, recorded where they are; there waits what MLflow does not take now.
+    """
+    uri = tracking.store_of(str(place))
     parent = tracking.start_run(
         uri,
         experiment=held.data,
@@ -72,9 +78,10 @@ def track(held: Contest, folder: Path, uri: str) -> None:
             "classes": len(held.classes),
         },
         config_path=None,
-        run=str(folder),
+        run=str(place),
     )
-    (folder / "mlflow_run_id").write_text(parent)
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "mlflow_run_id").write_text(parent)
     headlines = {verdict.headline(name) for name in held.protocols}
     for one in held.entries:
         numbers = {k: v for k, v in one.trained.numbers.items() if v is not None and v == v}  # NaN is no metric
@@ -92,8 +99,8 @@ def track(held: Contest, folder: Path, uri: str) -> None:
             "mlflow.runName": one.name,
         }
         seen = one.cost.images_seen
-        tracking.child_run(uri, parent, name=one.name, tags=tags, metrics=numbers, step=seen, run=str(folder))
-    tracker = tracking.Tracker(uri, parent, run=str(folder), system_metrics=0)
+        tracking.child_run(uri, parent, name=one.name, tags=tags, metrics=numbers, step=seen, run=str(place))
+    tracker = tracking.Tracker(uri, parent, run=str(place), system_metrics=0)
     for name in ("report.html", "numbers.json"):
         tracker.log_artifact(folder / name)
     tracker.finish("FINISHED")

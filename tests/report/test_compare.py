@@ -9,6 +9,10 @@ import torch
 from PIL import Image
 
 from pipeline import compare, evaluate
+from pipeline.evaluation.evaluate import Findings
+from pipeline.report import write
+from pipeline.tracking.__main__ import main as deliver
+from tests.report.contests import contest, entry
 
 SMALL = (
     "--engine local --loader opencv --image-size 16 --batch-size 8 --epochs 1 --knn-every 0 --limit 24 "
@@ -104,6 +108,39 @@ def test_two_runs_become_a_report_and_a_parent_with_children(
     assert {file: file.stat().st_mtime_ns for file in Path("cache/features").iterdir()} == kept
     again = json.loads(Path("again/numbers.json").read_text())
     assert again["entries"][1]["trained"]["knn_top1"] == vit["trained"]["knn_top1"]
+
+
+def test_what_waits_of_a_comparison_is_delivered_where_its_runs_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nothing = Findings({}, {}, torch.zeros(0))
+    held = contest([entry("lenet5", "mae", nothing, nothing), entry("vit_ti8", "mae", nothing, nothing)], nothing, ())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(write.contests, "hold", lambda *runs, **options: held)
+    monkeypatch.setattr(write.contests, "as_json", lambda held: {})
+    monkeypatch.setattr(write.page, "render", lambda held, command: "the report")
+    for name in ("claims", "sentences", "unfair"):
+        monkeypatch.setattr(write.verdict, name, lambda *held: [])
+
+    def away(*request: object) -> None:
+        raise ConnectionError("nobody answers")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.tracking.runs.create_evaluation", away)
+        write.compare([], data=None, val_data=None, table=None, protocols=(), limit=None, seed=0, cache=None,
+                      output="elsewhere", command=[])  # fmt: skip
+    assert {path.name for path in Path("elsewhere").iterdir()} == {"report.html", "numbers.json"}
+    assert deliver(["runs"]) == 0
+    assert "2 of 2 entries delivered" in capsys.readouterr().out
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/runs/mlflow.db")
+    (experiment,) = client.search_experiments(filter_string="name = 'photos'")
+    assert {run.info.run_name for run in client.search_runs([experiment.experiment_id])} == {
+        "comparison of 2", "lenet5 + mae", "vit_ti8 + mae",
+    }  # fmt: skip
 
 
 def test_mistakes_are_one_sentence(
