@@ -68,7 +68,8 @@ class Config:
     workers: int | str = 1
     """Processes that train together, one to a GPU or a share of the cores; 2..8: as many as there are machines for."""
     timeout: float = 10.0
-    """Minutes that a worker may keep the others waiting before training goes back to the newest checkpoint."""
+    """Minutes that a worker may keep the others waiting before training goes back to the newest checkpoint, and a data
+    disk before it is named."""
     engine: Literal["ray", "local"] = "ray"
     """ray: Ray Train, on the cluster that is there or on this machine; local: this process, without Ray."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"

@@ -13,8 +13,9 @@ showing every image that is due.
 
 import os
 import threading
+import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, Full, Queue
@@ -151,6 +152,7 @@ class Loader:
     batches_per_epoch  global steps in an epoch
     backend            "ffcv" or "opencv"
     decode_errors      {image index: how many times it could not be decoded}; its views were black
+    waiting            called every second that a batch keeps its taker waiting, with the seconds so far
     """
 
     def __init__(
@@ -167,6 +169,7 @@ class Loader:
     ) -> None:
         self.images, self.batch_size, self.backend = len(reader), batch_size, cutter.name
         self.decode_errors: dict[int, int] = {}
+        self.waiting: Callable[[float], object] = lambda seconds: None
         self._reader, self._cutter = reader, cutter
         self._sizes, self._labels = list(sizes), reader.metadata["label"]
         self._seed, self._rank, self._world = seed, rank, world
@@ -206,7 +209,7 @@ class Loader:
             self.images, self._seed, self._epoch, self._position, self.batch_size, self._rank, self._world,
             self._shuffle, self._drop_last,
         )  # fmt: skip
-        prefetch = self._prefetch = _Prefetch(self._reader, self._cutter, steps)
+        prefetch = self._prefetch = _Prefetch(self._reader, self._cutter, steps, self.waiting)
         self._finalizer = weakref.finalize(self, prefetch.stop)  # a loader merely dropped leaves no thread
         for step, flat, failed in prefetch:
             self._epoch, self._position = step.epoch, step.position
@@ -266,8 +269,11 @@ def _plan(
 class _Prefetch:
     """Makes batches in a thread, at most `BATCHES_AHEAD` ahead; what fails there is raised where they are taken."""
 
-    def __init__(self, reader: BetonReader, cutter: Cutter, steps: Iterator[Step]) -> None:
+    def __init__(
+        self, reader: BetonReader, cutter: Cutter, steps: Iterator[Step], waiting: Callable[[float], object]
+    ) -> None:
         self._queue: Queue[Any] = Queue(BATCHES_AHEAD)
+        self._waiting = waiting
         self._stopped = threading.Event()
         self._thread = threading.Thread(
             target=_produce, args=(reader, cutter, steps, self._queue, self._stopped), name="prefetch", daemon=True
@@ -275,10 +281,12 @@ class _Prefetch:
         self._thread.start()
 
     def __iter__(self) -> Iterator[tuple[Step, Tensor, np.ndarray]]:
+        since = time.monotonic()
         while not self._stopped.is_set():
             try:
                 item = self._queue.get(timeout=1.0)
             except Empty:
+                self._waiting(time.monotonic() - since)
                 if not self._thread.is_alive() and self._queue.empty() and not self._stopped.is_set():
                     raise RuntimeError("the loader's thread ended without a batch or an error") from None
                 continue
@@ -287,6 +295,7 @@ class _Prefetch:
             if isinstance(item, BaseException):
                 raise item
             yield item
+            since = time.monotonic()
 
     def stop(self) -> None:
         self._stopped.set()

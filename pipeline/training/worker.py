@@ -90,6 +90,8 @@ class Training:
             self.train_set.path, self.stepper.objective.views, batch_size=self.step_images // self.world,
             seed=config.seed, rank=self.rank, world=self.world, threads=job.threads, backend=config.loader,
         )  # fmt: skip
+        self.loader.waiting = self.await_data
+        self.late = False
         self.planned = config.planned(self.loader.images)
         self.seen, self.stop, self.due = 0, False, False
         self.row: dict[str, float] = {}
@@ -141,6 +143,15 @@ class Training:
                 if self.recorder:
                     self.recorder.skip(self.seen)
             self.measure()
+
+    def await_data(self, seconds: float) -> None:
+        """Name the file from which no batch has come for `--timeout` minutes; it is waited for further."""
+        late = seconds > 60 * self.config.timeout
+        if late and not self.late and self.recorder:
+            self.recorder.say(f"warning: no batch has come from {self.train_set.path} for {seconds:.0f} s: is its disk "
+                              "well? Training waits for it")  # fmt: skip
+            self.links.exchange(self.recorder.status)
+        self.late = late
 
     def agree(self, values: dict[str, Tensor]) -> tuple[dict[str, float], bool, bool]:
         """The mean of each value over all ranks, whether rank 0 was asked to stop, and whether it may have a checkpoint

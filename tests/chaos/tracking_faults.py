@@ -82,9 +82,9 @@ class Run:
         """For a process of its own."""
         return {**self.place.environment(), "MLFLOW_TRACKING_URI": self.server.uri}
 
-    def begin(self, *words: str, patience: float | None = None) -> None:
-        """Start, or go on; `patience` takes the place of `Tracker.PATIENCE`, seconds."""
-        start = "import sys; from pipeline import pretrain, tracking; "
+    def begin(self, *words: str, patience: float | None = None, first: str = "") -> None:
+        """Start, or go on; `patience` takes the place of `Tracker.PATIENCE`, seconds; `first` is run before it."""
+        start = f"{first}\nimport sys; from pipeline import pretrain, tracking; "
         start += f"tracking.Tracker.PATIENCE = {patience}; " if patience else ""
         command = [sys.executable, "-c", start + "sys.exit(pretrain.main())", *self.place.words("one", *words)]
         with open(self.log, "ab") as out:

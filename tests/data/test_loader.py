@@ -274,6 +274,16 @@ def test_an_error_inside_the_decoding_threads_is_raised_here(betons, backend, mo
         next(iter(loader))
 
 
+def test_who_waits_for_a_batch_is_told_so(betons):
+    with make_loader(betons["raw"], VIEWS, batch_size=8, backend="opencv") as loader:
+        cut, waited = loader._cutter.cut, []
+        loader._cutter.cut = lambda *step: time.sleep(2.5) or cut(*step)  # type: ignore[method-assign]
+        loader.waiting = waited.append
+        assert len(next(iter(loader)).index) == 8
+        assert len(waited) >= 2
+        assert 0.9 < waited[0] < waited[1]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_thread_is_left_by_closing_dropping_or_restarting(betons, backend):
     before = threading.active_count()
