@@ -42,7 +42,8 @@ class Client:
     """A cluster's job API.
 
     Args:
-        address: http://HOST:8265; left open, RAY_ADDRESS, or the cluster on this machine.
+        address: http://HOST:8265; left open, RAY_ADDRESS, or the cluster on this machine; from a job on another node
+            than the head, on whose loopback it listens, it is reached through a task there.
 
     Raises:
         UserError: none answers.
@@ -55,8 +56,11 @@ class Client:
         from ray.job_submission import JobSubmissionClient
 
         try:
-            self.api = JobSubmissionClient(address)
+            self.api: Any = JobSubmissionClient(address)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            if address is None and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # in a job
+                self.api = _OnTheHead()
+                return
             named = f"--address {redact(address)}" if address else "RAY_ADDRESS, or the cluster on this machine"
             why = redact(str(error)).strip().splitlines()[0][:200]
             raise UserError(
@@ -123,6 +127,30 @@ class Client:
             if all(status in ENDED for status in states.values()):
                 return states
             time.sleep(every)
+
+
+class _OnTheHead:
+    """The job API as a task on the head's machine reaches it; asked for from a job of the same cluster."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def ask(*words: Any, **options: Any) -> Any:
+            import ray
+
+            from pipeline.cluster import connect
+
+            if not ray.is_initialized():
+                connect(1)
+            there = ray.remote(_ask).options(num_cpus=0, resources={"node:__internal_head__": 0.001})
+            return ray.get(there.remote(name, words, options))
+
+        return ask
+
+
+def _ask(name: str, words: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    import ray
+    from ray.job_submission import JobSubmissionClient
+
+    return getattr(JobSubmissionClient(ray.get_runtime_context().gcs_address), name)(*words, **options)
 
 
 def environment(working_dir: str | Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from urllib.request import urlopen
 
 import numpy as np
 import psutil
@@ -83,7 +84,7 @@ def cluster_of(home: Path, cpus: int = 2) -> Iterator[Cluster]:
         until = time.monotonic() + 150
         while True:
             with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", ports["dashboard-port"]), 1).close()
+                urlopen(f"{address}/api/version", timeout=5).close()
                 break
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < until, log.read_text()

@@ -32,6 +32,21 @@ def test_a_firing_is_submitted_once_and_its_logs_are_seen(cluster: Cluster, fold
     assert "pack: no such submission or job; there are submissions of packs" in unknown.stderr
 
 
+def test_a_job_that_cannot_reach_the_job_api_asks_through_the_head(cluster: Cluster, folder):
+    """As on another node than the head, on whose loopback it listens: here the job is told a port of nobody."""
+    (folder / "apart.yaml").write_text(
+        "run: pack\narguments: {data: photos}\nenvironment: {RAY_API_SERVER_ADDRESS: 'http://127.0.0.1:9'}\n"
+        "after:\n  - {run: pack, arguments: {data: photos, limit: 20}}\n"
+    )
+    words = ["apart.yaml", "--address", cluster.address, "--firing", FIRING, "--wait"]
+    until = time.monotonic() + 240  # the node's agent may be slower to come up than the API
+    while "No available agent" in (done := python("-m", "jobs.submit", *words, cwd=folder, timeout=280)).stderr:
+        assert time.monotonic() < until, done.stderr
+    logs = python("-m", "jobs.logs", "apart", "--address", cluster.address, cwd=folder).stdout
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    assert f"apart-{FIRING}-after1: succeeded" in done.stdout
+
+
 def test_a_cluster_that_does_not_answer_is_named(folder):
     (folder / "packs.yaml").write_text("run: pack\narguments: {data: photos}\n")
     done = python("-m", "jobs.submit", "packs.yaml", "--address", "http://127.0.0.1:9", cwd=folder)
