@@ -11,8 +11,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -305,18 +307,19 @@ def hangs(place: Place) -> Row:
     return Row("MLflow hangs", "SIGSTOP to the server, SIGCONT later", 0, done - up, run.said("MLflow at"))
 
 
-def required_and_down(place: Place) -> Row:
+def required_and_down(place: Place, *words: str, first: str = "") -> Row:
     """`--tracking required` refuses to begin without a server, and stops with a checkpoint where it stays away."""
     server = Server(place.folder / "server")
     run = Run(place, server)
+    words = (*FOREVER, "--tracking", "required", *words)
     try:
-        run.begin(*FOREVER, "--tracking", "required")
+        run.begin(*words)
         assert run.end() == 2, run.said()
         assert not run.folder.exists()
         refused = run.said("error: ")
         assert len(run.said().splitlines()) == 1, run.said()
         server.start()
-        run.begin(*FOREVER, "--tracking", "required", patience=3.0)
+        run.begin(*words, patience=3.0, first=first)
         until(lambda: run.trained(20), "20 steps")
         server.stop()
         assert run.end() == 1, run.said()
@@ -335,7 +338,24 @@ def required_and_down(place: Place) -> Row:
     return Row("MLflow is required and away", injected, 0, None, said)
 
 
+def required_and_down_on_a_cluster(place: Place) -> Row:
+    """The same with two workers of Ray Train, of which one speaks to MLflow."""
+    hook = place.folder / "hook" / "sitecustomize.py"
+    hook.parent.mkdir(parents=True)
+    hook.write_text(
+        "import os\nif 'RAY_RAYLET_PID' in os.environ:\n    from pipeline import tracking\n"
+        "    tracking.Tracker.PATIENCE = 3.0\n"
+    )
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as apart:
+        first = (
+            f"import os\nos.environ['PYTHONPATH'] = {str(hook.parent)!r} + ':' + os.environ['PYTHONPATH']\n"
+            f"os.environ['RAY_TMPDIR'] = {apart!r}\nos.environ.pop('RAY_ADDRESS', None)"
+        )
+        row = required_and_down(place, "--engine", "ray", "--workers", "2", first=first)
+    return replace(row, fault=f"{row.fault}, on a cluster")
+
+
 FAULTS = (
     down_at_the_start, down_in_the_middle, down_at_the_end, never_there, down_and_the_run_killed, hangs,
-    required_and_down,
+    required_and_down, required_and_down_on_a_cluster,
 )  # fmt: skip
