@@ -15,6 +15,8 @@ from pipeline.redaction import redact
 
 SECONDS = 20
 TRIES = 3
+LOGGED = "job "
+"""How the line begins that the log has of every event, whoever wants to be told of it."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class News:
 
 def tell(notify: Notify, news: News) -> None:
     """Send news to whoever the job names, if it wants this event; what fails is said on standard error."""
+    print(f"{LOGGED}{news.event}: {news.text}", flush=True)
     if news.event not in notify.on:
         return
     if notify.webhook:

@@ -38,7 +38,11 @@ from pipeline.tracking import TAGS_VARIABLE
 GRACE = 60.0  # seconds from asking a command to end to killing it
 TOLD = ("knn_top1", "linear_top1", "images_seen", "images_per_second", "loss_last", "alarms")
 LINGER = 5.0  # seconds that output may come after a command has ended
-ALARM = re.compile(r"warning: \S+ is \S+, healthy is ")
+ALARMS = {
+    re.compile(r"warning: (\S+ is \S+, healthy is .*)"): "alarm, no collapse yet: ",
+    re.compile(r"(?:warning|failed): (collapse at .*)"): "",
+}
+"""What pretraining says of a vital sign outside its range, and of a collapse; and how each of them is told."""
 FINAL = (2, 130, 143)
 """Exit statuses that trying again would not change: a user's mistake, Ctrl-C, SIGTERM."""
 
@@ -117,12 +121,13 @@ def run(arguments: Arguments) -> int:
     step = job.of(cell)
     if step.run in TRAINS:
         step = Step(step.run, {**step.arguments, "run": place.run, "storage": storage}, step.resources)
-    collapsed = threading.Event()
+    heard = set()
 
     def listen(line: str) -> None:
-        if ALARM.match(line) and not collapsed.is_set():
-            collapsed.set()
-            tell(job, place, "collapse", line, time.monotonic() - started)
+        for pattern, prefix in ALARMS.items():
+            if (match := pattern.match(line)) and pattern not in heard:
+                heard.add(pattern)
+                tell(job, place, "collapse", prefix + match[1], time.monotonic() - started)
 
     started = time.monotonic()
     outcome = attempt(step.command(place.run), job, listen)

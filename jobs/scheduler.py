@@ -4,32 +4,41 @@ A firing counts once the cluster has taken it: only then is it written down, in 
 next scheduler begins where the last one stopped: what was missed is submitted, and what was submitted but not yet
 written down is submitted again under the same id, which Ray does not take twice. For the same reason two schedulers
 may watch over the same jobs. While the cluster does not answer, firings wait.
+
+Whom a job names is told of a failure that nobody else can tell of: a firing that could not be submitted `TRIES` times,
+and a submission whose driver was killed, or lost with its node.
 """
 
 import contextlib
 import fcntl
 import json
 import os
+import re
 import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
-from jobs import spec
+from jobs import notify, spec
 from jobs.cluster import Client
 from jobs.command import command
 from jobs.firing import firing_name
 from jobs.job import Job
 from jobs.submit import submit
 from pipeline.errors import UserError
+from pipeline.redaction import redact
 
 LOOK = 60.0
 """Seconds at most between two looks at the job files and the clock, which may be set or sleep with the machine."""
+
+TRIES = 5
+"""Looks in a row at which a firing could not be submitted, after which this is told."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +67,16 @@ class Clock(Protocol):
 
 
 class State:
-    """Until when each job's firings have been submitted; written whole, before it is relied on."""
+    """Until when each job's firings have been submitted; written whole, before it is relied on.
+
+    Beside it, in `….failed`, stand the failed submissions that were dealt with, by their ids.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.until: dict[str, datetime] = {}
+        self._failed = path.with_name(path.name + ".failed")
+        self.failed = set(self._failed.read_text().split()) if self._failed.exists() else set()
         with contextlib.suppress(FileNotFoundError):
             try:
                 kept = json.loads(path.read_text())
@@ -81,6 +95,13 @@ class State:
             os.fsync(file.fileno())
         partial.replace(self.path)
 
+    def dealt_with(self, submission: str) -> None:
+        """Write down that a failed submission needs no look any more."""
+        self.failed.add(submission)
+        self._failed.parent.mkdir(parents=True, exist_ok=True)
+        with self._failed.open("a") as file:
+            file.write(f"{submission}\n")
+
 
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
@@ -96,17 +117,21 @@ def alone(path: Path) -> Iterator[None]:
 
 def serve(
     load: Callable[[], list[Job]], fire: Callable[[Job, str], object], state: State, clock: Clock,
-    say: Callable[[str], object] = print,
+    say: Callable[[str], object] = print, look: Callable[[list[Job]], object] = lambda jobs: None,
 ) -> None:  # fmt: skip
     """Fire jobs until the clock says to stop.
 
     Args:
         load: the jobs as they are now; asked again at every look, so that files may change.
         fire: submits one firing of a job; whatever it raises, the firing is tried again at the next look.
+        look: sees to failures that nobody has told of.
     """
+    refused: Counter[str] = Counter()
+    away = False
     while True:
         now, soon = clock.now(), LOOK
-        for job in load():
+        jobs = load()
+        for job in jobs:
             if job.timetable is None:
                 continue
             if job.name not in state.until:  # never seen before: what lies in the past is none of ours
@@ -116,11 +141,23 @@ def serve(
                     fire(job, firing_name(firing))
                 except Exception as error:
                     say(f"{job.name} {firing_name(firing)}: not submitted, tried again soon ({error})")
+                    refused[job.name] += 1
+                    if refused[job.name] == TRIES:
+                        text = f"not submitted in {TRIES} tries, and tried on ({redact(str(error))})"
+                        tell(job, firing_name(firing), "", f"{job.name}-{firing_name(firing)}: {text}")
                     break
+                refused[job.name] = 0
                 state.advance(job.name, firing)
             else:
                 upcoming = job.timetable.schedule.firings(now, now + timedelta(seconds=LOOK))
                 soon = min([soon, *((firing - now).total_seconds() for firing in upcoming)])
+        try:
+            look(jobs)
+            away = False
+        except Exception as error:
+            if not away:
+                say(f"what failed is not looked for until the cluster answers ({error})")
+            away = True
         if clock.sleep(max(0.05, soon)):
             return
 
@@ -134,6 +171,26 @@ def due(job: Job, after: datetime, now: datetime) -> list[datetime]:
     if job.timetable.missed == "none":
         return [firing for firing in firings if now - firing <= timedelta(seconds=2 * LOOK)]
     return firings
+
+
+def tell(job: Job, firing: str, cell: str, text: str) -> None:
+    """Tell of a failure whom the job names."""
+    notify.tell(job.notify, notify.News("failure", job.name, firing, cell, text, "", 0.0, {}))
+
+
+def look_for_lost(jobs: Sequence[Job], client: Client, state: State) -> None:
+    """Tell, once each, of the jobs' failed submissions that did not do so themselves, as their logs show."""
+    named = {job.name: job for job in jobs}
+    for one in client.submitted():
+        if one.status != "FAILED" or one.job not in named or one.id in state.failed:
+            continue
+        log = ""
+        with contextlib.suppress(RuntimeError):  # it may be gone with its node
+            log = client.logs(one.id)
+        if not re.search(f"^{notify.LOGGED}failure: ", log, re.MULTILINE):
+            why = redact((one.message.splitlines() or ["without a word"])[0])
+            tell(named[one.job], one.firing, one.cell, f"{one.id}: failed, and could not say why itself ({why})")
+        state.dealt_with(one.id)
 
 
 class WallClock:
@@ -187,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             serve(
                 load, lambda job, firing: submit(job, firing, Client(arguments.address), folder), state,
                 WallClock(stop), lambda text: print(text, flush=True),
+                lambda jobs: look_for_lost(jobs, Client(arguments.address), state),
             )  # fmt: skip
         return 0
 

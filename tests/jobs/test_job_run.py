@@ -16,6 +16,8 @@ from job_toys import ROOT, TINY, photographs, python
 
 from jobs import run as jobs_run
 from jobs.job import Cell, Job, Notify, Retry, Step
+from objectives.views import VitalSign
+from pipeline.training.health import Health, Intervention, Unwell
 from tests.s3 import s3
 
 FIRING = "20260101T000000Z"
@@ -171,7 +173,36 @@ def test_a_collapse_is_told_while_it_happens(tmp_path, heard):
     python("-m", "jobs.run", "tiny.yaml", "--firing", FIRING, "--set", *settings, cwd=tmp_path, timeout=280)
     assert "collapse" in [news["event"] for news in heard[1]], heard[1]
     told = next(news for news in heard[1] if news["event"] == "collapse")
-    assert told["text"].startswith("warning: ")
+    assert told["text"].startswith("alarm, no collapse yet: ")
+
+
+def test_an_alarm_and_a_collapse_are_told_once_each_and_told_apart(tmp_path, monkeypatch):
+    sign = VitalSign("spread", low=0.5, high=2.0, meaning="all features are one")
+    health = Health([sign], 8)
+
+    def fall() -> None:
+        for step in range(1000):
+            health.check({"loss": 1.0, "grad_norm": 1.0, "spread": 1.0 if step < 100 else 0.1}, 8 * (step + 1))
+
+    with pytest.raises(Unwell) as collapse:
+        fall()
+    healed = Intervention("collapse", 0, 8, str(collapse.value), 0, "lr").line()
+    in_vain = f"failed: {collapse.value}; tried in vain: lr"
+    told = []
+
+    def attempt(words, job, listen):
+        for line in [*health.messages, *health.messages, healed, in_vain]:
+            listen(line)
+        return jobs_run.Outcome(0, 1.0, "", "")
+
+    monkeypatch.setattr(jobs_run, "attempt", attempt)
+    monkeypatch.setattr(jobs_run.notify, "tell", lambda notify, news: told.append((news.event, news.text)))
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "run: pretrain\narguments: {data: embedded}\n")
+    assert jobs_run.main(["tiny.yaml", "--firing", FIRING]) == 0
+    assert told[0] == ("collapse", f"alarm, no collapse yet: {health.messages[0].removeprefix('warning: ')}")
+    assert told[1] == ("collapse", healed.removeprefix("warning: "))
+    assert [event for event, _ in told] == ["collapse", "collapse", "finish"]
 
 
 def test_claims_are_won_once(tmp_path):

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from jobs import scheduler, spec
+from jobs import notify, scheduler, spec
+from jobs.cluster import Submitted
 from jobs.firing import firing_name
 from jobs.job import Job
-from jobs.scheduler import State, alone, due, serve
+from jobs.scheduler import TRIES, State, alone, due, look_for_lost, serve
 from pipeline.errors import UserError
 
 TEXT = """
@@ -148,6 +149,76 @@ def test_a_job_that_fails_to_submit_holds_up_no_other(job, tmp_path):
     )
     assert fired["good"] == 2
     assert fired["bad"] > 60  # once a minute
+
+
+@pytest.fixture
+def told(monkeypatch):
+    news: list[notify.News] = []
+    monkeypatch.setattr(notify, "tell", lambda whom, one: news.append(one))
+    return news
+
+
+def test_a_firing_that_cannot_be_submitted_is_told_once(job, tmp_path, told):
+    bad = job("bad", "0 0 1 * *")
+    start = datetime(2026, 4, 30, 21, 59, tzinfo=UTC)
+    answers = iter([False] * 2 * TRIES + [True])
+
+    def fire(job: Job, firing: str) -> None:
+        if not next(answers):
+            raise UserError("no cluster answers at https://me:hunter2@head:8265")
+
+    clock = FastClock(start, start + timedelta(hours=1))
+    serve(lambda: [bad], fire, State(tmp_path / "state.json"), clock, say=lambda text: None)
+    (news,) = told
+    assert (news.event, news.job, news.firing) == ("failure", "bad", "20260430T220000Z")
+    assert f"bad-20260430T220000Z: not submitted in {TRIES} tries" in news.text
+    assert "hunter2" not in news.text
+
+
+class Answers:
+    """What a cluster says of its submissions."""
+
+    def __init__(self, **failed: str | None) -> None:
+        self.failed = failed
+
+    def submitted(self) -> list[Submitted]:
+        states = ((name, "FAILED") for name in self.failed)
+        return [
+            Submitted(id=f"{name}-1", job=name, firing="1", cell="", step="", status=status,
+                      message="killed by signal 9\nlogs", started=None, ended=None)
+            for name, status in [*states, ("good", "SUCCEEDED"), ("stopped", "STOPPED"), ("runs", "RUNNING")]
+        ]  # fmt: skip
+
+    def logs(self, submission: str) -> str:
+        log = self.failed[submission.removesuffix("-1")]
+        if log is None:
+            raise RuntimeError("its node is gone")
+        return log
+
+
+def test_a_failure_that_nobody_could_tell_of_is_told_once(job, tmp_path, told):
+    names = ("killed", "lost", "said", "good", "stopped", "runs")
+    jobs = [job(name, "0 0 1 * *") for name in names]
+    cluster = Answers(killed="it begins\n", lost=None, said="it begins\njob failure: why\n", foreign="")
+    for _ in range(2):  # a restart, too, tells nothing twice
+        look_for_lost(jobs, cluster, State(tmp_path / "state.json"))
+    assert [news.text for news in told] == [
+        f"{name}-1: failed, and could not say why itself (killed by signal 9)" for name in ("killed", "lost")
+    ]
+
+
+def test_a_cluster_that_is_away_is_no_end_of_the_looks(job, tmp_path):
+    said: list[str] = []
+    looks = iter([ConnectionError("no answer"), ConnectionError("no answer"), None, ConnectionError("no answer")])
+
+    def look(jobs: list[Job]) -> None:
+        if error := next(looks, None):
+            raise error
+
+    start = datetime(2026, 5, 1, 0, 30, tzinfo=UTC)
+    clock = FastClock(start, start + timedelta(minutes=8))
+    serve(lambda: [job("a", "0 0 1 * *")], print, State(tmp_path / "state.json"), clock, said.append, look)
+    assert said == ["what failed is not looked for until the cluster answers (no answer)"] * 2
 
 
 def test_state_is_guarded(tmp_path):
