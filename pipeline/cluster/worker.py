@@ -59,7 +59,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     def exchange(status: Status) -> bool:
         return heart.exchange(status) or (tracker is not None and tracker.lost)
 
-    links = Links(exchange=exchange, log=tracker.log if tracker else lambda metrics, step: None)
+    links = Links(exchange, tracker.log, tracker.rewind) if tracker else Links(exchange)
     if rank == 0 and (step := job.config.batch_of(world)) < int(job.config.batch_size or 0):
         hub.say.remote(
             f"{world} workers share {step} of the {job.config.batch_size} images of a batch: as many to each"

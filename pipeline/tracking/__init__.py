@@ -10,6 +10,10 @@ run, with the one that continues it, or by
 A metric's step is the number of images seen. Per metric, steps only grow: an entry at or below the last step the store
 holds is not sent again. Since a resumed run computes the same values as the uninterrupted one, this leaves no step
 twice and none missing, on every kind of store.
+
+A run that heals goes back, and computes other values from there: `Tracker.rewind` says so. What the store holds of the
+way that was abandoned stays in its history, older than what is sent for the same steps now; once the run has passed
+them, its latest values are those that count. The tag `rewound` tells whereto it went back, and when.
 """
 
 from pipeline.tracking.description import TAGS_VARIABLE

@@ -1,12 +1,13 @@
 """What a run says while it trains, entry by entry, and how its store gets it.
 
 An entry is a plain dictionary, so that it can wait in a file: the value of a `metric`, an `artifact` (a file or folder
-to keep), a `text` to keep as a file, or the `status` in which the run ended.
+to keep), a `text` to keep as a file, a `rewind` to so many images, or the `status` in which the run ended.
 """
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import fsspec
 
 from pipeline.tracking.store import accepted, connect, hopeless, now, short
-from pipeline.tracking.tickets import resolve
+from pipeline.tracking.tickets import REWOUND_TAG, resolve
 
 METRICS_PER_REQUEST = 1000
 
@@ -53,6 +54,8 @@ class Recipient:
         run = self._client.get_run(self.run_id)
         self.refused: dict[str, str] = {}
         self._stored = {metric.key: metric.step for metric in run.data._metric_objs}  # the last step of each metric
+        if rewound := run.data.tags.get(REWOUND_TAG):
+            self._stored = self._since(rewound)
         if run.info.status != "RUNNING" and not ended:
             self._client.update_run(self.run_id, status="RUNNING")
 
@@ -75,6 +78,10 @@ class Recipient:
         entry = request[0]
         if "metric" in entry:
             self._log(request)
+        elif "rewind" in entry:
+            at = datetime.fromtimestamp(entry["time"] / 1000, UTC).isoformat(timespec="milliseconds")
+            self._client.set_tag(self.run_id, REWOUND_TAG, f"to {entry['rewind']} images at {at}")
+            self._stored = {name: min(step, entry["rewind"]) for name, step in self._stored.items()}
         elif "text" in entry:
             self._client.log_text(self.run_id, entry["text"], entry["file"])
         elif "artifact" in entry:
@@ -95,6 +102,16 @@ class Recipient:
         if new:
             self._client.log_batch(self.run_id, metrics=new)
         self._stored = stored
+
+    def _since(self, rewound: str) -> dict[str, int]:
+        """The last step of each metric on the way that counts since a rewind."""
+        _, place, _, _, at = rewound.split()
+        time = round(1000 * datetime.fromisoformat(at).timestamp())
+        histories = {name: self._client.get_metric_history(self.run_id, name) for name in self._stored}
+        return {
+            name: max((m.step for m in history if m.step <= int(place) or m.timestamp >= time), default=-1)
+            for name, history in histories.items()
+        }
 
 
 def _name(entry: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 PENDING = "pending."
 PARAMS_PER_REQUEST = 100
+REWOUND_TAG = "rewound"
 TICKET_TAG = "mlflow.pretraining.ticket"  # tags below `mlflow.` are no columns in the UI
 
 
@@ -74,7 +75,8 @@ def create_evaluation(client: Any, parent_run_id: str, request: Mapping[str, Any
     run = _made(client, parent.info.experiment_id, request["ticket"])
     if run is None:
         shared = {key: value for key, value in parent.data.tags.items() if not key.startswith("mlflow.")}
-        shared.pop("resumed_at", None)
+        for own in ("resumed_at", REWOUND_TAG):
+            shared.pop(own, None)
         if colour := parent.data.tags.get("mlflow.runColor"):
             shared["mlflow.runColor"] = colour
         named = {"kind": "evaluation", "mlflow.runName": f"{request['name']} of {parent.info.run_name}"}

@@ -88,7 +88,8 @@ class Tracker:
         return self._lost
 
     def log(self, metrics: Mapping[str, float | None], step: int) -> None:
-        """Note metrics at `step` images seen; returns at once. None is left out; a metric's steps must grow."""
+        """Note metrics at `step` images seen; returns at once. None is left out; a metric's steps must grow, except
+        after `rewind`."""
         entries = metrics_at(step, metrics)
         with self._changed:
             self._step = max(self._step, int(step))
@@ -98,6 +99,13 @@ class Tracker:
             elif not self._full:
                 self._say(f"MLflow at {redact(self.uri)} is away too long: metrics from step {step} on are lost.")
             self._full = full
+
+    def rewind(self, step: int) -> None:
+        """Note that the run goes back to `step` images seen, and that other values follow. A kill does not lose it."""
+        with self._changed:
+            self._step = int(step)
+            self.spool.add({"rewind": int(step), "time": now()})
+            self._write_spool()
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Keep a file, or a local folder, with the run, below `folder`; it must stay until it is sent."""

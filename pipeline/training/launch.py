@@ -209,7 +209,7 @@ def alone(job: Job, tracking_run: tuple[str, str], display: Display, stop: Stop)
         return stop.is_set() or tracker.lost
 
     try:
-        return work(job, Links(exchange, tracker.log)) | {"unrecorded": tracker.lost}
+        return work(job, Links(exchange, tracker.log, tracker.rewind)) | {"unrecorded": tracker.lost}
     finally:
         tracker.close()
 

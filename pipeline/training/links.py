@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from pipeline.training.display import Status
 
 
+def nowhere(*told: object) -> None:
+    """Takes what nobody is to be told."""
+
+
 @dataclass(frozen=True)
 class Links:
     """How rank 0 reaches out.
@@ -13,7 +17,9 @@ class Links:
     Args:
         exchange: takes the newest status, returns whether the run is asked to stop.
         log: takes metrics by name and the images seen, for the tracking server.
+        rewind: takes the images seen that training goes back to, from where it computes other values.
     """
 
     exchange: Callable[[Status], bool]
-    log: Callable[[dict[str, float], int], None]
+    log: Callable[[dict[str, float], int], None] = nowhere
+    rewind: Callable[[int], None] = nowhere

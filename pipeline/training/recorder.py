@@ -51,6 +51,8 @@ class Recorder:
     def rewind(self, seen: int) -> None:
         """Forget what was recorded after `seen` images."""
         self.file = MetricsFile(self.folder, until=seen)
+        if seen < self.status.seen:
+            self.links.rewind(seen)
         self.status.seen = seen
         rows = [row for row in self.file.rows() if "loss" in row]
         if rows:

@@ -13,7 +13,7 @@ from pipeline import pretrain, replay
 from pipeline.training import step
 from pipeline.training.health import Care
 from pipeline.training.run_folder import RunFolder
-from tests.chaos.runs import BATCH, Place, Row, assert_same_run, assert_tracked, losses, steps
+from tests.chaos.runs import BATCH, Place, Row, assert_same_run, assert_tracked, assert_tracked_since, losses, steps
 from tests.s3 import s3
 
 EPOCHS = ("--epochs", "12")
@@ -208,6 +208,7 @@ def loss_spike(place: Place) -> Row:
     assert [n for n, _ in rows] == list(range(BATCH, rows[-1][0] + 1, BATCH))
     kept = [loss for _, loss in rows if loss is not None]
     assert max(kept[-20:]) < 2 * min(kept)
+    assert_tracked_since(run, place.folder / "runs" / "mlflow.db")
     return Row("a leap of the loss", "one step's gradient times 1e4", left_out[-1], None, _intervened(run))
 
 
@@ -238,6 +239,7 @@ def collapse(place: Place) -> Row:
     assert done[0].back <= fell
     assert [row["images"] for row in rows] == list(range(BATCH, rows[-1]["images"] + 1, BATCH))
     assert min(row["feature_spread"] for row in rows[len(rows) // 2 :]) > 0.02
+    assert_tracked_since(run, place.folder / "runs" / "mlflow.db")
     return Row("a collapse", "all biases of the backbone at -1,000", done[0].until - done[0].back, None, done[0].line())
 
 

@@ -159,3 +159,19 @@ def assert_tracked(run: Path, store: Path) -> None:
     client = mlflow.MlflowClient(f"sqlite:///{store}")
     history = client.get_metric_history((run / "mlflow_run_id").read_text(), "loss")
     assert [(m.step, m.value) for m in history] == [(n, loss) for n, loss in losses(run) if loss is not None]
+
+
+def assert_tracked_since(run: Path, store: Path) -> None:
+    """MLflow's newest loss at every step of a run that healed is the one that the run recorded, and so is its latest;
+    where it went back to is a tag."""
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{store}")
+    tracked = client.get_run((run / "mlflow_run_id").read_text())
+    history = sorted(client.get_metric_history(tracked.info.run_id, "loss"), key=lambda m: m.timestamp)
+    newest = {m.step: m.value for m in history}
+    recorded = {n: loss for n, loss in losses(run) if loss is not None}
+    assert {n: newest.get(n) for n in recorded} == recorded
+    assert tracked.data.metrics["loss"] == recorded[max(recorded)]
+    back = json.loads((run / "interventions.json").read_text())[-1]["back"]
+    assert tracked.data.tags["rewound"].startswith(f"to {back} images at ")

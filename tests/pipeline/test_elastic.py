@@ -59,7 +59,7 @@ def parts_of_a_run(rank: int, world: int, folder: Path, steps: int | None) -> No
 
     worker.make_loader = watched
     asked = iter(range(10**9))
-    links = Links(lambda status: steps is not None and next(asked) + 1 >= steps, lambda metrics, step: None)
+    links = Links(lambda status: steps is not None and next(asked) + 1 >= steps)
     worker.work(worker.Job(config, run.address, train, None, "cpu", 1), links)
     if world > 1:
         dist.barrier()

@@ -310,6 +310,32 @@ def test_what_is_sent_again_from_the_beginning_is_stored_once(uri: str) -> None:
         assert [step for step, _ in history(uri, run_id, key)] == list(range(0, 100, 10))
 
 
+@pytest.mark.parametrize("told", [True, False], ids=["told", "killed before it was told"])
+def test_a_run_that_goes_back_has_the_values_that_count(uri: str, tmp_path: Path, told: bool) -> None:
+    run_id, run = begin(uri), tmp_path / "runs" / "one"
+    run.mkdir()
+    ill = Tracker(uri, run_id, run=str(run), system_metrics=0, interval=0.1 if told else 1e9)
+    for step in range(0, 100, 10):
+        ill.log({"loss": step / 7, "lr": 0.1}, step)
+    assert ill.flush()
+    time.sleep(0.01)
+    ill.rewind(50)
+    if told:
+        ill.log({"loss": -6.0}, 60)
+        assert ill.flush()
+    ill._closed = True  # as if killed: what it had in memory alone is gone
+    ill.spool._file.close()
+    resumed = Tracker(uri, run_id, run=str(run), system_metrics=0)
+    for step in range(0, 90, 10):  # as a resumed run does with all that it wrote down
+        resumed.log({"loss": step / 7 if step <= 50 else -step / 10, "lr": 0.1 if step <= 50 else 0.05}, step)
+    resumed.finish("FINISHED")
+    entries = connect(uri).get_metric_history(run_id, "loss")
+    newest = {m.step: m.value for m in sorted(entries, key=lambda m: m.timestamp)}
+    assert newest == {s: pytest.approx(s / 7 if s <= 50 or s > 80 else -s / 10) for s in range(0, 100, 10)}
+    assert sorted(m.step for m in entries) == sorted([*range(0, 100, 10), 60, 70, 80])
+    assert connect(uri).get_run(run_id).data.tags["rewound"].startswith("to 50 images at ")
+
+
 def test_what_waits_outlives_a_kill_in_the_middle_of_a_line(uri: str, tmp_path: Path) -> None:
     run_id, run = begin(uri), tmp_path / "runs" / "one"
     run.mkdir()

@@ -28,7 +28,7 @@ def train(rank: int, world: int, words: list[str], meeting: Path) -> None:
     folder = RunFolder(str(config.run))
     if rank == 0:
         folder.write("config.yaml", configuration.dump(config))
-    links = Links(lambda status: False, lambda metrics, step: None)
+    links = Links(lambda status: False)
     with poisoned(lambda progress: rank == world - 1 and abs(progress - 0.5) < 1e-9):
         worker.work(worker.Job(config, folder.address, packed, None, "cpu", 1), links)
     if world > 1:
