@@ -15,6 +15,8 @@ from pipeline.redaction import redact
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 STOPPING = 120
 """Seconds that a stopped job is given to leave a checkpoint, before Ray kills it; its own default is 3."""
+SILENT = 20.0
+"""Seconds of waiting for a spare worker that are not spoken of."""
 LEFT_BEHIND = [".git", ".venv", ".cache", "runs", "mlruns", "build", "dist", "*.egg-info", "__pycache__", "*.beton"]
 
 
@@ -183,17 +185,55 @@ def select(client: Client, word: str, firing: str | None, cell: str | None) -> l
     return found
 
 
-def on_a_spare_worker(function: Callable[..., Any], *arguments: Any, cpus: float, gpus: float) -> Any:
-    """Call a function on the connected cluster, where CPUs and GPUs are free, at its machine's lowest priority."""
+class NoneFree(Exception):
+    """No worker became free in time."""
+
+
+def on_a_spare_worker(
+    function: Callable[..., Any], *arguments: Any, cpus: float, gpus: float, waits: Callable[[str], object],
+    patience: float | None = None,
+) -> Any:  # fmt: skip
+    """Call a function on the connected cluster, where CPUs and GPUs are free, at its machine's lowest priority.
+
+    Args:
+        waits: takes a sentence for the user, where none has become free for a while.
+        patience: seconds to wait for one; left open: for ever.
+
+    Raises:
+        NoneFree: they are over.
+    """
     import ray
 
-    task = ray.remote(_politely).options(num_cpus=cpus, num_gpus=gpus, max_calls=1, scheduling_strategy="SPREAD")
-    return ray.get(task.remote(function, arguments))
+    over = None if patience is None else time.monotonic() + patience
+    takes = {"num_cpus": cpus, "num_gpus": gpus}
+    worker = ray.remote(_Polite).options(**takes, scheduling_strategy="SPREAD").remote()
+    try:
+        begun = worker.__ray_ready__.remote()
+        if not ray.wait([begun], timeout=SILENT if patience is None else min(SILENT, patience))[0]:
+            waits(_waiting(cpus, gpus))
+            if not ray.wait([begun], timeout=None if over is None else max(0.0, over - time.monotonic()))[0]:
+                raise NoneFree
+        return ray.get(worker.call.remote(function, arguments))
+    finally:
+        ray.kill(worker)
 
 
-def _politely(function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-    os.nice(19)
-    return function(*arguments)
+class _Polite:
+    def __init__(self) -> None:
+        os.nice(19)
+
+    def call(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+        return function(*arguments)
+
+
+def _waiting(cpus: float, gpus: float) -> str:
+    import ray
+
+    free, there = ray.available_resources(), ray.cluster_resources()
+    kinds = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+    wanted = " and ".join(f"{count:g} free {kind}" for kind, count in kinds.items())
+    idle = " and ".join(f"{free.get(kind, 0):g} of {there.get(kind, 0):g} {kind}s" for kind in kinds)
+    return f"waiting for a worker with {wanted}: nobody has reserved {idle}"
 
 
 def tune(

@@ -2,24 +2,36 @@
 
 Each evaluation is a Ray task: it starts where the cluster has CPUs (and GPUs) that nobody has reserved, at the lowest
 priority of its machine, and otherwise waits. Results go to MLflow as children of the run, and into `watched.jsonl` of
-the run folder, so that a watch that is started anew evaluates nothing twice. RUN may also be a folder of runs.
+the run folder, so that a watch that is started anew evaluates nothing twice; what failed is tried again, `TRIES` times
+in all. RUN may also be a folder of runs.
+
+Training on CPUs reserves every core of the cluster, and would have this wait until it has ended, unless its job leaves
+some: see `jobs/checkpoints.yaml`.
 """
 
+import contextlib
 import json
+import math
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.cluster import NoneFree, on_a_spare_worker
 from jobs.command import command
 from pipeline.errors import UserError
 from pipeline.evaluation import NAMES
 
 if TYPE_CHECKING:
     from pipeline.training.run_folder import RunFolder
+
+TRIES = 3
+"""Times that the evaluation of a checkpoint is tried: what made it fail may pass."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +71,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise UserError(f"--protocols {name}: unknown; there are {', '.join(NAMES)}")
         if "://" not in arguments.run and not Path(arguments.run).expanduser().exists():
             raise UserError(f"{arguments.run}: no such run folder, or folder of runs")
-        from jobs.cluster import on_a_spare_worker
         from pipeline.cluster import connect
 
         settings = {"data": arguments.data, "val_data": arguments.val_data, "protocols": arguments.protocols,
                     "limit": arguments.limit, "cache": arguments.cache}  # fmt: skip
+        ends = time.monotonic() + 3600 * arguments.hours if arguments.hours is not None else math.inf
         if connect(1):
 
             def evaluate(checkpoint: str) -> dict[str, Any]:
-                return dict(on_a_spare_worker(judge, checkpoint, settings, cpus=arguments.cpus, gpus=arguments.gpus))
+                left = None if ends == math.inf else max(0.0, ends - time.monotonic())
+                takes = {"cpus": arguments.cpus, "gpus": arguments.gpus}
+                say = partial(print, flush=True)
+                return dict(on_a_spare_worker(judge, checkpoint, settings, **takes, waits=say, patience=left))
         else:
             print("no cluster is there, so evaluations run in this process", flush=True)
             os.nice(19)
@@ -75,27 +90,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             def evaluate(checkpoint: str) -> dict[str, Any]:
                 return judge(checkpoint, settings)
 
-        watch(arguments, evaluate)
+        with contextlib.suppress(NoneFree):
+            watch(arguments, evaluate, ends)
         return 0
 
     return command(Arguments, "jobs.watch", run, argv)
 
 
-def watch(arguments: Arguments, evaluate: Callable[[str], dict[str, Any]]) -> None:
-    """Evaluate checkpoints as they appear, oldest first, until the run has ended or time is up."""
+def watch(arguments: Arguments, evaluate: Callable[[str], dict[str, Any]], ends: float) -> None:
+    """Evaluate checkpoints as they appear, oldest first, until the run has ended or the clock is at `ends`."""
     from pipeline.training.run_folder import RunFolder
 
-    ends = time.monotonic() + 3600 * arguments.hours if arguments.hours is not None else float("inf")
     root = RunFolder(str(Path(arguments.run).expanduser()) if "://" not in arguments.run else arguments.run)
     while True:
         one = root.exists("config.yaml")
         runs = [root] if one else runs_below(root)
         over = one and root.exists("summary.json")  # looked for first: no checkpoint comes after it
         for run in runs:
-            for seen in sorted(set(run.checkpoints()) - judged(run)):
+            for seen in unjudged(run):
                 if time.monotonic() < ends:
                     look(run, seen, evaluate)
-        if over or time.monotonic() >= ends:
+        if (over and not unjudged(root)) or time.monotonic() >= ends:
             return
         time.sleep(min(arguments.every, max(0.0, ends - time.monotonic())))
 
@@ -104,6 +119,8 @@ def look(run: "RunFolder", seen: int, evaluate: Callable[[str], dict[str, Any]])
     """Evaluate one checkpoint and write down what came out."""
     try:
         scores = evaluate(run.path(f"checkpoints/{seen:012d}.pt"))
+    except NoneFree:
+        raise
     except Exception as error:
         if seen not in run.checkpoints():
             why = "was dropped before a worker was free; --keep keeps more of them"
@@ -119,11 +136,14 @@ def look(run: "RunFolder", seen: int, evaluate: Callable[[str], dict[str, Any]])
     )
 
 
-def judged(run: "RunFolder") -> set[int]:
-    """The checkpoints that were dealt with before, by images seen."""
-    if not run.exists("watched.jsonl"):
-        return set()
-    return {int(json.loads(line)["images"]) for line in run.read("watched.jsonl").decode().splitlines()}
+def unjudged(run: "RunFolder") -> list[int]:
+    """The checkpoints that are still to be evaluated, by images seen."""
+    rows = []
+    if run.exists("watched.jsonl"):
+        rows = [json.loads(line) for line in run.read("watched.jsonl").decode().splitlines()]
+    failed = Counter(row["images"] for row in rows if "error" in row)
+    judged = {row["images"] for row in rows if "error" not in row or failed[row["images"]] >= TRIES}
+    return sorted(set(run.checkpoints()) - judged)
 
 
 def runs_below(root: "RunFolder") -> list["RunFolder"]:
