@@ -2,10 +2,13 @@
 
 Every trial is a pretraining run, stopped at each rung to be measured and continued exactly where it stood. ASHA (Li et
 al. 2020) ends those that rank low at their rung. They are ranked by RankMe, which needs no labels, or by k-NN accuracy.
+In MLflow a search is one run, and every trial a child of it, with the tags `job` and `firing` where a job searches.
 """
 
 import dataclasses
+import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -16,11 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.command import command
+from pipeline import tracking
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from pipeline.config import Config
     from pipeline.training.display import Status
 
@@ -62,20 +64,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(space, shared)
         from jobs import cluster
         from jobs.run import default_storage
+        from pipeline import config
+        from pipeline.training.launch import data_name
 
         folder = arguments.run or f"{(arguments.storage or default_storage()).rstrip('/')}/search"
         folder = folder if "://" in folder else str(Path(folder).absolute())
+        uri, data = tracking.store_of(folder), data_name(config.parse([*shared, "--engine", "local"]))
+        search = tracking.start_run(
+            uri, experiment=data, name=Path(folder).name, tags={"kind": "search", "data": data, "run_folder": folder},
+            params=dataclasses.asdict(arguments), dataset=None, config_path=None, run=folder,
+        )  # fmt: skip
+        tags = {**json.loads(os.environ.get(tracking.TAGS_VARIABLE) or "{}"), "kind": "trial", PARENT: search}
+        fixed = {"shared": shared, "rungs": arguments.rungs, "metric": arguments.metric, "folder": folder,
+                 "uri": uri, "tags": json.dumps(tags)}  # fmt: skip
         found = cluster.tune(
-            trial, space, {"shared": shared, "rungs": arguments.rungs, "metric": arguments.metric, "folder": folder},
-            trials=arguments.trials, rungs=arguments.rungs, cpus=arguments.cpus, gpus=arguments.gpus,
-            seed=arguments.seed,
+            trial, space, fixed, trials=arguments.trials, rungs=arguments.rungs, cpus=arguments.cpus,
+            gpus=arguments.gpus, seed=arguments.seed,
         )  # fmt: skip
         conclude(found, arguments, folder)
+        record(found, arguments, folder, uri, search)
         return 0 if any("value" in row for row in found) else 1
 
     return command(Arguments, "jobs.search", run, argv)
 
 
+METRICS = {"rankme": "label_free_rankme", "knn": "knn_top1"}
+"""What MLflow calls them, as it does those of an evaluation."""
+PARENT = "mlflow.parentRunId"
 Axis = tuple[Literal["log", "even"], float, float] | tuple[Literal["of"], list[str]]
 
 
@@ -132,20 +147,26 @@ def trial(drawn: dict[str, Any], fixed: dict[str, Any], report: Callable[[dict[s
     """One run: trained rung by rung, measured at each."""
     from pipeline import config
 
+    os.environ[tracking.TAGS_VARIABLE] = fixed["tags"]
     options = [word for key, value in drawn.items() for word in words(f"{key}={value}")]
-    run = f"{fixed['folder']}/{name}"
-    configuration = config.parse([*fixed["shared"], *options, "--engine", "local", "--run", run, "--knn-every", "0"])
-    for rung, value in enumerate(rungs(configuration, fixed["rungs"], fixed["metric"]), start=1):
+    argv = [*fixed["shared"], *options, "--engine", "local", "--run", f"{fixed['folder']}/{name}", "--knn-every", "0"]
+    values = rungs(config.parse(argv), fixed["rungs"], fixed["metric"], fixed["uri"], argv)
+    for rung, value in enumerate(values, start=1):
         report({"value": value, "rung": rung})
 
 
-def rungs(configuration: "Config", count: int, metric: str) -> Iterator[float]:
-    """The metric after each of `count` equal parts of a run. Each part continues the last one's checkpoint exactly."""
+def rungs(configuration: "Config", count: int, metric: str, uri: str, argv: Sequence[str]) -> Iterator[float]:
+    """The metric after each of `count` equal parts of a run. Each part continues the last one's checkpoint exactly.
+
+    Args:
+        uri: the store in which the run is recorded; whoever ends it early marks its end there.
+        argv: the options of pretraining that repeat the run.
+    """
     import torch
 
     from pipeline import config as configurations
     from pipeline.data import preparation
-    from pipeline.training import worker
+    from pipeline.training import launch, worker
     from pipeline.training.links import Links
     from pipeline.training.run_folder import RunFolder
 
@@ -153,15 +174,24 @@ def rungs(configuration: "Config", count: int, metric: str) -> Iterator[float]:
     side = preparation.median_side(train)
     configuration = configurations.resolve(configuration, images=train.images, side=side, classes=len(train.classes))
     folder = RunFolder(str(configuration.run))
-    folder.write("config.yaml", configurations.dump(configuration))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     job = worker.Job(configuration, folder.address, train, val, device, torch.get_num_threads())
-    for rung in range(1, count + 1):
-        links = Links(exchange=partial(_reached, share=rung / count), log=lambda metrics, step: None)
-        result = worker.work(job, links)
-        yield measure(folder, configuration, train, val, metric)
-        if not result["stopped"]:
-            return
+    tracker = tracking.Tracker(uri, launch.begin(job, folder, uri, argv), run=folder.address)
+    try:
+        for rung in range(1, count + 1):
+            links = Links(partial(_reached, share=rung / count), tracker.log, tracker.rewind)
+            result = worker.work(job, links)
+            value = measure(folder, configuration, train, val, metric)
+            tracker.log({METRICS[metric]: value}, result["images_seen"])
+            tracker.flush()
+            yield value
+            if not result["stopped"]:
+                return
+    except Exception:
+        tracker.finish("FAILED")
+        raise
+    finally:
+        tracker.close()
 
 
 def _reached(status: "Status", share: float) -> bool:
@@ -176,6 +206,7 @@ def measure(folder: Any, configuration: "Config", train: Any, val: Any, metric: 
     from pipeline import evaluation
     from pipeline.evaluation.features import extract_all
     from pipeline.evaluation.judge import find
+    from pipeline.evaluation.label_free import rankme
 
     backbone = find(folder.address)[2].to("cuda" if torch.cuda.is_available() else "cpu")
     size, device = int(configuration.image_size or 0), next(backbone.parameters()).device
@@ -187,21 +218,11 @@ def measure(folder: Any, configuration: "Config", train: Any, val: Any, metric: 
     features, _ = extract_all(
         {"": backbone}, train.path, image_size=size, batch_size=256, device=device, limit=RANKED, precision="fp32"
     )
-    return rank_me(features[""])
+    return rankme(features[""])
 
 
 RANKED = 25_600
 """Images that RankMe is computed on: what its authors use."""
-
-
-def rank_me(features: "Tensor") -> float:
-    """RankMe of features [N, D] (Garrido et al. 2023, eq. 1): exp(-sum p_k log p_k), p = s / |s|_1 + 1e-7, with the
-    singular values s. Between 1 and min(N, D)."""
-    import torch
-
-    singular = torch.linalg.svdvals(features.double())
-    p = singular / singular.sum() + 1e-7
-    return float(torch.exp(-(p * p.log()).sum()))
 
 
 def conclude(found: list[dict[str, Any]], arguments: Arguments, folder: str) -> None:
@@ -223,6 +244,23 @@ def conclude(found: list[dict[str, Any]], arguments: Arguments, folder: str) -> 
         best = [word for key, value in ranked[0]["drawn"].items() for word in words(f"{key}={value}")]
         shared = [word for setting in arguments.settings for word in words(setting)]
         print("best: " + shlex.join(["python", "-m", "pipeline.pretrain", *shared, *best]))
+
+
+def record(found: list[dict[str, Any]], arguments: Arguments, folder: str, uri: str, search: str) -> None:
+    """End the trials and the search in MLflow, the latter with the best value, at the rung that it was measured at."""
+    from pipeline.training.run_folder import RunFolder
+
+    well = [row for row in found if "value" in row and "error" not in row]
+    for row in well:
+        run = RunFolder(f"{folder}/{row['run']}")
+        through = row["rung"] == arguments.rungs
+        tracking.end_run(uri, run.read("mlflow_run_id").decode(), "FINISHED" if through else "KILLED", run.address)
+    tracker = tracking.Tracker(uri, search, run=folder, system_metrics=0)
+    if well:
+        best = max(well, key=lambda row: (row["rung"], row["value"]))
+        tracker.log({METRICS[arguments.metric]: best["value"]}, best["rung"])
+    tracker.log_artifact(f"{folder}/search.json")
+    tracker.finish("FINISHED" if well else "FAILED")
 
 
 if __name__ == "__main__":
