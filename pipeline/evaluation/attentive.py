@@ -18,7 +18,8 @@ STEPS = 400
 BATCH = 128
 HELD_OUT = 0.1
 HELD = 2 << 30
-"""Bytes of cells that are held at most, in half precision; more training images than fit are left out."""
+"""Bytes of cells that are held at most, in half precision. Where more training images are given, it learns from as many
+of them, drawn at random, as fit."""
 
 
 class Attentive(nn.Module):
@@ -49,10 +50,9 @@ def attentive(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, Fou
     `head`."""
     if train.images is None or val.images is None or train.which is None or val.which is None:
         return None
-    known = train.which[train.labels.cpu() >= 0]
-    x, y, _ = _cells(train.images, known)
-    queries, truth, order = _cells(val.images, val.which[val.labels.cpu() >= 0])
-    if len(x) < 10 or not len(queries):
+    x, y = _held(train.images, train.which[train.labels.cpu() >= 0])
+    asked = val.which[val.labels.cpu() >= 0]
+    if len(x) < 10 or not len(asked):
         return None
     device, classes = train.images.device, int(y.max()) + 1
     aside = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
@@ -63,8 +63,7 @@ def attentive(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, Fou
         scores.append((predict(head, x[held], device) == y[held]).double().mean().item())
     lr = LEARNING_RATES[max(range(len(scores)), key=scores.__getitem__)]
     head = learn(x, y, classes, lr, device, seed)
-    predicted = predict(head, queries, device)[order.argsort()]
-    return {**headline(predicted, truth[order.argsort()]), "lr": lr, "images": len(x), "head": head}
+    return {**headline(*_answers(head, val.images, asked)), "lr": lr, "images": len(x), "head": head}
 
 
 def learn(x: Tensor, y: Tensor, classes: int, lr: float, device: torch.device, seed: int) -> Attentive:
@@ -91,22 +90,33 @@ def predict(head: Attentive, x: Tensor, device: torch.device) -> Tensor:
         return torch.cat([head(part.to(device).float()).argmax(1).cpu() for part in x.split(BATCH)])
 
 
-def _cells(images: Images, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cells float16 [M, N, D] of the images `which` names, as many as may be held, their labels [M], their numbers."""
+def _held(images: Images, which: Tensor) -> tuple[Tensor, Tensor]:
+    """Cells float16 [M, N, D] of the images `which` names, or of as many as may be held, and their labels [M]."""
     wanted = torch.zeros(len(images.labels), dtype=torch.bool)
     wanted[which] = True
-    parts, labels, numbers, held = [], [], [], 0
-    for shown in images.batches():
+    parts: list[Tensor] = []
+    labels: list[Tensor] = []
+    for shown in images.batches(shuffled=True):  # a set is packed class by class: its beginning is no sample of it
         keep = wanted[shown.which]
-        if not bool(keep.any()):
-            continue
-        with torch.no_grad(), images.autocast():
-            parts.append(images.backbone(images.normalised(shown.images[keep])).cells.half().cpu())
-        labels.append(shown.labels[keep])
-        numbers.append(shown.which[keep])
-        held += parts[-1].numel() * 2
-        if held > HELD:
+        if bool(keep.any()):
+            parts.append(_cells(images, shown.images[keep]).cpu())
+            labels.append(shown.labels[keep])
+        if sum(part.numel() * part.element_size() for part in parts) > HELD or sum(map(len, labels)) == len(which):
             break
     if not parts:
-        return torch.empty(0, 1, 1), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
-    return torch.cat(parts), torch.cat(labels), torch.cat(numbers)
+        return torch.empty(0, 1, 1), torch.empty(0, dtype=torch.int64)
+    return torch.cat(parts), torch.cat(labels)
+
+
+def _cells(images: Images, shown: Tensor) -> Tensor:
+    """Cells float16 [B, N, D] of uint8 images."""
+    with torch.no_grad(), images.autocast():
+        return images.backbone(images.normalised(shown)).cells.half()
+
+
+def _answers(head: Attentive, images: Images, which: Tensor) -> tuple[Tensor, Tensor]:
+    """What the head says of the images that `which` [M] names, a batch of cells at a time, and the truth: both [M]."""
+    predicted = torch.empty(len(images.labels), dtype=torch.int64)
+    for shown in images.batches():
+        predicted[shown.which] = predict(head, _cells(images, shown.images), images.device)
+    return predicted[which], images.labels[which]

@@ -48,9 +48,10 @@ class Images:
     precision: Literal["fp32", "bf16"] = "fp32"
     batch_size: int = 256
 
-    def batches(self, limit: int | None = None) -> Iterator[Shown]:
-        """All images in the file's order, or `limit` of them, always the same ones in the same order."""
-        for batch in batches(self.path, [evaluation_view(self.image_size)], self.batch_size, limit):
+    def batches(self, limit: int | None = None, *, shuffled: bool = False) -> Iterator[Shown]:
+        """All images in the file's order, or `limit` of them, always the same ones in the same order; all in such an
+        order where `shuffled`."""
+        for batch in batches(self.path, [evaluation_view(self.image_size)], self.batch_size, limit, shuffled=shuffled):
             yield Shown(batch.views[0].to(self.device), batch.index, self.labels[batch.index])
 
     def normalised(self, images: Tensor) -> Tensor:
@@ -92,13 +93,21 @@ def batches(
     batch_size: int,
     limit: int | None = None,
     backend: Literal["auto", "ffcv", "opencv"] = "auto",
+    *,
+    shuffled: bool = False,
 ) -> Iterator[Batch]:
-    """One pass over a .beton in its order, or over `limit` of its images drawn without replacement, always the same."""
+    """One pass over a .beton in its order, or over `limit` of its images drawn without replacement, always the same;
+    `shuffled`, over all in the order in which those are drawn."""
     images = len(BetonReader(path))
     wanted = min(images, limit or images)
     backend = "opencv" if backend == "auto" and images <= SMALL else backend
     with make_loader(
-        path, views, batch_size=min(batch_size, wanted), shuffle=wanted < images, drop_last=False, backend=backend
+        path,
+        views,
+        batch_size=min(batch_size, wanted),
+        shuffle=shuffled or wanted < images,
+        drop_last=False,
+        backend=backend,
     ) as loader:
         yield from _first(loader, wanted)
 

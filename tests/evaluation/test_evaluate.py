@@ -39,16 +39,22 @@ class MeanColour(nn.Module):
 
 
 def pack(
-    folder: Path, name: str, images: int, seed: int, classes: tuple[str, ...] = ("dark", "red", "green", "blue")
+    folder: Path,
+    name: str,
+    images: int,
+    seed: int,
+    classes: tuple[str, ...] = ("dark", "red", "green", "blue"),
+    by_class: bool = False,
 ) -> Packed:
-    """Noise images of four kinds, labelled by kind; image i has label i % 4."""
+    """Noise images of four kinds, labelled by kind; image i has label i % 4; `by_class`, each kind lies together."""
     rng = np.random.default_rng(seed)
     path = folder / f"{name}.beton"
     tint = np.array([[0, 0, 0], [80, 0, 0], [0, 80, 0], [0, 0, 80]])
     with BetonWriter(path, n_max=images) as writer:
         for i in range(images):
-            noise = rng.integers(0, 120, (SIDE, SIDE, 3)) + tint[i % 4]
-            writer.write(noise.astype(np.uint8), i % 4 if classes else -1)
+            kind = 4 * i // images if by_class else i % 4
+            noise = rng.integers(0, 120, (SIDE, SIDE, 3)) + tint[kind]
+            writer.write(noise.astype(np.uint8), kind if classes else -1)
     packed = Packed(path, images, classes, f"{name} {seed}")
     write_facts(packed, (str(i) for i in range(images)))
     return packed

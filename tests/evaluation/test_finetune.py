@@ -1,6 +1,7 @@
 """Does fine-tuning do what its recipe says, and find labels that a frozen backbone does not show?"""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,3 +75,19 @@ def test_finetuning_and_attention_learn_the_labels_and_leave_the_backbone_alone(
     assert numbers["scratch_top1"] > 0.5
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     assert backbone.training
+
+
+def test_more_cells_than_may_be_held_are_drawn_from_every_class_and_all_of_val_is_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders are packed class by class, so that the beginning of a file is one class."""
+    train, val = (pack(tmp_path, part, 200, seed, by_class=True) for seed, part in enumerate(("train", "val")))
+    monkeypatch.setattr(attentive, "STEPS", 60)
+    monkeypatch.setattr(attentive, "HELD", 1)
+    torch.manual_seed(0)
+    backbone = backbones.create("lenet5", image_size=SIDE)
+    found = examine({"": backbone}, train, val, image_size=SIDE, protocols=("attentive",), batch_size=64)[""]
+    assert found.numbers["attentive_images"] == 64  # one batch
+    assert len(found.evidence["attentive_predicted"]) == len(found.labels) == 200
+    assert found.classifiers["attentive"].classes == train.classes
+    assert found.numbers["attentive_top1"] > 0.7
