@@ -41,6 +41,13 @@ class FeatureSet(NamedTuple):
         keep = self.labels >= 0
         return self if bool(keep.all()) else self.chosen(keep)
 
+    def at_most(self, count: int) -> "FeatureSet":
+        """So many of the images drawn at random, always the same, in their order: a file's beginning is one class."""
+        if len(self.labels) <= count:
+            return self
+        drawn = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(0))[:count]
+        return self.chosen(drawn.sort().values.to(self.labels.device))
+
     def known(self) -> int:
         """How many images have a label, or a number in the table."""
         has = self.labels >= 0

@@ -14,7 +14,7 @@ from pipeline.evaluation.feature_set import FeatureSet
 EPSILON = 1e-7
 DELTA = 1e-4  # LiDAR's, added to the within-class covariance
 FITTED = (3, 100)  # the ranks between which α-ReQ's power law is fitted
-PAIRS = 4_096  # images that uniformity is taken over: its pairs are the square
+PAIRS = 4_096  # images that uniformity is taken over, always the same: its pairs are the square
 
 
 def label_free(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float] | None:
@@ -26,7 +26,7 @@ def label_free(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, fl
         "rankme": rankme(train.features),
         "alpha_req": alpha_req(train.features),
         "effective_rank": effective_rank(train.features.double()).item(),
-        "uniformity": uniformity(train.features[:PAIRS]),
+        "uniformity": uniformity(train.at_most(PAIRS).features),
         "alignment": alignment(train.views),
         "lidar": lidar(train.views),
     }

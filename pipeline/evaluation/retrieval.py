@@ -21,18 +21,10 @@ def retrieval(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, flo
     train, val = train.labelled(), val.labelled()
     if not len(train.labels) or not len(val.labels):
         return None
-    gallery, queries = _at_most(train, GALLERY), _at_most(val, QUERIES)
+    gallery, queries = train.at_most(GALLERY), val.at_most(QUERIES)
     precision = average_precision(gallery.features, gallery.labels, queries.features, queries.labels)
     low, high = interval.of_mean(precision)
     return {"map": precision.mean().item(), "low": low, "high": high, "precision": precision}
-
-
-def _at_most(images: FeatureSet, count: int) -> FeatureSet:
-    """So many of the images, always the same, in their order."""
-    if len(images.labels) <= count:
-        return images
-    chosen = torch.randperm(len(images.labels), generator=torch.Generator().manual_seed(0))[:count].sort().values
-    return images.chosen(chosen.to(images.labels.device))
 
 
 def average_precision(gallery: Tensor, gallery_y: Tensor, queries: Tensor, queries_y: Tensor) -> Tensor:

@@ -175,6 +175,22 @@ def test_uniformity_and_alignment_are_the_papers_formulas() -> None:
     assert label_free.alignment(views) == pytest.approx(np.mean(pairs), rel=1e-6)
 
 
+def test_uniformity_of_many_images_is_taken_over_some_of_every_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders are packed class by class: the first images of a file are of one class, and lie close together."""
+    train = gaussians(400, 4, 12, 0.1, 0)
+    train = train.chosen(train.labels.argsort(stable=True))._replace(views=train.features[:20, None].expand(-1, 4, -1))
+    whole = label_free.label_free(train, train, seed=0)
+    monkeypatch.setattr(label_free, "PAIRS", 100)
+    part = label_free.label_free(train, train, seed=0)
+    assert whole is not None
+    assert part is not None
+    assert part["uniformity"] == pytest.approx(whole["uniformity"], abs=0.1)
+    assert label_free.uniformity(train.features[:100]) > whole["uniformity"] + 0.5
+    again = label_free.label_free(train, train, seed=0)
+    assert again is not None
+    assert again["uniformity"] == part["uniformity"]
+
+
 def test_mcnemar_is_the_binomial_test_by_hand() -> None:
     first, second = torch.tensor([1, 1, 1, 1, 1, 0, 1, 0]).bool(), torch.tensor([0, 0, 0, 0, 0, 1, 1, 0]).bool()
     assert paired.mcnemar(first, second) == pytest.approx(2 * (1 + 6) / 2**6)  # 5 against 1
