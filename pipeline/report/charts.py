@@ -282,17 +282,19 @@ def similarity(contest: Contest) -> Iterator[Picture]:
 
 
 def depth(contest: Contest) -> Iterator[Picture]:
-    """Gradients and activations by depth."""
-    if not all("depth_gradient" in one.trained.evidence for one in contest.entries):
+    """Gradients, activations and the distance of attention by depth, whichever was looked at."""
+    panels: Sequence[tuple[str, str, str]] = (
+        ("depth_gradient", "gradient, root mean square",
+         "Gradient of the pooled features with respect to the parameters at each depth."),
+        ("depth_activation", "activation, root mean square", "The size of the activations at each depth."),
+        ("seeing_distance", "attention distance, share of side",
+         "Of transformers, how far each head looks (dots) and their mean."),
+    )  # fmt: skip
+    panels = tuple(p for p in panels if any(p[0] in one.trained.evidence for one in contest.entries))
+    if not panels:
         return
     figure = Figure(figsize=(WIDTH, 2.8))
-    panels: Sequence[tuple[str, str]] = (
-        ("depth_gradient", "gradient, root mean square"),
-        ("depth_activation", "activation, root mean square"),
-        ("seeing_distance", "attention distance, share of side"),
-    )
-    panels = tuple(p for p in panels if any(p[0] in one.trained.evidence for one in contest.entries))
-    for axes, (key, label) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels):
+    for axes, (key, label, _) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels):
         for one, colour in coloured(contest):
             if key not in one.trained.evidence:
                 continue
@@ -311,8 +313,4 @@ def depth(contest: Contest) -> Iterator[Picture]:
         axes.tick_params(labelsize=7)
     figure.tight_layout()
     legend(figure, contest)
-    yield Picture(
-        "By depth", svg(figure, "By depth"),
-        "Gradient of the pooled features with respect to the parameters at each depth, and the size of the activations "
-        "there. Of transformers also how far each head looks (dots) and their mean.",
-    )  # fmt: skip
+    yield Picture("By depth", svg(figure, "By depth"), " ".join(caption for _, _, caption in panels))

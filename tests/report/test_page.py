@@ -7,6 +7,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+import torch
 
 from pipeline.report import charts, drawing, page, pictures
 from pipeline.report.contest import Contest, as_json
@@ -123,6 +124,20 @@ def test_the_pictures_draw_the_numbers(shown: Contest) -> None:
     unknown = replace(first, cost=replace(first.cost, seconds=None))
     (cost,) = charts.cost(replace(shown, entries=(unknown, *others)))
     assert "hours of a GPU" not in cost.markup
+
+
+def test_what_a_protocol_found_is_drawn_without_the_others(shown: Contest) -> None:
+    """How far heads look is found by `seeing`, gradients by `depth`."""
+    cnn, vit, *_ = shown.entries
+    looked = vit.trained._replace(evidence={"seeing_distance": torch.rand(12, 3)})
+    (picture,) = charts.depth(replace(shown, entries=(cnn, replace(vit, trained=looked))))
+    assert "attention distance" in picture.markup
+    assert "gradient" not in picture.markup + picture.caption
+    felt = vit.trained._replace(evidence={"depth_gradient": torch.rand(12)})
+    (picture,) = charts.depth(replace(shown, entries=(cnn, replace(vit, trained=felt))))
+    assert "gradient" in picture.markup
+    assert "heads" not in picture.caption
+    assert not list(charts.depth(shown))
 
 
 def test_numbers_are_kept_as_plain_json(shown: Contest) -> None:
