@@ -14,6 +14,7 @@ from pipeline.data.packed import Packed, read_facts
 from pipeline.evaluation import DEFAULT, floors
 from pipeline.evaluation.attentive import Attentive
 from pipeline.evaluation.classifier import Classifier
+from pipeline.evaluation.duplicates import duplicates
 from pipeline.evaluation.feature_set import FeatureSet, in_classes_of
 from pipeline.evaluation.features import VIEWED, Pass, look_once, random_views
 from pipeline.evaluation.images import Images, evaluating, evaluation_view
@@ -89,15 +90,21 @@ def with_floors(
     table: Table | None = None,
 ) -> tuple[dict[str, Any], Mapping[str, Classifier]]:
     """As `evaluate_backbone`, with the same numbers of the untrained backbone under `untrained`, of raw pixels under
-    `pixels`, as far as protocols need nothing but features; and the classifiers that were trained on the backbone. All
-    three see the same images, each decoded once."""
+    `pixels`, as far as protocols need nothing but features, and as `duplicates` how many validation images are also
+    training images; and the classifiers that were trained on the backbone. All three see the same images, each decoded
+    once."""
     found = examine(
         {"trained": backbone, "untrained": untrained, "pixels": floors.pixels()}, train, val, image_size=image_size,
         protocols=protocols, device=device, seed=seed, limit=limit, batch_size=batch_size, precision=precision,
         cache=cache, floors=("untrained", "pixels"), table=table,
     )  # fmt: skip
     numbers = {name: one.numbers for name, one in found.items()}
-    scores = {**numbers["trained"], "untrained": numbers["untrained"], "pixels": numbers["pixels"]}
+    scores = {
+        **numbers["trained"],
+        "duplicates": len(duplicates(train, val)) if val else 0,
+        "untrained": numbers["untrained"],
+        "pixels": numbers["pixels"],
+    }
     return scores, found["trained"].classifiers
 
 

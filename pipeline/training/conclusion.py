@@ -124,7 +124,8 @@ def usage(folder: RunFolder, in_timm: str | None) -> str:
 
 
 def table(summary: dict[str, Any]) -> None:
-    """Print what was measured of the trained backbone, of the untrained one and of raw pixels, one row a measure."""
+    """Print what was measured of the trained backbone, of the untrained one and of raw pixels, one row a measure; and
+    what makes all of it too good."""
     columns = {
         f"{summary['backbone']} + {summary['objective']}": summary,
         "untrained": summary["untrained"],
@@ -143,6 +144,9 @@ def table(summary: dict[str, Any]) -> None:
             cells.append(f"{text}{unit}" + (f" [dim]({interval})[/]" if interval else ""))
         rows.add_row(measure.title, *cells)
     Console(width=None if sys.stdout.isatty() else LOG_WIDTH).print("", rows)
+    if copies := summary["duplicates"]:
+        also = "image is also a training image" if copies == 1 else "images are also training images"
+        print(f"{copies:,} validation {also}: all accuracies are somewhat too good")
 
 
 def versions() -> dict[str, str]:

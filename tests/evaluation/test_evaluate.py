@@ -20,6 +20,7 @@ from pipeline.evaluation.floors import pixels, untrained
 from pipeline.evaluation.images import evaluation_view
 from pipeline.evaluation.measures import MEASURES, Measure
 from pipeline.evaluation.protocols import PROTOCOLS
+from pipeline.training.conclusion import table
 
 SIDE = 16
 
@@ -140,6 +141,18 @@ def test_numbers_floors_and_their_names(sets: tuple[Packed, Packed]) -> None:
     )
     json.dumps(results)
     assert not classifiers  # of what is no backbone of ours
+
+
+def test_copies_across_the_split_are_counted_and_told(
+    tmp_path: Path, sets: tuple[Packed, Packed], capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = pack(tmp_path, "same", 12, 0)  # the same seed: its images are the first of the training set
+    for val, copies, said in ((sets[1], 0, ""), (same, 12, "12 validation images are also training images")):
+        scores, _ = with_floors(MeanColour(), MeanColour(), sets[0], val, image_size=SIDE, protocols=("knn",))
+        assert scores["duplicates"] == copies
+        table({"backbone": "a", "objective": "b", **scores})
+        assert said in capsys.readouterr().out.split("raw pixels")[1]
+    assert with_floors(MeanColour(), MeanColour(), sets[0], None, image_size=SIDE)[0]["duplicates"] == 0
 
 
 def test_without_labels_there_are_no_accuracies(tmp_path: Path, sets: tuple[Packed, Packed]) -> None:

@@ -89,7 +89,7 @@ def test_a_run_leaves_all_that_is_promised(command, tmp_path, capsys, backbone, 
     promised = {
         *("backbone", "objective", "images_seen", "images_per_second", "data_wait", "loss_first", "loss_last"),
         *("knn_top1", "linear_top1", "untrained", "pixels", "rejected", "mlflow_run_id", "checkpoint", "config"),
-        *("versions", "device", "seconds"),
+        *("versions", "device", "seconds", "duplicates"),
     }
     assert promised <= set(summary)
     assert summary["backbone"] == backbone
