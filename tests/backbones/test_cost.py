@@ -20,6 +20,10 @@ PAPERS = [
     ("vgg13", 224, 133, 11.3, 0.002),
     ("vgg16", 224, 138, 15.5, 0.004),
     ("vgg19", 224, 144, 19.6, 0.004),
+    # With batch norm, as timm's model cards have them.
+    ("vgg11_bn", 224, 132.9, 7.6, 0.004),
+    ("vgg13_bn", 224, 133.1, 11.3, 0.004),
+    ("vgg16_bn", 224, 138.4, 15.5, 0.004),
     # Szegedy et al. 2015, table 1: columns sum to 6.8 M and 1.5 G, each row rounded.
     ("googlenet", 224, 6.8, 1.5, 0.06),
     # He et al. 2016, table 1 gives multiply-adds; parameters as its authors' Caffe models have.
@@ -33,6 +37,7 @@ PAPERS = [
     ("resnet110", 32, 1.7, 0.2529, 0.02),
     ("plain20", 32, 0.27, 0.0406, 0.003),
     ("plain56", 32, 0.85, 0.1255, 0.004),
+    ("plain110", 32, 1.7, 0.2529, 0.02),
     # Tan & Le 2019, table 2, each at its own resolution.
     ("efficientnet_b0", 224, 5.3, 0.39, 0.02),
     ("efficientnet_b1", 240, 7.8, 0.70, 0.02),
@@ -51,6 +56,9 @@ PAPERS = [
     # Touvron et al. 2021, table 1 and Steiner et al. 2022, table 2: parameters; multiply-adds with attention.
     ("vit_ti16", 224, 5.7, 1.25, 0.01),
     ("vit_s16", 224, 22, 4.6, 0.01),
+    # Caron et al. 2021, table 1: 21 M without the classifier's 0.4. Multiply-adds by hand, of 785 tokens in 12 blocks:
+    # 785 * 192 * 384 + 12 (12 * 785 * 384^2 + 2 * 785^2 * 384) + 384 * 1000.
+    ("vit_s8", 224, 22.05, 22.4, 0.01),
     ("vit_b16", 224, 86.6, 17.56, 0.01),
     ("vit_l16", 224, 304.3, 61.6, 0.01),
     ("vit_h14", 224, 632, 167.3, 0.01),

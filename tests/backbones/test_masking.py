@@ -23,7 +23,15 @@ SLOWER = [
     "googlenet_bn", "plain20", "convnextv2_atto", "densenet121", "resnet50d", "tf_efficientnet_b0", "inception_v3",
     "resnetv2_50", "mobilenetv3_small_100", "regnety_004", "hrnet_w18_small", "dm_nfnet_f0",
 ]  # fmt: skip
-NETWORKS = [*ALWAYS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOWER)]
+AT_128 = ["resnet18", "efficientnet_b0", "convnext_atto"]
+SLOWER_AT_128 = ["alexnet", "vgg11_bn", "googlenet", "densenet121", "resnet50d", "mobilenetv3_small_100"]
+NETWORKS = [
+    *((name, 32) for name in ALWAYS),
+    *((name, 128) for name in AT_128),
+    *(pytest.param(name, 32, marks=pytest.mark.slow) for name in SLOWER),
+    *(pytest.param(name, 128, marks=pytest.mark.slow) for name in SLOWER_AT_128),
+]
+"""A network and the side in pixels that it is made for: of those at 128 the stem is another, for ImageNet."""
 
 
 def made(name: str, image_size: int = 32, dtype: torch.dtype = torch.float32) -> Backbone:
@@ -64,9 +72,9 @@ def statistics(backbone: Backbone) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in backbone.named_buffers() if "running" in k}
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_masked_pixels_influence_neither_features_nor_batch_statistics(name: str) -> None:
-    backbone = made(name).train()
+@pytest.mark.parametrize(("name", "size"), NETWORKS)
+def test_masked_pixels_influence_neither_features_nor_batch_statistics(name: str, size: int) -> None:
+    backbone = made(name, size).train()
     images = images_for(backbone)
     visible = some_cells(backbone, images)
     changed = torch.where(pixels_of(visible, backbone, images), images, 1e4 * torch.randn_like(images))
@@ -81,10 +89,10 @@ def test_masked_pixels_influence_neither_features_nor_batch_statistics(name: str
         assert torch.equal(before, after)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_with_everything_visible_it_is_the_plain_network(name: str) -> None:
+@pytest.mark.parametrize(("name", "size"), NETWORKS)
+def test_with_everything_visible_it_is_the_plain_network(name: str, size: int) -> None:
     for training in (False, True):
-        plain = made(name, dtype=torch.float64).train(training)
+        plain = made(name, size, torch.float64).train(training)
         masked = copy.deepcopy(plain)
         images = images_for(plain)
         h, w = plain.grid(*images.shape[-2:])
