@@ -12,7 +12,10 @@ import backbones
 from pipeline.data.packed import Packed
 from pipeline.evaluation import attentive, examine, finetune
 from pipeline.evaluation.classifier import Classifier
+from pipeline.evaluation.feature_set import FeatureSet
 from pipeline.evaluation.finetune import RECIPES, groups, mix
+from pipeline.evaluation.images import Images
+from pipeline.evaluation.protocols import PROTOCOLS
 from tests.evaluation.test_evaluate import pack
 
 SIDE = 16
@@ -75,6 +78,26 @@ def test_finetuning_and_attention_learn_the_labels_and_leave_the_backbone_alone(
     assert numbers["scratch_top1"] > 0.5
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     assert backbone.training
+
+
+@pytest.mark.parametrize("name", ["attentive", "finetune"])
+def test_labels_that_nothing_shows_give_chance(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels permuted so that each is as frequent among the images of every kind."""
+    monkeypatch.setattr(attentive, "STEPS", 60)
+    quick = replace(RECIPES["cnn"], lr=2e-2, epochs=1, least_steps=60, batch=32, layer_decay=1.0, ema=0.9)
+    monkeypatch.setattr(finetune, "RECIPES", {"cnn": quick})
+    torch.manual_seed(0)
+    backbone = backbones.create("lenet5", image_size=SIDE).eval()
+
+    def shown(part: str, n: int, seed: int, labels: torch.Tensor) -> FeatureSet:
+        packed = pack(tmp_path, part, n, seed)
+        images = Images(backbone, packed.path, labels, SIDE, torch.device("cpu"))
+        return FeatureSet(torch.empty(n, 0), labels, packed.classes, images=images, which=torch.arange(n))
+
+    train, val = shown("train", 128, 0, torch.arange(128) // 4 % 4), shown("val", 200, 1, torch.arange(200) % 4)
+    found = PROTOCOLS[name](train, val, seed=0)
+    assert found is not None
+    assert found["top1"] == pytest.approx(0.25, abs=0.1)
 
 
 def test_more_cells_than_may_be_held_are_drawn_from_every_class_and_all_of_val_is_judged(

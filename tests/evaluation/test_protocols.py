@@ -66,16 +66,18 @@ def test_the_chosen_classifier_is_scikit_learns_on_standardised_features() -> No
     assert theirs.score(scaler.transform(val.features), val.labels) > 0.6
 
 
-@pytest.mark.parametrize("name", ["logistic", "low_shot", "retrieval", "layerwise"])
+@pytest.mark.parametrize("name", ["logistic", "low_shot", "retrieval", "layerwise", "factors"])
 def test_permuted_labels_give_chance(name: str) -> None:
-    train, val = gaussians(800, 4, 16, 1.0, 0), gaussians(400, 4, 16, 1.0, 1)
-    train, val = train._replace(layers=(train.features,)), val._replace(layers=(val.features,))
+    def labelled(of: FeatureSet, labels: torch.Tensor) -> FeatureSet:
+        return of._replace(labels=labels, layers=(of.features,), factors={"shape": labels, "texture": labels})
+
+    train, val = (labelled(of, of.labels) for of in (gaussians(800, 4, 16, 1.0, 0), gaussians(400, 4, 16, 1.0, 1)))
     protocol = PROTOCOLS[name]
     found = protocol(train, val, seed=0)
     assert found is not None
     assert found[protocol.headline] > 0.5
     permuted = train.labels[torch.randperm(800, generator=torch.Generator().manual_seed(0))]
-    found = protocol(train._replace(labels=permuted), val, seed=0)
+    found = protocol(labelled(train, permuted), val, seed=0)
     assert found is not None
     assert found[protocol.headline] == pytest.approx(0.25, abs=0.08)
 
