@@ -114,6 +114,81 @@ def test_snow_whitens_and_its_flakes_cover_what_the_noise_promises() -> None:
     assert (small - 0.3 * 0.5).mean().item() == pytest.approx(2 * flakes, rel=0.1)
 
 
+def places(name: str, severity: int, seed: int, side: int = 224) -> np.ndarray:
+    """Where a change that is linear in the values takes each pixel from, in pixels (right, down): [2, side, side]."""
+    at = torch.arange(side, dtype=torch.float32) / side
+    image = torch.stack([at.expand(side, side), at[:, None].expand(side, side), torch.zeros(side, side)])[None]
+    return side * run(name, severity, image, seed)[0, :2].double().numpy()
+
+
+def inner(field: np.ndarray, border: int = 48) -> np.ndarray:
+    return field[..., border:-border, border:-border]
+
+
+def softened(sigma: float) -> float:
+    """What a Gaussian blur leaves of the deviation of white noise."""
+    point = np.zeros((129, 129))
+    point[64, 64] = 1
+    return float(np.sqrt((ndimage.gaussian_filter(point, sigma) ** 2).sum()))
+
+
+@pytest.mark.parametrize(("severity", "sigma", "step", "times"), [(1, 0.7, 1, 2), (3, 1, 2, 3), (5, 1.5, 4, 2)])
+def test_glass_moves_each_pixel_by_the_sum_of_its_steps_and_blurs(
+    severity: int, sigma: float, step: int, times: int
+) -> None:
+    """A step is uniform over `step` pixels to either side: of variance step² / 3."""
+    still = np.stack(np.meshgrid(np.arange(224), np.arange(224)))
+    moved = inner(places("glass_blur", severity, 0) - still)
+    assert moved.std((1, 2)) == pytest.approx([step * (times / 3) ** 0.5 * softened(sigma)] * 2, rel=0.03)
+    assert abs(moved.mean((1, 2))).max() < 0.05
+    assert abs(np.corrcoef(moved.reshape(2, -1))[0, 1]) < 0.05
+    flat = torch.full((1, 3, 64, 64), 0.3)
+    torch.testing.assert_close(run("glass_blur", severity, flat), flat)
+
+
+def test_fog_of_a_known_thickness_lies_over_the_image() -> None:
+    grey, x = torch.full((2, 3, 96, 96), 0.5), photographs(2, 96)
+    found = run("fog", 3, grey)  # 2.5 thick: (x + 2.5 f) m / (m + 2.5), f from 0 to 1, m the brightest value
+    assert found.amin((1, 2, 3)).tolist() == pytest.approx([0.5 * 0.5 / 3] * 2)
+    assert found.amax((1, 2, 3)).tolist() == pytest.approx([0.5] * 2)
+    field = (found[:, :1] * 3 / 0.5 - 0.5) / 2.5
+    most = x.amax((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(run("fog", 3, x), (x + 2.5 * field) * most / (most + 2.5))
+
+
+@pytest.mark.parametrize(("severity", "decay"), [(1, 2), (3, 1.7), (5, 1.4)])
+def test_the_power_of_fog_falls_with_its_frequency(severity: int, decay: float) -> None:
+    field = run("fog", severity, torch.full((32, 1, 128, 128), 0.5))[:, 0].double().numpy()
+    power = (np.abs(np.fft.fft2(field)) ** 2).mean(0)
+    frequency = np.hypot(np.fft.fftfreq(128)[:, None], np.fft.fftfreq(128))
+    some = (frequency > 0.03) & (frequency < 0.4)
+    slope = np.polyfit(np.log(frequency[some]), np.log(power[some]), 1)[0]
+    assert slope == pytest.approx(-(decay + 1), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("severity", "amount", "sigma", "jitter"), [(3, 0.05, 0.01, 0.02), (4, 0.07, 0.01, 0.02), (5, 0.12, 0.01, 0.02)]
+)
+def test_elastic_is_an_affine_map_of_three_moved_points_and_a_smooth_field(
+    severity: int, amount: float, sigma: float, jitter: float
+) -> None:
+    points = 111.5 + 224 / 3 * np.array([[1, 1], [1, -1], [-1, -1]])
+    still = np.stack(np.meshgrid(np.arange(224), np.arange(224))).astype(float)
+    known = np.concatenate([inner(still).reshape(2, -1), np.ones((1, 128 * 128))])
+    far, spread = [], []
+    for seed in range(6):
+        found = inner(places("elastic", severity, seed)).reshape(2, -1)
+        affine = found @ np.linalg.pinv(known)
+        # The points came from where the map sends those that they were moved to.
+        moved = np.linalg.solve(affine[:, :2], points.T - affine[:, 2:]).T
+        far.append(abs(moved - points).max() / 224)
+        spread.append(np.linalg.solve(affine[:, :2], found - affine @ known).std())
+    # Uniform noise of deviation 1 / √3, blurred.
+    expected = amount * 224 / 3**0.5 * softened(sigma * 224)
+    assert np.mean(spread) == pytest.approx(expected, rel=0.1)
+    assert 0.3 * jitter < max(far) < 1.1 * jitter
+
+
 def test_pixelate_is_pillows_box_and_nearest() -> None:
     x = photographs(1, 40)
     image = Image.fromarray((x[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
