@@ -1,12 +1,14 @@
 """`python -m pipeline.compare`, from its arguments to the report on disk and in MLflow."""
 
 import json
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
 from pipeline import tracking
+from pipeline.evaluation import classifier
 from pipeline.evaluation.table import Table
 from pipeline.redaction import redact
 from pipeline.report import contest as contests
@@ -27,7 +29,8 @@ def compare(
     output: str | None,
     command: list[str],
 ) -> Contest:
-    """Examine the runs, print the verdict, write `report.html` and `numbers.json` into `output`, and tell MLflow.
+    """Examine the runs, print the verdict, write `report.html`, `numbers.json` and the classifiers that were trained
+    into `output`, and tell MLflow.
 
     Raises:
         UserError: as of `contest.hold`.
@@ -47,8 +50,20 @@ def compare(
     for line in verdict.unfair(held):
         print(f"not alike: {line}")
     print(f"\nreport       {folder / 'report.html'}")
+    for file in keep_classifiers(held, folder / "classifiers"):
+        print(f"classify     python -m pipeline.classify {shlex.quote(str(file))} PHOTOS")
     track(held, folder, storage / name)
     return held
+
+
+def keep_classifiers(held: Contest, folder: Path) -> Iterator[Path]:
+    """Write every classifier that was trained on a backbone of the contest, and name its file."""
+    for one in held.entries:
+        for protocol, trained in one.trained.classifiers.items():
+            folder.mkdir(exist_ok=True)
+            file = folder / f"{re.sub(r'[^a-zA-Z0-9_.]+', '-', one.name).strip('-')}-{protocol}.safetensors"
+            file.write_bytes(classifier.save(trained))
+            yield file
 
 
 def track(held: Contest, folder: Path, place: Path) -> None:
