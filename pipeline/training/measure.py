@@ -1,5 +1,6 @@
 """What rank 0 measures of a run: k-NN now and then, everything at the end with both floors beside it."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,13 +52,17 @@ class OnlineKnn:
         self.planned = planned
         self._last = 0
 
+    def recall(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Go on after the measurements among the rows that a run has recorded."""
+        self._last = max((int(row["images"]) for row in rows if "knn_online" in row), default=0)
+
     def due(self, seen: int) -> bool:
-        """Whether the next interval has been reached; the end is left to the final measurement."""
-        return bool(self.every) and seen < self.planned and int(seen / self.every) > self._last
+        """Whether an interval has ended since the last measurement; the run's end is left to the final one."""
+        return bool(self.every) and seen < self.planned and int(seen / self.every) > int(self._last / self.every)
 
     def __call__(self, backbone: Backbone, seen: int) -> float:
         """The accuracy now, with `bank` images of the training set to learn from."""
-        self._last = int(seen / self.every)
+        self._last = seen
         assert self.val is not None
         result = evaluation.evaluate_backbone(
             backbone, self.train, self.val, image_size=int(self.config.image_size or 0), protocols=("knn",),

@@ -104,12 +104,12 @@ class Training:
             self.stepper.objective.vital_signs, self.step_images, float(config.warmup or 0.0) * self.planned,
             heal=config.heal,
         )  # fmt: skip
+        self.knn = measure.OnlineKnn(config, self.train_set, self.val_set, self.device, self.planned)
         self.recall()
         self.recorder: Recorder | None = None
         if self.rank == 0:
             self.recorder = Recorder(self.folder, config, links, self.health, seen=self.seen, planned=self.planned,
                                      batch_size=self.step_images, said=said)  # fmt: skip
-            self.knn = measure.OnlineKnn(config, self.train_set, self.val_set, self.device, self.planned)
         self.checkpoints = self.recorder.checkpoints if self.recorder else Checkpoints(self.folder, Keep(), self.rank)
 
     def train(self) -> None:
@@ -119,6 +119,9 @@ class Training:
             Unwell: the run has fallen ill.
         """
         batches = Batches(self.loader)
+        if 0 < self.seen < self.planned and not self.stop:
+            self.due = True  # perhaps
+            self.measure()  # what was due where the run was stopped
         while self.seen < self.planned and not self.stop:
             if self.bundle and self.seen == self.bundle.begins:
                 self.keep_bundle()
@@ -249,8 +252,10 @@ class Training:
         return seen, said
 
     def recall(self) -> None:
-        """Bring the judge of health to where training stands."""
-        self.health.recall([row for row in MetricsFile.read(self.folder, until=self.seen) if "loss" in row])
+        """Bring the judge of health and the online k-NN to where training stands."""
+        rows = MetricsFile.read(self.folder, until=self.seen)
+        self.health.recall([row for row in rows if "loss" in row])
+        self.knn.recall(rows)
 
     def heal(self, unwell: Unwell) -> None:
         """Go back to the last checkpoint taken in good health, with one thing changed.

@@ -4,15 +4,21 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from PIL import Image
 
+from pipeline import config as configuration
+from pipeline.data import preparation
+from pipeline.training import measure, worker
+from pipeline.training.display import Status
+from pipeline.training.links import Links
 from pipeline.training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,6 +90,18 @@ class Place:
                 env=self.environment(), stdout=log, stderr=subprocess.STDOUT, text=True, cwd=self.folder,
             ))  # fmt: skip
         return self._begun[-1]
+
+    def train(self, run: str, *more: str, exchange: Callable[[Status], bool] = lambda status: False) -> RunFolder:
+        """The training alone of a run named `run`, in this process; `exchange` hears of every step and may stop it."""
+        config = configuration.parse(self.words(run, *more))
+        train, val, _ = preparation.prepare(config)
+        config = configuration.resolve(config, images=train.images, side=preparation.median_side(train))
+        folder = RunFolder(str(config.run))
+        folder.write("config.yaml", configuration.dump(config))
+        job = worker.Job(config, folder.address, train, val, "cpu", 1)
+        with mock.patch.object(measure, "finish", lambda *whatever: {}):
+            worker.work(job, Links(exchange, lambda metrics, seen: None))
+        return folder
 
     def __enter__(self) -> "Place":
         return self
