@@ -7,19 +7,36 @@ from unittest import mock
 
 import fsspec
 
+HOST = "127.0.0.1"
+
+
+class Server:
+    """It keeps what it holds while it is stopped, and comes back at the same port."""
+
+    port = 0
+
+    def start(self) -> None:
+        from moto.server import ThreadedMotoServer
+
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line a request
+        self._moto = ThreadedMotoServer(HOST, self.port, verbose=False)
+        self._moto.start()
+        _, self.port = self._moto.get_host_and_port()
+
+    def stop(self) -> None:
+        self._moto.stop()
+
 
 @contextmanager
-def s3(bucket: str, key: str = "x", secret: str = "x") -> Iterator[fsspec.AbstractFileSystem]:
+def s3(
+    bucket: str, key: str = "x", secret: str = "x", server: Server | None = None
+) -> Iterator[fsspec.AbstractFileSystem]:
     """s3fs's view of a new server with one empty bucket; this process and its children find it in the environment."""
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line a request
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server = server or Server()
     server.start()
-    host, port = server.get_host_and_port()
     account = {
         "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret, "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1",
+        "AWS_ENDPOINT_URL": f"http://{HOST}:{server.port}", "no_proxy": HOST, "NO_PROXY": HOST,
     }  # fmt: skip
     try:
         with mock.patch.dict("os.environ", account):

@@ -41,6 +41,7 @@ class Recorder:
         self.steps = 0
         self._knn: tuple[int, float] | None = None
         self._trouble: str | None = None
+        self._waiting = False  # metrics that could not be written
         self._window: list[tuple[float, float, float, int]] = []
         self._saved_at = time.monotonic()
         folder.tidy()
@@ -118,12 +119,21 @@ class Recorder:
             facts["knn_top1"] = self._knn[1]
             self.best = max(self.best, self._knn[1])
         self._knn = None
-        try:
-            self.file.flush()
-        except OSError as error:
-            self.say(f"warning: metrics.jsonl could not be written ({error.strerror}); they wait in memory")
+        self.flush()
         self.checkpoints.save(self.status.seen, state, share, **facts)
         self._saved_at = time.monotonic()
+
+    def flush(self) -> None:
+        """Write what was recorded; on a full disk, or where storage does not answer, it waits for the next time."""
+        started = time.perf_counter()
+        try:
+            self.file.flush()
+            self._waiting = False
+        except Exception as error:  # each kind of storage has its own
+            if not self._waiting:
+                self.say(f"warning: metrics.jsonl could not be written ({error}); they wait in memory")
+            self._waiting = True
+        self.checkpoints.held += time.perf_counter() - started
 
     def complain(self) -> None:
         """Say once that checkpoints cannot be written, and once that they can again."""

@@ -3,7 +3,6 @@
 The same function runs alone (`--engine local`) and on every Ray Train worker.
 """
 
-import contextlib
 import dataclasses
 import time
 import uuid
@@ -201,8 +200,7 @@ class Training:
         if self.recorder is None:
             return {}
         self.recorder.complain()
-        with contextlib.suppress(OSError):
-            self.recorder.file.flush()
+        self.recorder.flush()
         self.links.exchange(self.recorder.status)
         kept = self.folder.checkpoints()
         result = {**self.recorder.summary(), "stopped": self.stop, "loader": self.loader.backend,
@@ -304,7 +302,7 @@ class Training:
         name = f"bundles/{chosen.cause}-{chosen.until:012d}-{chosen.change}.pt"
         try:
             self.folder.save_state(name, state)
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # each kind of storage has its own
             self.recorder.say(f"warning: no replay bundle could be written ({error})")
             return
         self.recorder.say(f"python -m pipeline.replay {self.folder.path(name)} reproduces it")

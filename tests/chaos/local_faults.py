@@ -14,7 +14,7 @@ from pipeline.training import step
 from pipeline.training.health import Care
 from pipeline.training.run_folder import RunFolder
 from tests.chaos.runs import BATCH, Place, Row, assert_same_run, assert_tracked, assert_tracked_since, losses, steps
-from tests.s3 import s3
+from tests.s3 import Server, s3
 
 EPOCHS = ("--epochs", "12")
 
@@ -126,6 +126,30 @@ def object_store(place: Place) -> Row:
         assert run.exists("summary.json")
         return Row("killed, and a checkpoint on S3 damaged", "SIGKILL, one bit of the object turned", newest - older,
                    time.monotonic() - again, said)  # fmt: skip
+
+
+def object_store_away(place: Place) -> Row:
+    """The S3 server that holds the run folder stops while it trains, and comes back."""
+    server = Server()
+    with s3("runs", server=server):
+        run = RunFolder("s3://runs/away")
+        process = place.start("s3://runs/away", "--epochs", "100000", "--checkpoint-every", "0.002")
+        _until(lambda: run.checkpoints(), process)
+        server.stop()
+        gone = time.monotonic()
+        _until(lambda: "no checkpoint could be written" in place.log("away"), process)
+        _until(lambda: "metrics.jsonl could not be written" in place.log("away"), process)
+        server.start()
+        seconds = time.monotonic() - gone
+        reached = run.checkpoints()[-1]
+        _until(lambda: "checkpoints can be written again" in place.log("away"), process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 143, place.log("away")[-2000:]
+        seen = [n for n, _ in losses(run)]
+        assert seen == list(range(BATCH, seen[-1] + 1, BATCH))
+        assert run.checkpoints()[-1] == seen[-1] > reached
+        said = [line for line in place.log("away").splitlines() if "written" in line]
+        return Row("the storage of the run is away", f"the S3 server stopped for {seconds:.0f} s", 0, None, "\n".join(said))
 
 
 def full_disk(place: Place) -> Row:
@@ -267,6 +291,7 @@ FAULTS = (
     bit,
     torn,
     object_store,
+    object_store_away,
     full_disk,
     not_a_number,
     never_a_number,

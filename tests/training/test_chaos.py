@@ -25,8 +25,8 @@ def test_a_run_that_falls_ill_heals_or_stops_with_all_kept(fault, place):
 @pytest.mark.parametrize(
     "fault",
     [
-        faults.loader_dies, faults.torn, faults.bit, faults.object_store, faults.killed_while_writing,
-        faults.killed_at_random,
+        faults.loader_dies, faults.torn, faults.bit, faults.object_store, faults.object_store_away,
+        faults.killed_while_writing, faults.killed_at_random,
     ],
 )  # fmt: skip
 def test_it_is_survived_to_the_last_bit(fault, place):
