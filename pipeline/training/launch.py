@@ -5,7 +5,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +19,7 @@ from pipeline import config as configuration
 from pipeline.command import STOPPED, Stop, stop_signals
 from pipeline.config import Config
 from pipeline.data import preparation
+from pipeline.data.packed import Packed
 from pipeline.errors import UserError
 from pipeline.redaction import bare, redact
 from pipeline.training import conclusion
@@ -80,8 +81,10 @@ def launch(config: Config, argv: Sequence[str]) -> int:
                 "repeat its options, or give another --run"
             )
         folder.remove("mlflow_run_id")  # its start failed: it begins anew, in MLflow too
-    for sentence in newest(folder)[2]:
+    _, state, said = newest(folder)
+    for sentence in said:
         print(sentence, flush=True)
+    refuse_other_images(state, train, folder.address)
     engine = choose_engine(config)
     config = replace(config, run=folder.address, resume=None, config=None)
     job = Job(config, folder.address, train, val, engine.device, engine.threads)
@@ -121,6 +124,24 @@ def load_earlier(address: str) -> Config | None:
     if not folder.exists("config.yaml"):
         return None
     return configuration.read(folder.read("config.yaml").decode(), folder.path("config.yaml"))
+
+
+def refuse_other_images(state: Mapping[str, Any] | None, train: Packed, address: str) -> None:
+    """Refuse to go on from a checkpoint with other training images, whose order and number its place counts on.
+
+    Raises:
+        UserError: they differ.
+    """
+    trained = (state or {}).get("train")  # checkpoints of before this was kept have none
+    if trained is None or trained["fingerprint"] == train.fingerprint:
+        return
+    counts = {name: (trained[name], now) for name, now in (("images", train.images), ("classes", len(train.classes)))}
+    changes = [f"{before:,} {name} → {now:,}" for name, (before, now) in counts.items() if before != now]
+    raise UserError(
+        f"{address}: its training images are no longer those it was trained on ({', '.join(changes) or 'as many'}; "
+        f"fingerprint {trained['fingerprint'][:12]} → {train.fingerprint[:12]}); bring those back, or begin a new run on "
+        f"these from its weights with --init {shlex.quote(address)} in place of --resume and --run"
+    )
 
 
 def storage_of(config: Config) -> str:

@@ -309,7 +309,9 @@ class Training:
 
     def snapshot(self) -> dict[str, Any]:
         """All that continuing exactly takes."""
-        return {**self.stepper.state(), "loader": self.loader.state(), "images_seen": self.seen,
+        train = {"fingerprint": self.train_set.fingerprint, "images": self.train_set.images,
+                 "classes": len(self.train_set.classes)}  # fmt: skip
+        return {**self.stepper.state(), "loader": self.loader.state(), "images_seen": self.seen, "train": train,
                 "config": configuration.dump(self.config)}  # fmt: skip
 
 
