@@ -29,7 +29,8 @@ class Arguments:
 
 
 def replay(arguments: Arguments) -> bool:
-    """Print each step beside what the run recorded; returns whether all are equal.
+    """Print each step beside what the run recorded; returns whether all are equal: the losses, and whether the gradient
+    was finite.
 
     One process computes the whole batch, so for a run of several workers equal means close: 1 % of the loss.
 
@@ -54,6 +55,7 @@ def replay(arguments: Arguments) -> bool:
     told: dict[str, Any] = state["bundle"]
     config = configuration.read(state["config"], arguments.bundle)
     changes = {key: value for key in ("precision", "lr") if (value := getattr(arguments, key)) is not None}
+    images = config.batch_of(told["world"])  # of a step
     config = dataclasses.replace(config, workers=1, **changes)
     data = arguments.data or told["train"]["path"]
     if not Path(data).exists():
@@ -64,9 +66,10 @@ def replay(arguments: Arguments) -> bool:
     care = Care([Intervention(**one) for one in told["before"]])
     print(f"{told['sentence']}\nimages of the first step: {', '.join(map(str, told['indices']))}", flush=True)
     recorded = {row["images"]: row for row in told["rows"]}
-    seen, equal = int(state["images_seen"]), True
-    with make_loader(data, stepper.objective.views, batch_size=int(config.batch_size or 0), seed=config.seed,
-                     backend=config.loader) as loader:  # fmt: skip
+    seen, equal = int(state["images_seen"]), list[bool]()
+    with make_loader(
+        data, stepper.objective.views, batch_size=images, seed=config.seed, backend=config.loader
+    ) as loader:
         loader.load_state(state["loader"])
         for batch in loader:
             start, seen = seen, seen + len(batch.index)
@@ -74,17 +77,19 @@ def replay(arguments: Arguments) -> bool:
                 values, _ = stepper(batch, start, told["planned"], care)
                 row = {key: value.item() for key, value in values.items()}
                 was = recorded.get(seen)
-                same = was is None or alike(row["loss"], was["loss"], 0.0 if told["world"] == 1 else 0.01)
-                equal &= same
-                print(
-                    f"{seen:>12,} images  loss {row['loss']:.6g}  gradient norm {row['grad_norm']:.4g}"
-                    + (f"  {'as' if same else 'but'} recorded: {was['loss']:.6g}" if was else ""),
-                    flush=True,
-                )
+                said = f"{seen:>12,} images  loss {row['loss']:.6g}  gradient norm {row['grad_norm']:.4g}"
+                if was is not None:
+                    equal.append(
+                        alike(row["loss"], was["loss"], 0.0 if told["world"] == 1 else 0.01)
+                        and math.isfinite(row["grad_norm"]) == math.isfinite(was["grad_norm"])
+                    )
+                    said += f"  {'as' if equal[-1] else 'but'} recorded: {was['loss']:.6g}, {was['grad_norm']:.4g}"
+                print(said, flush=True)
             if seen >= told["until"]:
                 break
-    print("reproduced" if equal else "not reproduced: the losses differ", flush=True)
-    return equal
+    reproduced = bool(equal) and all(equal)
+    print("reproduced" if reproduced else "not reproduced: the steps differ", flush=True)
+    return reproduced
 
 
 def alike(one: float, other: float, tolerance: float) -> bool:

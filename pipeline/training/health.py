@@ -45,6 +45,10 @@ class Unwell(Exception):
         super().__init__(sentence)
         self.cause, self.first, self.until, self.sentence = cause, first, until, sentence
 
+    def answered(self, back: int, change: str) -> "Intervention":
+        """What was done about it; arguments as of `Intervention`."""
+        return Intervention(self.cause, self.first, self.until, self.sentence, back, change)
+
 
 @dataclass(frozen=True)
 class Intervention:
@@ -54,7 +58,7 @@ class Intervention:
         cause, first, until, sentence: as of `Unwell`.
         back: images seen at the checkpoint that training went back to.
         change: "skip" (the batches from `first` to `until` leave no trace), "fp32" or "lr" (half of it), both from
-            `back` on.
+            `back` on; "end" nothing more, the run ends.
     """
 
     cause: str
@@ -115,8 +119,7 @@ class Care:
         ladder = [rung for rung in LADDERS[unwell.cause] if rung != "fp32" or half]
         if len(tried) >= len(ladder) or len(self.done) >= MOST:
             return None
-        change = ladder[len(tried)]
-        chosen = Intervention(unwell.cause, unwell.first, unwell.until, unwell.sentence, back, change)
+        chosen = unwell.answered(back, ladder[len(tried)])
         self.done.append(chosen)
         return chosen
 

@@ -139,8 +139,8 @@ def refuse_other_images(state: Mapping[str, Any] | None, train: Packed, address:
     changes = [f"{before:,} {name} → {now:,}" for name, (before, now) in counts.items() if before != now]
     raise UserError(
         f"{address}: its training images are no longer those it was trained on ({', '.join(changes) or 'as many'}; "
-        f"fingerprint {trained['fingerprint'][:12]} → {train.fingerprint[:12]}); bring those back, or begin a new run on "
-        f"these from its weights with --init {shlex.quote(address)} in place of --resume and --run"
+        f"fingerprint {trained['fingerprint'][:12]} → {train.fingerprint[:12]}); bring those back, or begin a new run "
+        f"on these from its weights with --init {shlex.quote(address)} in place of --resume and --run"
     )
 
 

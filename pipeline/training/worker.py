@@ -123,7 +123,10 @@ class Training:
             self.measure()  # what was due where the run was stopped
         while self.seen < self.planned and not self.stop:
             if self.bundle and self.seen == self.bundle.begins:
-                self.keep_bundle()
+                chosen, self.bundle = self.bundle, None
+                said = self.keep_bundle(chosen)
+                if self.recorder:
+                    self.recorder.say(said)
             started, seen = time.perf_counter(), self.seen
             try:
                 batch = next(batches)
@@ -268,13 +271,15 @@ class Training:
             self.ill_rows = [*self.recorder.file.rows(), self.row]
         back, said = self.restore(well=unwell.cause != "nonfinite")
         chosen = self.care.treat(unwell, back, half=self.stepper.half) if self.config.heal else None
+        self.seen = back
         if chosen is None:
+            replay = self.keep_bundle(unwell.answered(back, "end"))
             tried = f"; tried in vain: {', '.join(one.change for one in self.care.done)}" if self.care.done else ""
             kept = f"the last good checkpoint is at {back:,} images" if back else "there is no checkpoint yet"
             raise FloatingPointError(
-                f"{unwell.sentence}{tried}; {kept}; a lower --lr or --precision fp32 is the usual way out"
+                f"{unwell.sentence}{tried}; {kept}; a lower --lr or --precision fp32 is the usual way out; {replay}"
             )
-        self.seen, self.bundle = back, chosen
+        self.bundle = chosen
         self.recall()
         if self.recorder:
             self.care.write(self.folder)
@@ -282,11 +287,10 @@ class Training:
             self.recorder.rewind(back)
             self.recorder.say(*said, chosen.line())
 
-    def keep_bundle(self) -> None:
-        """Keep what reproduces the illness that is being treated: `python -m pipeline.replay` does."""
-        chosen, self.bundle = self.bundle, None
-        if self.recorder is None or chosen is None:
-            return
+    def keep_bundle(self, chosen: Intervention) -> str:
+        """Keep what reproduces the illness that `chosen` answers, from here; a sentence that says how, on rank 0."""
+        if self.recorder is None:
+            return ""
         state = self.snapshot() | {
             "bundle": {
                 **dataclasses.asdict(chosen),
@@ -303,9 +307,8 @@ class Training:
         try:
             self.folder.save_state(name, state)
         except Exception as error:  # each kind of storage has its own
-            self.recorder.say(f"warning: no replay bundle could be written ({error})")
-            return
-        self.recorder.say(f"python -m pipeline.replay {self.folder.path(name)} reproduces it")
+            return f"warning: no replay bundle could be written ({error})"
+        return f"python -m pipeline.replay {self.folder.path(name)} reproduces it"
 
     def snapshot(self) -> dict[str, Any]:
         """All that continuing exactly takes."""
