@@ -12,8 +12,9 @@ from unittest import mock
 from pipeline import pretrain, replay
 from pipeline.training import step
 from pipeline.training.health import Care
+from pipeline.training.recorder import Recorder
 from pipeline.training.run_folder import RunFolder
-from tests.chaos.runs import BATCH, Place, Row, assert_same_run, assert_tracked, assert_tracked_since, losses, steps
+from tests.chaos.runs import BATCH, Place, Row, assert_same_run, assert_tracked, assert_tracked_since, final, losses, steps
 from tests.s3 import Server, s3
 
 EPOCHS = ("--epochs", "12")
@@ -149,7 +150,8 @@ def object_store_away(place: Place) -> Row:
         assert seen == list(range(BATCH, seen[-1] + 1, BATCH))
         assert run.checkpoints()[-1] == seen[-1] > reached
         said = [line for line in place.log("away").splitlines() if "written" in line]
-        return Row("the storage of the run is away", f"the S3 server stopped for {seconds:.0f} s", 0, None, "\n".join(said))
+        injected = f"the S3 server stopped for {seconds:.0f} s"
+        return Row("the storage of the run is away", injected, 0, None, "\n".join(said))
 
 
 def full_disk(place: Place) -> Row:
@@ -185,28 +187,49 @@ def full_disk(place: Place) -> Row:
 
 def not_a_number(place: Place) -> Row:
     """One batch gives a loss that is NaN: it is left out, the rest of the run is as it was until there."""
-    whole, run = place.whole("whole", *EPOCHS), place.folder / "runs" / "nan"
-    with poisoned(lambda progress: abs(progress - 0.5) < 1e-9):
-        assert pretrain.main(place.words("nan", *EPOCHS)) == 0
+    return _left_out(place, "a loss that is NaN", "one batch's loss multiplied by NaN", poisoned)
+
+
+def infinite(place: Place) -> Row:
+    """One batch gives an infinite loss, likewise."""
+    return _left_out(place, "an infinite loss", "one batch's loss multiplied by infinity",
+                     lambda when: poisoned(when, float("inf")))  # fmt: skip
+
+
+def gradient_not_a_number(place: Place) -> Row:
+    """One batch gives a gradient that is NaN, though its loss is none, likewise."""
+    return _left_out(place, "a gradient that is NaN", "one step's gradient multiplied by NaN",
+                     lambda when: thrown(when, float("nan")))  # fmt: skip
+
+
+def _left_out(place: Place, fault: str, injected: str, inject: Callable) -> Row:
+    whole, run = place.train("whole", *EPOCHS), place.folder / "runs" / "ill"
+    with inject(lambda progress: abs(progress - 0.5) < 1e-9):
+        assert pretrain.main(place.words("ill", *EPOCHS)) == 0
         before, after = dict(losses(whole)), losses(run)
         ill = next(n for n, loss in after if loss is None)
         assert [n for n, _ in after] == list(before)
         assert all(loss == before[n] for n, loss in after if n < ill)
         bundle = next((run / "bundles").glob("nonfinite-*-skip.pt"))
-        assert replay.main([str(bundle)]) == 0  # the same poison, the same NaN
+        assert replay.main([str(bundle)]) == 0  # the same fault, the same illness
     assert replay.main([str(bundle)]) == 3  # without it the batch is well
-    return Row("a loss that is NaN", "one batch's loss multiplied by NaN", ill - BATCH, None, _intervened(run))
+    return Row(fault, injected, ill - BATCH, None, _intervened(run))
 
 
 def never_a_number(place: Place) -> Row:
-    """A learning rate at which no step can succeed: everything is tried, then the run stops, with all kept."""
-    words = place.words("diverged", *EPOCHS, "--optimiser", "sgd", "--lr", "1e30", "--clip", "0", "--warmup", "0")
-    assert pretrain.main(words) == 1
-    run = RunFolder(str(place.folder / "runs" / "diverged"))
-    said = _intervened(Path(run.address))
-    assert run.exists("interventions.json")
-    assert run.exists("config.yaml")
-    return Row("a loss that stays NaN", "--lr 1e30", 0, None, f"{said} … then: failed, exit 1")
+    """From the middle on every loss is NaN: everything is tried, then the run stops, with all kept."""
+    whole, run, saved = place.train("whole", *EPOCHS), place.folder / "runs" / "diverged", 16 * BATCH
+    due = mock.patch.object(Recorder, "checkpoint_due", lambda self: self.status.seen == saved)
+    with due, poisoned(lambda progress: progress >= 0.5):
+        assert pretrain.main(place.words("diverged", *EPOCHS)) == 1
+        bundles = sorted((run / "bundles").iterdir())
+        assert [bundle.stem.split("-")[-1] for bundle in bundles] == ["skip", "end", "lr"]
+        assert [replay.main([str(bundle)]) for bundle in bundles] == [0, 0, 0]
+    assert final(run)["images_seen"] == saved
+    assert losses(run)[:16] == losses(whole)[:16]
+    assert [one.change for one in Care.read(RunFolder(str(run))).done] == ["skip", "lr"]
+    return Row("a loss that stays NaN", "every loss from the middle on multiplied by NaN", 0, None,
+               f"{_intervened(run)} … then: failed, exit 1")  # fmt: skip
 
 
 def loss_spike(place: Place) -> Row:
@@ -226,6 +249,8 @@ def loss_spike(place: Place) -> Row:
                         kind=(*mae, "--options.decoder-width", "16", "--options.decoder-heads", "2"))  # fmt: skip
     with thrown(lambda progress: 0.6 <= progress < 0.6 + BATCH / 1152):
         assert pretrain.main(words) == 0
+        for bundle in (run / "bundles").iterdir():
+            assert replay.main([str(bundle)]) == 0
     rows = losses(run)
     left_out = [n for n, loss in rows if loss is None]
     assert left_out
@@ -256,8 +281,10 @@ def collapse(place: Place) -> Row:
     words = place.words("collapse", "--epochs", "36", "--checkpoint-every", "0.01", "--keep", "100", kind=kind)
     with _built(saturate):
         assert pretrain.main(words) == 0
+        fell = round(at.pop() * steps(run)[-1]["images"] / BATCH) * BATCH
+        (bundle,) = (run / "bundles").iterdir()
+        assert replay.main([str(bundle)]) == 0
     rows = steps(run)
-    fell = round(at[0] * rows[-1]["images"] / BATCH) * BATCH
     done = Care.read(RunFolder(str(run))).done
     assert [(one.cause, one.change) for one in done] == [("collapse", "lr")]
     assert done[0].back <= fell
@@ -294,6 +321,8 @@ FAULTS = (
     object_store_away,
     full_disk,
     not_a_number,
+    infinite,
+    gradient_not_a_number,
     never_a_number,
     loss_spike,
     collapse,
@@ -302,26 +331,26 @@ FAULTS = (
 
 
 @contextmanager
-def poisoned(when: Callable[[float], bool]):
-    """Objectives whose loss is NaN where `when(progress)`."""
+def poisoned(when: Callable[[float], bool], factor: float = float("nan")):
+    """Objectives whose loss is NaN, or `factor` times what it is, where `when(progress)`."""
 
     def poison(module, arguments, output):
         loss, scalars = output
-        return (loss * float("nan"), scalars) if when(arguments[1]) else output
+        return (loss * factor, scalars) if when(arguments[1]) else output
 
     with _built(lambda objective: objective.register_forward_hook(poison)):
         yield
 
 
 @contextmanager
-def thrown(when: Callable[[float], bool]):
-    """Objectives whose gradients are ten thousand times too large where `when(progress)`."""
+def thrown(when: Callable[[float], bool], factor: float = 1e4):
+    """Objectives whose gradients are ten thousand times too large, or `factor` times, where `when(progress)`."""
 
     def throw(objective):
         def after_backward(progress):
             for parameter in objective.parameters():
                 if when(progress) and parameter.grad is not None:
-                    parameter.grad.mul_(1e4)
+                    parameter.grad.mul_(factor)
 
         objective.after_backward = after_backward
 

@@ -16,7 +16,13 @@ def place(tmp_path, monkeypatch) -> Iterator[Place]:
         yield place
 
 
-@pytest.mark.parametrize("fault", [faults.not_a_number, faults.never_a_number, faults.loss_spike, faults.collapse])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        faults.not_a_number, faults.infinite, faults.gradient_not_a_number, faults.never_a_number, faults.loss_spike,
+        faults.collapse,
+    ],
+)  # fmt: skip
 def test_a_run_that_falls_ill_heals_or_stops_with_all_kept(fault, place):
     assert isinstance(fault(place), Row)
 
