@@ -6,6 +6,7 @@ The same function runs alone (`--engine local`) and on every Ray Train worker.
 import dataclasses
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +118,7 @@ class Training:
         Raises:
             Unwell: the run has fallen ill.
         """
-        batches = Batches(self.loader)
+        batches = Batches(self.loader, self.recorder.say if self.recorder else print)
         if 0 < self.seen < self.planned and not self.stop:
             self.due = True  # perhaps
             self.measure()  # what was due where the run was stopped
@@ -319,10 +320,10 @@ class Training:
 
 
 class Batches:
-    """Batches without end. Where the loader fails it is begun anew at its place, a few times in a row."""
+    """Batches without end. Where the loader fails it is begun anew at its place, a few times in a row, and `say` told."""
 
-    def __init__(self, loader: Loader) -> None:
-        self.loader, self._batches = loader, iter(loader)
+    def __init__(self, loader: Loader, say: Callable[[str], object]) -> None:
+        self.loader, self.say, self._batches = loader, say, iter(loader)
 
     def __next__(self) -> Batch:
         for attempt in range(RELOADS + 1):
@@ -333,5 +334,6 @@ class Batches:
             except Exception as error:
                 if attempt == RELOADS:
                     raise RuntimeError(f"the loader failed {RELOADS + 1} times in a row: {error}") from error
+                self.say(f"warning: the loader failed ({str(error) or type(error).__name__}); it is begun anew at its place")
                 self._batches = iter(self.loader)
         raise AssertionError

@@ -1,8 +1,10 @@
 """Faults of one process and its disk. Each function does one, asserts what must hold then, and says what it cost."""
 
+import ctypes
 import random
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -295,21 +297,33 @@ def collapse(place: Place) -> Row:
 
 
 def loader_dies(place: Place, times: int = 2) -> Row:
-    """The loader's thread fails, twice in a row: it is begun anew at its place, and no loss is another."""
-    from pipeline.data.opencv_loader import OpenCVCutter
+    """The thread that loads dies in the middle of a run, and the one that takes its place: no loss is another."""
+    shot: list[threading.Thread] = []
+    said: list[str] = []
 
-    whole, run = place.whole("whole", *EPOCHS), place.folder / "runs" / "loader"
-    cut, calls = OpenCVCutter.cut, iter(range(10_000))
+    def shoot(module, arguments):
+        for thread in threading.enumerate():
+            if thread.name == "prefetch" and arguments[1] >= 0.3 and len(shot) < times and thread not in shot:
+                kill = ctypes.pythonapi.PyThreadState_SetAsyncExc
+                assert kill(ctypes.c_ulong(thread.ident), ctypes.py_object(ThreadKilled)) == 1
+                shot.append(thread)
 
-    def fails(self, indices, epoch):
-        if 20 <= next(calls) < 20 + times:
-            raise OSError(5, "Input/output error")
-        return cut(self, indices, epoch)
+    def hear(status):
+        said.extend(line for line in status.messages if "loader" in line)
+        status.messages.clear()
+        return False
 
-    with mock.patch.object(OpenCVCutter, "cut", fails):
-        assert pretrain.main(place.words("loader", *EPOCHS)) == 0
+    whole = place.train("whole", *EPOCHS)
+    with _built(lambda objective: objective.register_forward_pre_hook(shoot)):
+        run = place.train("loader", *EPOCHS, exchange=hear)
+    assert not any(thread.is_alive() for thread in shot)
+    assert len(said) == times
     assert_same_run(whole, run)
-    return Row("a loader that fails", f"an I/O error, {times} times in a row", 0, None, "nothing")
+    return Row("a loader that dies", f"an exception from outside ends its thread, {times} times", 0, None, said[0])
+
+
+class ThreadKilled(Exception):
+    """What ends a thread wherever it is."""
 
 
 FAULTS = (

@@ -27,11 +27,15 @@ def test_a_run_that_falls_ill_heals_or_stops_with_all_kept(fault, place):
     assert isinstance(fault(place), Row)
 
 
+def test_a_loader_that_dies_is_begun_anew_and_it_is_said(place):
+    assert "warning: the loader failed (ThreadKilled)" in faults.loader_dies(place).said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [
-        faults.loader_dies, faults.torn, faults.bit, faults.object_store, faults.object_store_away,
+        faults.torn, faults.bit, faults.object_store, faults.object_store_away,
         faults.killed_while_writing, faults.killed_at_random,
     ],
 )  # fmt: skip
