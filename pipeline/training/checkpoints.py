@@ -6,6 +6,7 @@ by which the checkpoint counts. So it appears whole or not at all, and one that 
 anything is taken from it. No worker's thread waits for another in a collective: those belong to the training.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -136,7 +137,8 @@ class Checkpoints:
             if later > seen:
                 self.folder.remove_checkpoint(later)
                 self._facts.pop(later, None)
-        self._index()
+        with contextlib.suppress(OSError):  # a full disk: the next checkpoint writes it
+            self._index()
 
     def _write(
         self, seen: int, rest: dict[str, Any], share: Share | None, part: dict[Any, Any], facts: dict[str, Any]

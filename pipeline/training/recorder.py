@@ -6,7 +6,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.training.checkpoints import Checkpoints, Keep, read_facts
 from pipeline.training.display import Status
-from pipeline.training.health import Health
+from pipeline.training.health import Care, Health
 from pipeline.training.links import Links
 from pipeline.training.run_folder import MetricsFile, RunFolder
 from pipeline.training.shares import Share
@@ -41,7 +41,8 @@ class Recorder:
         self.steps = 0
         self._knn: tuple[int, float] | None = None
         self._trouble: str | None = None
-        self._waiting = False  # metrics that could not be written
+        self._care: Care | None = None  # interventions to be written
+        self._waiting = False  # for something that could not be written
         self._window: list[tuple[float, float, float, int]] = []
         self._saved_at = time.monotonic()
         folder.tidy()
@@ -123,15 +124,23 @@ class Recorder:
         self.checkpoints.save(self.status.seen, state, share, **facts)
         self._saved_at = time.monotonic()
 
+    def treated(self, care: Care) -> None:
+        """Write the interventions down, now or as soon as it can be done."""
+        self._care = care
+        self.flush()
+
     def flush(self) -> None:
         """Write what was recorded; on a full disk, or where storage does not answer, it waits for the next time."""
         started = time.perf_counter()
         try:
+            if self._care:
+                self._care.write(self.folder)
+                self._care = None
             self.file.flush()
             self._waiting = False
         except Exception as error:  # each kind of storage has its own
             if not self._waiting:
-                self.say(f"warning: metrics.jsonl could not be written ({error}); they wait in memory")
+                self.say(f"warning: what was recorded could not be written ({error}); it waits in memory")
             self._waiting = True
         self.checkpoints.held += time.perf_counter() - started
 

@@ -190,7 +190,10 @@ class MetricsFile:
         self.lines: list[str] = []
         self._behind = False  # whether the disk took less than was added
         self.lines = [json.dumps(row) for row in self.read(folder, until)]
-        folder.write("metrics.jsonl", "".join(line + "\n" for line in self.lines))
+        try:
+            folder.write("metrics.jsonl", "".join(line + "\n" for line in self.lines))
+        except Exception:  # a full disk, storage that is away: the next flush tries again
+            self._behind = True
 
     @staticmethod
     def read(folder: RunFolder, until: int) -> list[dict[str, Any]]:
@@ -218,7 +221,7 @@ class MetricsFile:
         """Make what was added last: on the disk itself, or at a remote address.
 
         Raises:
-            OSError: it cannot be written; what was added stays in memory for the next flush.
+            Exception: it cannot be written; what was added stays in memory for the next flush.
         """
         if self.folder.local and not self._behind:
             with open(f"{self.folder.root}/metrics.jsonl", "a") as file:

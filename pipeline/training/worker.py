@@ -283,7 +283,7 @@ class Training:
         self.bundle = chosen
         self.recall()
         if self.recorder:
-            self.care.write(self.folder)
+            self.recorder.treated(self.care)
             self.checkpoints.drop_after(back)
             self.recorder.rewind(back)
             self.recorder.say(*said, chosen.line())
@@ -320,7 +320,7 @@ class Training:
 
 
 class Batches:
-    """Batches without end. Where the loader fails it is begun anew at its place, a few times in a row, and `say` told."""
+    """Batches without end. Where the loader fails, `say` is told, and it is begun anew at its place, a few times."""
 
     def __init__(self, loader: Loader, say: Callable[[str], object]) -> None:
         self.loader, self.say, self._batches = loader, say, iter(loader)
@@ -334,6 +334,8 @@ class Batches:
             except Exception as error:
                 if attempt == RELOADS:
                     raise RuntimeError(f"the loader failed {RELOADS + 1} times in a row: {error}") from error
-                self.say(f"warning: the loader failed ({str(error) or type(error).__name__}); it is begun anew at its place")
+                self.say(
+                    f"warning: the loader failed ({str(error) or type(error).__name__}); it is begun anew at its place"
+                )
                 self._batches = iter(self.loader)
         raise AssertionError

@@ -141,7 +141,7 @@ def object_store_away(place: Place) -> Row:
         server.stop()
         gone = time.monotonic()
         _until(lambda: "no checkpoint could be written" in place.log("away"), process)
-        _until(lambda: "metrics.jsonl could not be written" in place.log("away"), process)
+        _until(lambda: "what was recorded could not be written" in place.log("away"), process)
         server.start()
         seconds = time.monotonic() - gone
         reached = run.checkpoints()[-1]
