@@ -1,14 +1,15 @@
 """What rank 0 measures of a run: k-NN now and then, everything at the end with both floors beside it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
 import backbones
 import objectives
-from backbones import Backbone, exported
+from backbones import Backbone, Features, exported
 from pipeline import evaluation
 from pipeline.config import Config
 from pipeline.data.packed import Packed
@@ -26,6 +27,25 @@ def fresh_backbone(config: Config) -> Backbone:
     return backbones.create(
         config.backbone, image_size=int(config.image_size or 0), drop_path=config.drop_path or 0.0, pool=kind.pool
     )
+
+
+class Stopped(Exception):
+    """A measurement was given up."""
+
+
+class Stoppable(nn.Module):
+    """A backbone that gives up, with `Stopped`, at the first batch after it is asked to stop."""
+
+    def __init__(self, backbone: Backbone, asked_to_stop: Callable[[], bool]) -> None:
+        super().__init__()
+        self.backbone, self.asked_to_stop = backbone, asked_to_stop
+
+    def forward(self, images: Tensor) -> Features:
+        """As of the backbone."""
+        if self.asked_to_stop():
+            raise Stopped
+        features: Features = self.backbone(images)
+        return features
 
 
 class OnlineKnn:
@@ -60,9 +80,16 @@ class OnlineKnn:
         """Whether an interval has ended since the last measurement; the run's end is left to the final one."""
         return bool(self.every) and seen < self.planned and int(seen / self.every) > int(self._last / self.every)
 
-    def __call__(self, backbone: Backbone, seen: int) -> float:
-        """The accuracy now, with `bank` images of the training set to learn from."""
+    def __call__(self, backbone: Backbone, seen: int, asked_to_stop: Callable[[], bool]) -> float | None:
+        """The accuracy now, with `bank` images of the training set to learn from; None once it is asked to stop."""
+        try:
+            top1 = self._measured(Stoppable(backbone, asked_to_stop))
+        except Stopped:
+            return None
         self._last = seen
+        return top1
+
+    def _measured(self, backbone: nn.Module) -> float:
         assert self.val is not None
         result = evaluation.evaluate_backbone(
             backbone, self.train, self.val, image_size=int(self.config.image_size or 0), protocols=("knn",),

@@ -176,7 +176,9 @@ class Training:
     def measure(self) -> None:
         """Rank 0's online k-NN, and a checkpoint of all ranks, where they are due."""
         if self.recorder and self.knn.due(self.seen) and not self.stop:
-            self.recorder.knn(self.knn(self.stepper.objective.backbone, self.seen), self.seen)
+            top1 = self.knn(self.stepper.objective.backbone, self.seen, self.recorder.asked_to_stop)
+            if top1 is not None:
+                self.recorder.knn(top1, self.seen)
         last = self.seen >= self.planned or self.stop
         if not (last or self.due):
             return

@@ -33,10 +33,18 @@ def whole(place) -> list[tuple[int, float]]:
     return found
 
 
-@pytest.mark.parametrize("step", [7, 9])  # in between, and where a measurement was due
+@pytest.mark.parametrize("step", [8, 9])  # in between, and where a measurement was due
 def test_a_run_that_is_stopped_goes_on_measuring_where_it_was_due(place, whole, step):
     place.train("stopped", *EVERY_THIRD_STEP, exchange=lambda status: status.seen >= (step - 1) * BATCH)
     assert points(place.train("stopped", *EVERY_THIRD_STEP)) == whole
+
+
+def test_a_stop_ends_a_measurement_which_is_made_up_for_when_training_goes_on(place):
+    stopped = place.train("stopped", *EVERY_THIRD_STEP, exchange=lambda status: status.seen >= 3 * BATCH)
+    assert points(stopped) == []
+    assert stopped.checkpoints()[-1] == 4 * BATCH
+    again = points(place.train("stopped", *EVERY_THIRD_STEP))
+    assert [n for n, _ in again] == [4 * BATCH, *range(6 * BATCH, 24 * BATCH, 3 * BATCH)]
 
 
 def test_a_run_that_is_killed_measures_again_what_was_lost_and_no_more(place, whole):
