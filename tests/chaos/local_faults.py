@@ -1,11 +1,13 @@
 """Faults of one process and its disk. Each function does one, asserts what must hold then, and says what it cost."""
 
 import ctypes
+import os
 import random
 import signal
 import subprocess
 import threading
 import time
+import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -57,19 +59,31 @@ def killed_at_random(place: Place, trials: int = 5, seed: int = 0) -> Row:
 
 
 def killed_while_writing(place: Place) -> Row:
-    """SIGKILL in the moment that a checkpoint is half written."""
-    whole, run = place.whole("whole", *EPOCHS), place.folder / "runs" / "torn"
-    process = place.start("torn", *EPOCHS, "--checkpoint-every", "0.0001")
-    _until(lambda: list((run / "checkpoints").glob(".writing-*")) and RunFolder(str(run)).checkpoints(), process)
+    """SIGKILL while a checkpoint is half written: the process is held as a file shows, until one is unfinished."""
+    words = (*EPOCHS, "--options.hidden-dim", "512")
+    whole, run = place.whole("whole", *words), place.folder / "runs" / "torn"
+    process = place.start("torn", *words, "--checkpoint-every", "0.0001")
+    while not (unfinished := _unfinished(run)):
+        process.send_signal(signal.SIGCONT)
+        _until(lambda: _unfinished(run) and RunFolder(str(run)).checkpoints(), process)
+        process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert _unfinished(run) == unfinished
     lost = _seen(run) - RunFolder(str(run)).checkpoints()[-1]
     again = time.monotonic()
-    assert place.start("torn", *EPOCHS).wait(600) == 0, place.log("torn")[-2000:]
+    assert place.start("torn", *words).wait(600) == 0, place.log("torn")[-2000:]
     assert_same_run(whole, run)
     assert not list(run.glob("**/.writing-*"))
-    return Row("killed while writing a checkpoint", "SIGKILL as the file appears", lost, time.monotonic() - again,
+    return Row("killed while writing a checkpoint", "SIGKILL before the file is whole", lost, time.monotonic() - again,
                "nothing; the same command again continues")  # fmt: skip
+
+
+def _unfinished(run: Path) -> list[Path]:
+    """Files of checkpoints that are begun and not yet whole: a zip archive's table of contents comes last."""
+    begun = (run / "checkpoints").glob(".writing-*")
+    return [path for path in begun if path.exists() and path.read_bytes()[:2] == b"PK" and not zipfile.is_zipfile(path)]
 
 
 def bit(place: Place) -> Row:

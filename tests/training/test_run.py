@@ -45,6 +45,15 @@ MAE = [
 ]
 
 
+MOCO = [
+    *("--objective", "moco_v2", "--options.hidden-dim", "16", "--options.out-dim", "8", "--options.queue-size", "24"),
+]
+SWAV = [
+    *("--objective", "swav", "--options.local-views", "1", "--options.local-size", "8", "--options.hidden-dim", "16"),
+    *("--options.out-dim", "8", "--options.prototypes", "4", "--options.queue-size", "24"),
+]
+
+
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
     """Two classes of 24 small images each, one reddish and one bluish, and a broken file."""
@@ -140,7 +149,7 @@ def test_the_loading_line_that_a_run_prints_works(command, tmp_path, capsys):
         torch.testing.assert_close(value, trained[name])
 
 
-@pytest.mark.parametrize("objective", [DINO, MAE], ids=["dino", "mae"])
+@pytest.mark.parametrize("objective", [DINO, MAE, MOCO, SWAV], ids=["dino", "mae", "moco_v2", "swav"])
 def test_a_killed_run_resumes_to_the_last_bit(command, tmp_path, objective):
     words = ["--backbone", "resnet20", "--epochs", "4", *objective]
     assert pretrain.main(command(*words, "--run", str(tmp_path / "runs" / "whole"))) == 0
