@@ -12,11 +12,14 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.redaction import redact
 
-ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+FAILED = ("FAILED", "STOPPED")
+ENDED = ("SUCCEEDED", *FAILED)
 STOPPING = 120
 """Seconds that a stopped job is given to leave a checkpoint, before Ray kills it; its own default is 3."""
 SILENT = 20.0
 """Seconds of waiting for a spare worker that are not spoken of."""
+SETTLED = 5.0
+"""Seconds after the end of a job until Ray watches it no more; it would take the next of that id for dead with it."""
 LEFT_BEHIND = [".git", ".venv", ".cache", "runs", "mlruns", "build", "dist", "*.egg-info", "__pycache__", "*.beton"]
 
 
@@ -120,6 +123,17 @@ class Client:
     def stop(self, submission: str) -> None:
         """Ask it to end; it is given time for a checkpoint."""
         self.api.stop_job(submission)
+
+    def forget(self, submissions: Sequence[str]) -> None:
+        """Give up the records of some that have ended, so that their ids can be submitted again; their logs go on."""
+        if submissions:
+            time.sleep(SETTLED)
+        for submission in submissions:
+            try:
+                self.api.delete_job(submission)
+            except RuntimeError as error:
+                why = redact(str(error)).strip("\n.").splitlines()[-1]
+                raise UserError(f"{submission}: the cluster keeps its record ({why})") from None
 
     def wait(self, submissions: Iterable[str], every: float = 2.0) -> dict[str, str]:
         """Wait until all of them have ended; their statuses."""

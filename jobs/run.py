@@ -26,11 +26,12 @@ from typing import Any, Literal, NamedTuple
 import fsspec
 
 from jobs import notify, spec
-from jobs.cluster import Client, environment
+from jobs.cluster import Client
 from jobs.command import command
 from jobs.entry_points import TRAINS
 from jobs.firing import which_firing
 from jobs.job import Cell, Event, Job, Step
+from jobs.submit import submit_step
 from pipeline import cluster
 from pipeline.errors import UserError
 from pipeline.tracking import TAGS_VARIABLE
@@ -114,6 +115,7 @@ def run(arguments: Arguments) -> int:
     os.environ[TAGS_VARIABLE] = json.dumps({"job": job.name, "firing": firing})
     if arguments.step is not None:
         return follow(job, place, arguments.step - 1)
+    forget(place)
     if arguments.after:
         print(f"waiting for {', '.join(arguments.after)} (overlap: wait)", flush=True)
         Client().wait(arguments.after)
@@ -224,7 +226,7 @@ def report(job: Job, place: Place, outcome: Outcome, what: str = "") -> None:
         return
     if outcome.why == "time limit":
         limit = f"{job.time_limit or 0:g} s"
-        text = f"{name}: its time limit of {limit} is up; the same firing, submitted anew, continues its checkpoint"
+        text = f"{name}: its time limit of {limit} is up; this firing, submitted --again, continues its checkpoint"
         tell(job, place, "failure", text, outcome.seconds)
     elif outcome.status:
         tell(job, place, "failure", f"{name}: failed with status {outcome.status}: {outcome.last}", outcome.seconds)
@@ -253,6 +255,13 @@ def meet(job: Job, place: Place, outcome: Outcome) -> None:
     word = {"run": place.run, "done": done(job, place, outcome), **outcome._asdict()}
     with fsspec.open(f"{place.meeting}/{place.cell.name or 'only'}.json", "w", auto_mkdir=True) as file:
         json.dump(word, file)
+
+
+def forget(place: Place) -> None:
+    """Take back the word of an earlier attempt at this cell."""
+    files, path = fsspec.core.url_to_fs(f"{place.meeting}/{place.cell.name or 'only'}.json")
+    with contextlib.suppress(FileNotFoundError):
+        files.rm(path)
 
 
 def runs(job: Job, place: Place) -> list[str] | None:
@@ -294,20 +303,8 @@ def follow(job: Job, place: Place, number: int) -> int:
 
 def send(job: Job, place: Place, number: int) -> None:
     """Submit a step that comes after, with the code this runs from."""
-    step = job.after[number]
-    cell = "" if step.once else place.cell.name
-    words = ["python", "-m", "jobs.run", str(job.path), "--firing", place.firing, "--step", str(number + 1)]
-    words += ["--cell", place.cell.name] if place.cell.name else []
-    words += ["--set", *job.settings] if job.settings else []
     here = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
-    Client().submit(
-        job.submission(place.firing, cell, number),
-        shlex.join(words),
-        environment=environment(here.get("working_dir", ".")),
-        about={"job": job.name, "firing": place.firing, "cell": cell, "step": step.run},
-        cpus=step.resources.cpus, gpus=step.resources.gpus, memory=step.resources.memory,
-    )  # fmt: skip
-    print(f"submitted {step.run} as {job.submission(place.firing, cell, number)}", flush=True)
+    submit_step(job, place.firing, place.cell, number, Client(), here.get("working_dir", "."), str(job.path))
 
 
 def read(address: str) -> dict[str, Any] | None:

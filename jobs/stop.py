@@ -10,7 +10,7 @@ from jobs.command import command
 
 @dataclass(frozen=True)
 class Arguments:
-    """Stop a job's newest firing, or one submission. A run leaves a checkpoint, from which it can be continued."""
+    """Stop a job's newest firing, or one submission. A run leaves a checkpoint, which `submit --again` continues."""
 
     job: str
     """A job, or the id of a submission as `python -m jobs.list` shows it."""

@@ -1,7 +1,8 @@
 """`python -m jobs.submit JOB`: one firing of a job goes to a Ray cluster, each cell under an id of its own.
 
 The id is made of job, firing and cell, and Ray takes an id once: whoever submits the same firing again, at the same
-time or later, changes nothing. So several schedulers may watch over one job.
+time or later, changes nothing. So several schedulers may watch over one job. What failed or was stopped of a firing
+goes on with `--firing F --again`, which only a person says.
 """
 
 import shlex
@@ -12,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from jobs import spec
-from jobs.cluster import Client, Submitted, environment
+from jobs.cluster import ENDED, FAILED, Client, Submitted, environment
 from jobs.command import command
 from jobs.entry_points import TRAINS
 from jobs.firing import which_firing
@@ -28,6 +29,8 @@ class Arguments:
     """A job file, or the name of one in jobs/."""
     firing: str | None = None
     """Which firing: "scheduled" for the newest of its schedule, or one as in 20261124T013000Z; left open: now."""
+    again: bool = False
+    """Submit anew what failed or was stopped of a firing; training continues its checkpoint."""
     set: tuple[str, ...] = ()
     """name=value: arguments that take the place of the file's, to try a job at a small size."""
     address: str | None = None
@@ -42,8 +45,12 @@ class Arguments:
     """Show the traceback of an error."""
 
 
-def submit(job: Job, firing: str, client: Client, working_dir: Path) -> list[str]:
-    """Submit every cell of a firing, as the job's overlap says; the ids, those submitted before included."""
+def submit(job: Job, firing: str, client: Client, working_dir: Path, *, again: bool = False) -> list[str]:
+    """Submit every cell of a firing, as the job's overlap says; the ids, those submitted before included.
+
+    Args:
+        again: whether what failed or was stopped of this firing is submitted anew.
+    """
     before = [s for s in client.submitted(job.name) if s.running and s.firing != firing]
     overlap = job.timetable.overlap if job.timetable else "allow"
     if before and overlap == "skip":
@@ -54,26 +61,70 @@ def submit(job: Job, firing: str, client: Client, working_dir: Path) -> list[str
             print(f"{job.name} {firing}: stopping {earlier.id} (overlap: stop)", flush=True)
             client.stop(earlier.id)
         client.wait(earlier.id for earlier in before)
-    ids = []
+    ids = renew(job, firing, client, working_dir) if again else []
+    states = {s.id: s.status for s in client.submitted(job.name, firing)}
     for cell in job.cells:
-        ids.append(job.submission(firing, cell.name))
+        name = job.submission(firing, cell.name)
         resources = job.step.resources
         own = resources if job.step.run not in TRAINS else Resources(cpus=0)
         new = client.submit(
-            ids[-1],
-            entry(job, firing, cell, working_dir, before if overlap == "wait" else ()),
+            name,
+            entry(job, firing, cell, within(job.path, working_dir), before=before if overlap == "wait" else ()),
             environment=environment(working_dir),
             about={"job": job.name, "firing": firing, "cell": cell.name},
             cpus=own.cpus, gpus=own.gpus, memory=own.memory,
         )  # fmt: skip
-        print(f"{ids[-1]}: {'submitted' if new else 'was submitted before; it is not run again'}", flush=True)
+        said = "submitted" if new else "was submitted before; it is not run again"
+        if not new and states.get(name) in FAILED:
+            said = f"was submitted before, and {states[name].lower()}; --firing {firing} --again goes on with it"
+        print(f"{name}: {said}", flush=True)
+        ids.append(name)
     return ids
 
 
-def entry(job: Job, firing: str, cell: Cell, working_dir: Path, before: Sequence[Submitted] = ()) -> str:
-    """The command that the cluster runs for a cell, quoted for a shell."""
-    path = within(job.path, working_dir)
+def renew(job: Job, firing: str, client: Client, working_dir: Path) -> list[str]:
+    """Free the ids of what failed or was stopped of a firing, and of what its cells, run again, will send again.
+
+    Returns:
+        The ids of steps after it that failed though their cells did not; they are submitted here.
+    """
+    states = {s.id: s.status for s in client.submitted(job.name, firing)}
+    cells = [cell for cell in job.cells if states.get(job.submission(firing, cell.name)) in FAILED]
+    old, alone = [job.submission(firing, cell.name) for cell in cells], []
+    for number, step in enumerate(job.after):
+        for cell in job.cells[:1] if step.once else job.cells:
+            name = job.submission(firing, "" if step.once else cell.name, number)
+            sent = bool(cells) if step.once else cell in cells
+            if states.get(name) in FAILED or (sent and states.get(name) in ENDED):
+                old.append(name)
+                alone += [] if sent else [(name, cell, number)]
+    client.forget(old)
+    for _, cell, number in alone:
+        submit_step(job, firing, cell, number, client, str(working_dir), within(job.path, working_dir))
+    return [name for name, _, _ in alone]
+
+
+def submit_step(job: Job, firing: str, cell: Cell, number: int, client: Client, working_dir: str, path: str) -> None:
+    """Submit a step that comes after a cell, or after all of which it is one; `path` is the job file's in there."""
+    step = job.after[number]
+    about = "" if step.once else cell.name
+    name = job.submission(firing, about, number)
+    client.submit(
+        name,
+        entry(job, firing, cell, path, step=number),
+        environment=environment(working_dir),
+        about={"job": job.name, "firing": firing, "cell": about, "step": step.run},
+        cpus=step.resources.cpus, gpus=step.resources.gpus, memory=step.resources.memory,
+    )  # fmt: skip
+    print(f"submitted {step.run} as {name}", flush=True)
+
+
+def entry(
+    job: Job, firing: str, cell: Cell, path: str, *, step: int | None = None, before: Sequence[Submitted] = ()
+) -> str:
+    """The command that the cluster runs for a cell, or for a step after it, quoted for a shell."""
     words = ["python", "-m", "jobs.run", path, "--firing", firing]
+    words += ["--step", str(step + 1)] if step is not None else []
     words += ["--cell", cell.name] if cell.name else []
     words += ["--set", *job.settings] if job.settings else []
     words += ["--after", *(earlier.id for earlier in before)] if before else []
@@ -91,10 +142,11 @@ def within(path: Path, working_dir: Path) -> str:
 
 def show(job: Job, firing: str, working_dir: Path) -> None:
     """Print what would be submitted."""
+    path = within(job.path, working_dir)
     for cell in job.cells:
         step = job.of(cell)
         takes = step.resources
-        print(f"{job.submission(firing, cell.name)}\n  on the cluster  {entry(job, firing, cell, working_dir)}")
+        print(f"{job.submission(firing, cell.name)}\n  on the cluster  {entry(job, firing, cell, path)}")
         print(f"  which runs      {shlex.join(['python', *step.command('RUN')])}")
         each = f"{step.arguments.get('workers', 1)} workers" if step.run in TRAINS else "entry point"
         memory = f", {takes.memory / (1 << 30):g} GiB" if takes.memory else ""
@@ -109,6 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run(arguments: Arguments) -> int:
         job = spec.load(arguments.job, arguments.set)
+        if arguments.again and arguments.firing is None:
+            raise UserError("--again: say of which --firing, as in 20261124T013000Z; python -m jobs.list shows them")
         firing = which_firing(job, arguments.firing, datetime.now(UTC))
         folder = Path(arguments.working_dir)
         within(job.path, folder)
@@ -116,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             show(job, firing, folder)
             return 0
         client = Client(arguments.address)
-        ids = submit(job, firing, client, folder)
+        ids = submit(job, firing, client, folder, again=arguments.again)
         if not arguments.wait:
             return 0
         states: dict[str, str] = {}

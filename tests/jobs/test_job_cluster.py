@@ -71,8 +71,13 @@ def test_a_stopped_job_leaves_a_checkpoint_and_its_firing_goes_on(cluster: Clust
         "stopped with a checkpoint"
         in python("-m", "jobs.logs", "long", "--address", cluster.address, cwd=folder).stdout
     )
-    resumed = python("-m", "pipeline.pretrain", "--resume", f"{folder}/runs/long-{FIRING}", cwd=folder, timeout=280)
-    assert "continued at" in resumed.stdout
+    refused = python("-m", "jobs.submit", *words, "--address", cluster.address, cwd=folder)
+    assert f"was submitted before, and stopped; --firing {FIRING} --again goes on with it" in refused.stdout
+    again = python("-m", "jobs.submit", *words, "--again", "--address", cluster.address, cwd=folder)
+    assert again.returncode == 0, again.stderr
+    while "continued at" not in python("-m", "jobs.logs", "long", "--address", cluster.address, cwd=folder).stdout:
+        assert time.monotonic() < until + 240
+    python("-m", "jobs.stop", "long", "--address", cluster.address, cwd=folder, timeout=200)
 
 
 SMALL = {

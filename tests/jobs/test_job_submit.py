@@ -1,0 +1,132 @@
+"""What a submission decides by what was submitted before; a stand-in for the cluster keeps records as Ray does."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from jobs import spec
+from jobs import submit as jobs_submit
+from jobs.cluster import Submitted
+from jobs.job import Job
+from jobs.submit import submit
+
+FIRING, EARLIER = "20260102T000000Z", "20260101T000000Z"
+TEXT = """
+run: pretrain
+arguments: {data: embedded}
+matrix: {backbone: [lenet5, vit_ti8]}
+schedule: {cron: 0 0 * * *, time_zone: UTC, overlap: skip}
+after:
+  - {run: evaluate, arguments: {run: "{run}"}}
+  - {run: compare, arguments: {runs: "{runs}"}}
+"""
+CNN, VIT = f"night-{FIRING}-lenet5", f"night-{FIRING}-vit_ti8"
+
+
+@dataclass
+class Cluster:
+    """Takes an id once, until its record is given up."""
+
+    records: dict[str, Submitted] = field(default_factory=dict)
+    did: list[str] = field(default_factory=list)
+    commands: dict[str, str] = field(default_factory=dict)
+    environments: dict[str, dict] = field(default_factory=dict)
+
+    def submitted(self, job: str, firing: str | None = None) -> list[Submitted]:
+        return [s for s in self.records.values() if s.job == job and firing in (None, s.firing)]
+
+    def submit(self, name: str, command: str, *, environment: dict, about: dict[str, str], **takes: float) -> bool:
+        if name in self.records:
+            return False
+        known = {"cell": "", "step": "", **about}
+        self.records[name] = Submitted(id=name, status="PENDING", message="", started=None, ended=None, **known)
+        self.commands[name], self.environments[name] = command, environment
+        self.did.append(f"submit {name}")
+        return True
+
+    def stop(self, name: str) -> None:
+        self.did.append(f"stop {name}")
+
+    def wait(self, names) -> None:
+        for name in names:
+            self.ended(name, "STOPPED")
+
+    def forget(self, names: list[str]) -> None:
+        for name in names:
+            assert not self.records.pop(name).running
+
+    def ended(self, name: str, status: str) -> None:
+        self.records[name] = replace(self.records[name], status=status)
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str = TEXT) -> Job:
+        Path("night.yaml").write_text(text)
+        return spec.load("night.yaml")
+
+    return write
+
+
+def steps(cluster: Cluster, job: Job, *cells: str) -> None:
+    """What the cells send when they have ended."""
+    for cell in job.cells:
+        for number in range(len(job.after)):
+            if cell.name in cells:
+                jobs_submit.submit_step(job, FIRING, cell, number, cluster, ".", "night.yaml")
+
+
+def fired(cluster: Cluster, job: Job, **options) -> list[str]:
+    """What is submitted of the firing."""
+    cluster.did.clear()
+    submit(job, FIRING, cluster, Path(), **options)
+    return [word.removeprefix("submit ") for word in cluster.did]
+
+
+def test_a_firing_that_runs_or_succeeded_is_not_run_again(job, capsys):
+    night, cluster = job(), Cluster()
+    assert fired(cluster, night) == [CNN, VIT]
+    for status in ("PENDING", "RUNNING", "SUCCEEDED"):
+        cluster.ended(CNN, status)
+        cluster.ended(VIT, status)
+        assert fired(cluster, night, again=True) == []
+    assert capsys.readouterr().out.count("was submitted before; it is not run again") == 6
+
+
+@pytest.mark.parametrize("status", ["FAILED", "STOPPED"])
+def test_what_failed_or_was_stopped_runs_again_where_that_is_said(job, capsys, status):
+    night, cluster = job(), Cluster()
+    fired(cluster, night)
+    cluster.ended(CNN, "SUCCEEDED")
+    cluster.ended(VIT, status)
+    assert fired(cluster, night) == []
+    assert f"{VIT}: was submitted before, and {status.lower()}; --firing {FIRING} --again" in capsys.readouterr().out
+    first = cluster.commands[VIT]
+    assert fired(cluster, night, again=True) == [VIT]
+    assert cluster.commands[VIT] == first, "the same command goes on in the same run folder"
+
+
+def test_what_comes_after_is_sent_again_by_cells_that_run_again_and_submitted_where_it_failed_alone(job):
+    night, cluster = job(), Cluster()
+    fired(cluster, night)
+    steps(cluster, night, "lenet5", "vit_ti8")
+    for name in list(cluster.records):
+        cluster.ended(name, "SUCCEEDED")
+    cluster.ended(f"{CNN}-after1", "FAILED")
+    assert fired(cluster, night, again=True) == [f"{CNN}-after1"]
+    assert cluster.commands[f"{CNN}-after1"].endswith(f"night.yaml --firing {FIRING} --step 1 --cell lenet5")
+    cluster.ended(f"{CNN}-after1", "SUCCEEDED")
+    cluster.ended(VIT, "FAILED")
+    assert fired(cluster, night, again=True) == [VIT]
+    cluster.did.clear()
+    steps(cluster, night, "vit_ti8")
+    assert cluster.did == [f"submit {VIT}-after1", f"submit night-{FIRING}-after2"]
+
+
+def test_again_is_said_of_a_firing(job, capsys):
+    job()
+    assert jobs_submit.main(["night.yaml", "--again"]) == 2
+    assert "--again: say of which --firing" in capsys.readouterr().err
