@@ -33,11 +33,16 @@ class Resources:
 
 @dataclass(frozen=True)
 class Step:
-    """One command: an entry point's name, its arguments by name, and what it takes."""
+    """One command: an entry point's name, its arguments by name, and what the file says that it takes."""
 
     run: str
     arguments: Mapping[str, Any]
-    resources: Resources = Resources()
+    resources: Resources | None = None
+
+    @property
+    def takes(self) -> Resources:
+        """What it takes, said or not."""
+        return self.resources or Resources()
 
     @property
     def once(self) -> bool:

@@ -44,12 +44,21 @@ def read_step(file: Located, place: Place, keys: Sequence[str] = ("run", "argume
     for key, value in arguments.items():
         inner = {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {key: value}
         flat |= {named(name): v for name, v in inner.items()}
-    return Step(run, flat, read_resources(file, (*place, "resources")))
+    resources = read_resources(file, (*place, "resources"))
+    if run in TRAINS and resources:
+        if not 1 <= resources.cpus == int(resources.cpus):
+            file.fail((*place, "resources", "cpus"), f"cpus {resources.cpus}: a worker has whole cores, at least 1")
+        if resources.gpus not in (0, 1):
+            file.fail((*place, "resources", "gpus"), f"gpus {resources.gpus}: a worker has one GPU; give more workers")
+    return Step(run, flat, resources)
 
 
-def read_resources(file: Located, place: Place) -> Resources:
-    """cpus, gpus and memory at a place."""
-    memory = file.known(place, ("cpus", "gpus", "memory")).get("memory")
+def read_resources(file: Located, place: Place) -> Resources | None:
+    """cpus, gpus and memory at a place, None where none are given."""
+    given = file.known(place, ("cpus", "gpus", "memory"))
+    if not given:
+        return None
+    memory = given.get("memory")
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]iB|[KMG]B|)", "0" if memory is None else str(memory))
     if not match:
         file.fail((*place, "memory"), f"memory {memory!r}: must be a size such as 512MiB or 32GiB")

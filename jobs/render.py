@@ -266,7 +266,7 @@ def raycronjob(job: Job, arguments: Arguments) -> str:
 def ray_cluster(job: Job, cell: Cell, arguments: Arguments) -> dict[str, Any]:
     """A cluster for one firing of a cell: a head that drives, and the workers that train, where there are any."""
     trains = job.step.run in TRAINS
-    takes = job.step.resources
+    takes = job.step.takes
     env = variables({}, job)
 
     def pod(name: str, cpus: float, gpus: float, memory: int) -> dict[str, Any]:
@@ -346,7 +346,7 @@ class _Dumper(yaml.SafeDumper):
 
 def slurm(job: Job, arguments: Arguments) -> str:
     """A script for sbatch. SLURM has no schedules of its own: scrontab, or cron, submits it."""
-    takes = job.step.resources
+    takes = job.step.takes
     (fewest, most), *others = sorted({job.group(cell) for cell in job.cells})
     if others:
         raise UserError(

@@ -7,6 +7,7 @@ Every attempt gets the same run folder, `STORAGE/JOB-FIRING-CELL`, so a second o
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -30,7 +31,7 @@ from jobs.cluster import Client
 from jobs.command import command
 from jobs.entry_points import TRAINS
 from jobs.firing import which_firing
-from jobs.job import Cell, Event, Job, Step
+from jobs.job import Cell, Event, Job
 from jobs.submit import submit_step
 from pipeline import cluster
 from pipeline.errors import UserError
@@ -122,7 +123,11 @@ def run(arguments: Arguments) -> int:
 
     step = job.of(cell)
     if step.run in TRAINS:
-        step = Step(step.run, {**step.arguments, "run": place.run, "storage": storage}, step.resources)
+        step = dataclasses.replace(step, arguments={**step.arguments, "run": place.run, "storage": storage})
+        if step.resources and not arguments.in_place:  # a cluster of its own has machines of that size, and all of them
+            os.environ[cluster.TAKES] = json.dumps(
+                {"CPU": step.takes.cpus, "GPU": step.takes.gpus, "memory": step.takes.memory}
+            )
     heard = set()
 
     def listen(line: str) -> None:

@@ -12,7 +12,8 @@
       overlap: skip                   while the last firing still runs: skip | wait | stop | allow
       missed: last                    after an outage of the scheduler: last | all | none
     workers: 2                        processes that train, as `--workers`; also 2..8
-    resources: {cpus: 8, gpus: 1, memory: 32GiB}       of each worker, or of the entry point where there are none
+    resources: {cpus: 8, gpus: 1, memory: 32GiB}       of each worker, which trains on a GPU only where it has one; or
+                                      of the entry point; left out, workers share the cluster's GPUs and cores
     environment: {NCCL_DEBUG: WARN}
     secrets: [MLFLOW_TRACKING_TOKEN]  names of variables that the cluster must have; values never stand here
     time_limit: 8h

@@ -65,8 +65,7 @@ def submit(job: Job, firing: str, client: Client, working_dir: Path, *, again: b
     states = {s.id: s.status for s in client.submitted(job.name, firing)}
     for cell in job.cells:
         name = job.submission(firing, cell.name)
-        resources = job.step.resources
-        own = resources if job.step.run not in TRAINS else Resources(cpus=0)
+        own = job.step.takes if job.step.run not in TRAINS else Resources(cpus=0)
         new = client.submit(
             name,
             entry(job, firing, cell, within(job.path, working_dir), before=before if overlap == "wait" else ()),
@@ -114,7 +113,7 @@ def submit_step(job: Job, firing: str, cell: Cell, number: int, client: Client, 
         entry(job, firing, cell, path, step=number),
         environment=environment(working_dir),
         about={"job": job.name, "firing": firing, "cell": about, "step": step.run},
-        cpus=step.resources.cpus, gpus=step.resources.gpus, memory=step.resources.memory,
+        cpus=step.takes.cpus, gpus=step.takes.gpus, memory=step.takes.memory,
     )  # fmt: skip
     print(f"submitted {step.run} as {name}", flush=True)
 
@@ -145,12 +144,14 @@ def show(job: Job, firing: str, working_dir: Path) -> None:
     path = within(job.path, working_dir)
     for cell in job.cells:
         step = job.of(cell)
-        takes = step.resources
+        takes = step.takes
         print(f"{job.submission(firing, cell.name)}\n  on the cluster  {entry(job, firing, cell, path)}")
         print(f"  which runs      {shlex.join(['python', *step.command('RUN')])}")
         each = f"{step.arguments.get('workers', 1)} workers" if step.run in TRAINS else "entry point"
         memory = f", {takes.memory / (1 << 30):g} GiB" if takes.memory else ""
-        print(f"  takes           {each}: {takes.cpus:g} CPUs, {takes.gpus:g} GPUs{memory}")
+        amounts = f"{takes.cpus:g} CPUs, {takes.gpus:g} GPUs{memory}"
+        shares = step.run in TRAINS and step.resources is None
+        print(f"  takes           {each}: {'equal shares of the cluster' if shares else amounts}")
     for i, step in enumerate(job.after):
         when = "after all cells" if step.once else "after each cell"
         print(f"{when}: {shlex.join(['python', *step.command('RUN', ['RUN', '…'])])} (…-after{i + 1})")

@@ -6,6 +6,6 @@ one worker in this process.
 """
 
 from pipeline.cluster.driver import alone, fit
-from pipeline.cluster.machines import begin, connect, in_job, placement
+from pipeline.cluster.machines import TAKES, begin, connect, in_job, placement
 
-__all__ = ["alone", "begin", "connect", "fit", "in_job", "placement"]
+__all__ = ["TAKES", "alone", "begin", "connect", "fit", "in_job", "placement"]

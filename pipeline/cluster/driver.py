@@ -9,12 +9,12 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cluster.copies import facts
-from pipeline.cluster.machines import room
+from pipeline.cluster.machines import amounts, room, takes
 from pipeline.cluster.witness import first_line, witness
 from pipeline.cluster.worker import BEAT, train
 from pipeline.errors import UserError
@@ -59,6 +59,7 @@ def fit(job: "Job", tracking: tuple[str, str], display: Display, stop: threading
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     hub = ray.remote(Hub).options(num_cpus=0, scheduling_strategy=here).remote(timeout)
     cuda = job.device == "cuda"
+    each = takes(job.threads, cuda=cuda)
     fewest, most = job.config.group
     trainer = TorchTrainer(
         train,
@@ -73,7 +74,7 @@ def fit(job: "Job", tracking: tuple[str, str], display: Display, stop: threading
             num_workers=(fewest, most) if fewest < most else most,
             elastic_resize_monitor_interval_s=60 * job.config.checkpoint_every,
             use_gpu=cuda,
-            resources_per_worker={"CPU": job.threads, **({"GPU": 1} if cuda else {})},
+            resources_per_worker=each,
         ),
         torch_config=TorchConfig(backend="nccl" if cuda else "gloo", timeout_s=math.ceil(timeout)),
         run_config=RunConfig(
@@ -122,9 +123,9 @@ def fit(job: "Job", tracking: tuple[str, str], display: Display, stop: threading
             except Exception as error:
                 raise RuntimeError(f"stopped without a worker; {_continues(folder)}") from error
             return {"stopped": True, "unrecorded": False, "images_seen": kept, "checkpoint_images": kept}
-        elif not told and (news.starts > 1 or room(job.threads, cuda=cuda) < fewest):
+        elif not told and (news.starts > 1 or room(each) < fewest):
             told = True
-            display.say(_waits(fewest, job.threads, cuda=cuda))
+            display.say(_waits(fewest, each))
     if "error" in outcome:
         raise RuntimeError(f"{_cause(outcome['error'])}; {_continues(folder)}") from outcome["error"]
     value = outcome["value"]
@@ -165,16 +166,15 @@ class _Head:
                 raise ConnectionError(f"its head at {self.address[0]} has not answered for {LOST} s") from error
 
 
-def _waits(workers: int, threads: int, *, cuda: bool) -> str:
+def _waits(workers: int, each: Mapping[str, float]) -> str:
     """What a run that cannot start its workers is waiting for."""
     import ray
 
     free = {kind: int(ray.available_resources().get(kind, 0)) for kind in ("CPU", "GPU")}
-    each = f"{threads} CPU core{'s' * (threads > 1)}{' and a GPU' * cuda}"
-    idle = " and ".join([f"{free['CPU']} cores", *([f"{free['GPU']} GPUs"] if cuda else [])])
+    idle = " and ".join([f"{free['CPU']} cores", *([f"{free['GPU']} GPUs"] if "GPU" in each else [])])
     return (
-        f"waiting for room for {workers} worker{'s' * (workers > 1)} of {each}: the machines of the cluster could hold "
-        f"{room(threads, cuda=cuda)}, and have {idle} free"
+        f"waiting for room for {workers} worker{'s' * (workers > 1)} of {amounts(each)}: the machines of the cluster "
+        f"could hold {room(each)}, and have {idle} free"
     )
 
 

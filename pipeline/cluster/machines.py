@@ -1,11 +1,16 @@
 """Which cluster a run joins or begins, and what its machines could hold."""
 
+import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import UserError
 
 WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+TAKES = "SSL_WORKER_TAKES"
+"""Variable that says what each worker reserves in place of its share of the cluster: whole cores, a GPU or none, and
+bytes of memory, as in {"CPU": 8, "GPU": 1, "memory": 34359738368}."""
 
 
 def in_job() -> bool:
@@ -62,16 +67,22 @@ def begin(**options: Any) -> None:
 
 
 def placement(fewest: int, most: int) -> tuple[str, int]:
-    """("cuda" or "cpu", CPU cores for each worker) on the connected cluster.
+    """("cuda" or "cpu", CPU cores for each worker) on the connected cluster, as `TAKES` says or by equal shares.
 
     Args:
         fewest, most: workers that may train; where the most do not fit now, others may join later.
 
     Raises:
-        UserError: the fewest are more than the GPUs, or the CPU cores, of the whole cluster.
+        UserError: the fewest are more than the GPUs, or the CPU cores, of the whole cluster, or than it could hold.
     """
     import ray
 
+    if given := json.loads(os.environ.get(TAKES, "null")):
+        threads, cuda = int(given["CPU"]), bool(given.get("GPU"))
+        if (there := room(takes(threads, cuda=cuda))) < fewest:
+            said = amounts(takes(threads, cuda=cuda))
+            raise UserError(f"--workers {fewest}: of {said} each, the machines of the cluster could hold {there}")
+        return "cuda" if cuda else "cpu", threads
     total = ray.cluster_resources()
     gpus, cpus = int(total.get("GPU", 0)), int(total.get("CPU", 0))
     asked = f"{fewest}..{most}" if fewest < most else f"{fewest}"
@@ -83,18 +94,27 @@ def placement(fewest: int, most: int) -> tuple[str, int]:
         raise UserError(f"--workers {asked}: the cluster has {cpus} CPU cores and no GPU")
     workers = min(most, cpus)
     each = max(1, cpus // workers)
-    while each > 1 and room(each, cuda=False) < workers:
+    while each > 1 and room({"CPU": each}) < workers:
         each -= 1
     return "cpu", each
 
 
-def room(threads: int, *, cuda: bool) -> int:
-    """Workers of that many CPU cores, with a GPU or not, that the machines of the cluster could hold between them."""
+def takes(threads: int, *, cuda: bool) -> dict[str, float]:
+    """What a worker of that many CPU cores, with a GPU or not, reserves of its machine, by Ray's names."""
+    memory = (json.loads(os.environ.get(TAKES, "null")) or {}).get("memory")
+    return {"CPU": threads, **({"GPU": 1} if cuda else {}), **({"memory": memory} if memory else {})}
+
+
+def amounts(takes: Mapping[str, float]) -> str:
+    """What a worker reserves, in words."""
+    cores = f"{takes['CPU']:g} CPU core{'s' * (takes['CPU'] > 1)}"
+    memory = f" and {takes['memory'] / (1 << 30):.3g} GiB" if "memory" in takes else ""
+    return cores + " and a GPU" * ("GPU" in takes) + memory
+
+
+def room(takes: Mapping[str, float]) -> int:
+    """Workers, each of which reserves so much, that the machines of the cluster could hold between them."""
     import ray
 
-    count = 0
-    for node in ray.nodes():
-        if node["Alive"]:
-            cores, gpus = (int(node["Resources"].get(kind, 0)) for kind in ("CPU", "GPU"))
-            count += min(cores // threads, gpus) if cuda else cores // threads
-    return count
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(min(int(there.get(kind, 0) // amount) for kind, amount in takes.items()) for there in alive)

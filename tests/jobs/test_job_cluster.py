@@ -80,6 +80,17 @@ def test_a_stopped_job_leaves_a_checkpoint_and_its_firing_goes_on(cluster: Clust
     python("-m", "jobs.stop", "long", "--address", cluster.address, cwd=folder, timeout=200)
 
 
+def test_a_worker_takes_what_its_job_says(cluster: Cluster, folder):
+    text = f"run: pretrain\narguments: {{data: photos, storage: {folder}/runs}}\n"
+    (folder / "half.yaml").write_text(text + "resources: {cpus: 1, memory: 64MiB}\n")
+    settings = [word for word in TINY if not word.startswith("engine")]
+    words = ["half.yaml", "--firing", FIRING, "--wait", "--address", cluster.address, "--set", *settings]
+    done = python("-m", "jobs.submit", *words, cwd=folder, timeout=500)
+    logs = python("-m", "jobs.logs", "half", "--address", cluster.address, cwd=folder).stdout
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    assert "Ray Train, 1 worker on cpu, 1 cores each" in logs, "the cluster has two"
+
+
 SMALL = {
     "nightly": [*(word for word in TINY if not word.startswith(("limit", "engine")))],
     "weekly": [word for word in TINY if not word.startswith(("backbone", "objective", "engine"))],

@@ -95,6 +95,8 @@ MISTAKES = [
     ("workers: 2", "worker: 2", 13, "unknown key 'worker'; did you mean workers"),
     ("workers: 2", "workers: 1.5", 13, "workers 1.5: must be a whole number"),
     ("workers: 2", "workers: 8..2", 13, "workers '8..2': must be a whole number, at least 1, or two as in 2..8"),
+    ("cpus: 4", "cpus: 0.5", 14, "cpus 0.5: a worker has whole cores, at least 1"),
+    ("cpus: 4", "gpus: 2", 14, "gpus 2: a worker has one GPU; give more workers"),
     ("8GiB", "8 gigs", 14, "memory '8 gigs': must be a size such as"),
     ("NCCL_DEBUG: WARN", "API_TOKEN: a1b2c3", 15, "API_TOKEN looks like a secret; name its variable under secrets"),
     ("data: embedded\n  e", "data: s3://me:pass@bucket/photos\n  e", 3, "data looks like a secret"),
