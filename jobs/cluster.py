@@ -169,12 +169,12 @@ def _ask(name: str, words: Sequence[Any], options: Mapping[str, Any]) -> Any:
     return getattr(JobSubmissionClient(ray.get_runtime_context().gcs_address), name)(*words, **options)
 
 
-def environment(working_dir: str | Path) -> dict[str, Any]:
-    """The runtime environment of a submission: this code, without what does not belong to it."""
+def environment(working_dir: str | Path, variables: Mapping[str, str]) -> dict[str, Any]:
+    """The runtime environment of a submission: this code, without what does not belong to it, and plain variables."""
     return {
         "working_dir": str(working_dir),
         "excludes": LEFT_BEHIND,
-        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOPPING)},
+        "env_vars": {**variables, "RAY_JOB_STOP_WAIT_TIME_S": str(STOPPING)},
     }
 
 

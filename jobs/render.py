@@ -303,11 +303,12 @@ def ray_cluster(job: Job, cell: Cell, arguments: Arguments) -> dict[str, Any]:
 
 
 def variables(plain: Mapping[str, str], job: Job) -> list[dict[str, Any]]:
-    """A container's environment: plain values, and references to the secret that holds the others."""
+    """A container's environment: plain values, the job's among them, and references to the secret of the others."""
     held = [
         {"name": name, "valueFrom": {"secretKeyRef": {"name": f"ssl-{job.name}", "key": name}}} for name in job.secrets
     ]
-    return [*({"name": name, "value": kubernetes_word(value)} for name, value in plain.items()), *held]
+    values = {**plain, **job.environment}
+    return [*({"name": name, "value": kubernetes_word(value)} for name, value in values.items()), *held]
 
 
 def kubernetes_word(word: str) -> str:
@@ -369,6 +370,7 @@ def slurm(job: Job, arguments: Arguments) -> str:
     words = [*map(shlex.quote, ["-m", "jobs.run", str(job.path)]), "--firing", firing, "--in-place"]
     words += ["--cell", '"${CELLS[${SLURM_ARRAY_TASK_ID:-0}]}"'] if len(job.cells) > 1 else []
     words += ["--set", *map(shlex.quote, job.settings)] if job.settings else []
+    plain = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in job.environment.items())
     needed = "".join(f': "${{{name}:?is not set; export it before sbatch}}"\n' for name in job.secrets)
     return (
         "#!/usr/bin/env bash\n"
@@ -377,7 +379,7 @@ def slurm(job: Job, arguments: Arguments) -> str:
         + ("# By its schedule: scrontab, with the cron line above.\n" if job.timetable else "")
         + f"""set -euo pipefail
 cd {shlex.quote(arguments.folder)}
-{needed}CELLS=({cells})
+{plain}{needed}CELLS=({cells})
 PORT=$(({PLAIN_PORT} + ${{SLURM_JOB_ID:-0}} % 1000))
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export RAY_USAGE_STATS_ENABLED=0

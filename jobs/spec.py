@@ -14,7 +14,7 @@
     workers: 2                        processes that train, as `--workers`; also 2..8
     resources: {cpus: 8, gpus: 1, memory: 32GiB}       of each worker, which trains on a GPU only where it has one; or
                                       of the entry point; left out, workers share the cluster's GPUs and cores
-    environment: {NCCL_DEBUG: WARN}
+    environment: {NCCL_DEBUG: WARN}   variables of the command, its workers, and what comes after
     secrets: [MLFLOW_TRACKING_TOKEN]  names of variables that the cluster must have; values never stand here
     time_limit: 8h
     retry: {times: 2, wait: 5m}

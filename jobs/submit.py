@@ -69,7 +69,7 @@ def submit(job: Job, firing: str, client: Client, working_dir: Path, *, again: b
         new = client.submit(
             name,
             entry(job, firing, cell, within(job.path, working_dir), before=before if overlap == "wait" else ()),
-            environment=environment(working_dir),
+            environment=environment(working_dir, job.environment),
             about={"job": job.name, "firing": firing, "cell": cell.name},
             cpus=own.cpus, gpus=own.gpus, memory=own.memory,
         )  # fmt: skip
@@ -111,7 +111,7 @@ def submit_step(job: Job, firing: str, cell: Cell, number: int, client: Client, 
     client.submit(
         name,
         entry(job, firing, cell, path, step=number),
-        environment=environment(working_dir),
+        environment=environment(working_dir, job.environment),
         about={"job": job.name, "firing": firing, "cell": about, "step": step.run},
         cpus=step.takes.cpus, gpus=step.takes.gpus, memory=step.takes.memory,
     )  # fmt: skip

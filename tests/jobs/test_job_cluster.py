@@ -5,6 +5,8 @@ import time
 import pytest
 from job_toys import ROOT, TINY, Cluster, photographs, python
 
+from jobs.cluster import Client, environment
+
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 FIRING = "20260101T000000Z"
 
@@ -89,6 +91,18 @@ def test_a_worker_takes_what_its_job_says(cluster: Cluster, folder):
     logs = python("-m", "jobs.logs", "half", "--address", cluster.address, cwd=folder).stdout
     assert done.returncode == 0, done.stdout + done.stderr + logs
     assert "Ray Train, 1 worker on cpu, 1 cores each" in logs, "the cluster has two"
+
+
+def test_a_task_of_a_job_sees_its_variables(cluster: Cluster, folder):
+    (folder / "task.py").write_text(
+        "import os, ray\nray.init()\nprint(ray.get(ray.remote(os.getenv).remote('WORD')))\n"
+    )
+    client, word = Client(cluster.address), 'it\'s "so" $(x)'
+    client.submit(
+        "task", "python task.py", environment=environment(folder, {"WORD": word}), about={"job": "task", "firing": ""}
+    )
+    client.wait(["task"])
+    assert word in client.logs("task").splitlines()
 
 
 SMALL = {

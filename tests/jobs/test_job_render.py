@@ -248,6 +248,31 @@ def test_shell_scripts_parse_and_every_word_arrives_as_it_is(job, tmp_path):
             assert not list(tmp_path.rglob("owned"))
 
 
+def test_variables_arrive_as_they_are(job, tmp_path):
+    values = {f"WORD_{i}": word for i, word in enumerate(NASTY)}
+    night = job(JOB + f"environment: {json.dumps(values)}\n")
+    cron_job = yaml.safe_load(rendered(night, "kubernetes"))
+    containers = list(cron_job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"])
+    for ray_cron_job in yaml.safe_load_all(rendered(night, "raycronjob", volume="v")):
+        cluster = ray_cron_job["spec"]["jobTemplate"]["rayClusterSpec"]
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            containers += group["template"]["spec"]["containers"]
+    assert len(containers) == 5
+    for container in containers:
+        got = {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
+        assert {name: got[name].replace("$$(", "$(") for name in values} == values
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    recorder = tmp_path / ".venv" / "bin" / "ray"
+    recorder.write_text(f"#!{sys.executable}\nimport json, os\njson.dump(dict(os.environ), open('got.json', 'w'))\n")
+    recorder.chmod(0o755)
+    stand_ins = 'srun() { shift; "$@"; }; scontrol() { echo here; }; exec() { "$@"; }; SLURM_JOB_NODELIST=x\n'
+    script = stand_ins + rendered(night, "slurm", folder=str(tmp_path))
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    got = json.loads((tmp_path / "got.json").read_text())
+    assert {name: got[name] for name in values} == values
+
+
 def test_kubernetes_and_systemd_words_arrive_as_they_are(job):
     for word in NASTY:
         setting = f"storage={word}"

@@ -126,6 +126,14 @@ def test_what_comes_after_is_sent_again_by_cells_that_run_again_and_submitted_wh
     assert cluster.did == [f"submit {VIT}-after1", f"submit night-{FIRING}-after2"]
 
 
+def test_variables_of_a_job_go_with_its_cells_and_with_what_comes_after(job):
+    night, cluster = job(TEXT + "environment: {NCCL_DEBUG: WARN}\n"), Cluster()
+    fired(cluster, night)
+    steps(cluster, night, "lenet5", "vit_ti8")
+    assert len(cluster.environments) == 5
+    assert {known["env_vars"]["NCCL_DEBUG"] for known in cluster.environments.values()} == {"WARN"}
+
+
 def test_again_is_said_of_a_firing(job, capsys):
     job()
     assert jobs_submit.main(["night.yaml", "--again"]) == 2
