@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 import fsspec
 
 from jobs import notify, spec
-from jobs.cluster import Client
+from jobs.cluster import STOPPING, Client
 from jobs.command import command
 from jobs.entry_points import TRAINS
 from jobs.firing import which_firing
@@ -37,7 +37,7 @@ from pipeline import cluster
 from pipeline.errors import UserError
 from pipeline.tracking import TAGS_VARIABLE
 
-GRACE = 60.0  # seconds from asking a command to end to killing it
+GRACE = STOPPING - 15.0  # seconds from asking a command to end to killing it; the rest is for saying how it ended
 TOLD = ("knn_top1", "linear_top1", "images_seen", "images_per_second", "loss_last", "alarms")
 LINGER = 5.0  # seconds that output may come after a command has ended
 ALARMS = {

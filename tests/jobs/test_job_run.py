@@ -15,6 +15,7 @@ import pytest
 from job_toys import ROOT, TINY, photographs, python
 
 from jobs import run as jobs_run
+from jobs.cluster import STOPPING
 from jobs.job import Cell, Job, Notify, Retry, Step
 from objectives.views import VitalSign
 from pipeline.training.health import Health, Intervention, Unwell
@@ -118,6 +119,10 @@ def test_a_time_limit_asks_first_and_kills_then(monkeypatch):
     assert (deaf.status, deaf.why) == (137, "time limit")
     assert deaf.seconds < 30
     assert "SIGKILL" in deaf.last
+
+
+def test_a_command_has_the_time_that_a_stop_promises():
+    assert STOPPING - 20 < jobs_run.GRACE < STOPPING - jobs_run.LINGER
 
 
 def test_what_a_command_leaves_running_does_not_hold_the_job_up():
