@@ -57,7 +57,15 @@ def parse(line: str) -> Cron:
     if len(words) != 5:
         raise ValueError(f"has {len(words)} fields, not five: minute, hour, day of month, month, day of week")
     values = [_values(word, *field) for word, field in zip(words, FIELDS)]
+    if 7 in values[4] and not words[4].startswith("*"):  # Kubernetes knows Sunday as 0 alone
+        words[4] = ",".join(map(str, sorted({day % 7 for day in values[4]})))
     values[4] = sorted({day % 7 for day in values[4]})
+    for days, others in ((2, 4), (4, 2)):
+        if "*" in words[days] and "*" not in (words[days], words[others]):
+            raise ValueError(
+                f"{FIELDS[days][0]} {words[days]!r} beside a {FIELDS[others][0]}: schedulers differ on whether "
+                f"both must match; write {','.join(map(str, values[days]))}, and either suffices"
+            )
     restricted = [not word.startswith("*") for word in words]
     cron = Cron(
         line=" ".join(words),

@@ -173,6 +173,12 @@ def test_a_cronjob_fits_kubernetes_schema(job):
         validator.validate(document)
 
 
+@pytest.mark.parametrize("to", ["kubernetes", "raycronjob"])
+def test_kubernetes_is_told_sunday_as_it_knows_it(job, to):
+    sunday = job(JOB.replace("30 2 1 * mon", "0 4 * * 7"))
+    assert next(yaml.safe_load_all(rendered(sunday, to)))["spec"]["schedule"] == "0 4 * * 0"
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 def test_systemd_takes_the_units(job, tmp_path):
     text = rendered(job(), "systemd", folder=str(tmp_path))

@@ -46,6 +46,13 @@ def test_half_hour_jumps_and_zones_south_of_the_equator():
     assert local("15 2 * * *", "2026-10-04T00:00", 1, lord_howe) == ["10-04 02:30+11"]
 
 
+def test_sunday_is_written_as_every_scheduler_reads_it():
+    lines = {"0 3 * * 7": "0 3 * * 0", "0 3 * * 5-7": "0 3 * * 0,5,6", "0 3 1 * 0-7": "0 3 1 * 0,1,2,3,4,5,6"}
+    assert {line: parse(line).line for line in lines} == lines
+    for line in ("0 3 * * sun", "0 3 * * */7", "0 3 */2 * *", "0 3 * * 1-5"):
+        assert parse(line).line == line
+
+
 def test_month_ends_and_leap_days():
     assert local("0 6 31 * *", "2026-01-01T00:00", 152) == ["01-31 06:00+01", "03-31 06:00+02", "05-31 06:00+02"]
     assert Schedule(parse("0 0 29 2 *"), UTC).next(datetime(2026, 1, 1, tzinfo=UTC)) == datetime(
@@ -97,7 +104,10 @@ def test_what_the_clocks_skip_can_be_told():
         ("* 24 * * *", "hour '24'"), ("* * 0 * *", "day of month '0'"), ("* * * 13 *", "month '13'"),
         ("* * * * 8", "day of week '8'"), ("* * * * frid", "'frid'"), ("0 0 31 2,4 *", "never fires"),
         ("5/10 * * * *", "write 5-59/10"), ("* * * * fri-mon", "runs backwards"), ("*/0 * * * *", "at least 1"),
-        ("1,,2 * * * *", "is none of"), ("$(reboot) * * * *", "is none of"),
+        ("1,,2 * * * *", "is none of"),
+        ("0 4 */15 * mon", "day of month '*/15' beside a day of week: schedulers differ on whether both must match"),
+        ("0 4 1 * */2", "write 0,2,4,6, and either suffices"), ("0 4 */2 * */3", "schedulers differ"),
+        ("$(reboot) * * * *", "is none of"),
     ],
 )  # fmt: skip
 def test_a_bad_cron_line_says_what_is_wrong(line, said):
