@@ -22,6 +22,7 @@ after:
   - {run: compare, arguments: {runs: "{runs}"}}
 """
 CNN, VIT = f"night-{FIRING}-lenet5", f"night-{FIRING}-vit_ti8"
+BEFORE = f"night-{EARLIER}-vit_ti8"
 
 
 @dataclass
@@ -132,6 +133,33 @@ def test_variables_of_a_job_go_with_its_cells_and_with_what_comes_after(job):
     steps(cluster, night, "lenet5", "vit_ti8")
     assert len(cluster.environments) == 5
     assert {known["env_vars"]["NCCL_DEBUG"] for known in cluster.environments.values()} == {"WARN"}
+
+
+@pytest.mark.parametrize(
+    ("overlap", "did"),
+    [
+        ("skip", []),
+        ("wait", [f"submit {CNN}", f"submit {VIT}"]),
+        ("stop", [f"stop {BEFORE}", f"submit {CNN}", f"submit {VIT}"]),
+        ("allow", [f"submit {CNN}", f"submit {VIT}"]),
+    ],
+)
+def test_while_the_last_firing_still_runs_overlap_decides(job, overlap, did):
+    night, cluster = job(TEXT.replace("skip", overlap)), Cluster()
+    submit(night, EARLIER, cluster, Path())
+    cluster.ended(f"night-{EARLIER}-lenet5", "SUCCEEDED")
+    cluster.did.clear()
+    assert submit(night, FIRING, cluster, Path()) == ([CNN, VIT] if did else [])
+    assert cluster.did == did
+    for name in (CNN, VIT) if did else ():
+        assert (f"--after {BEFORE}" in cluster.commands[name]) == (overlap == "wait")
+
+
+def test_a_firing_that_has_ended_holds_none_up(job):
+    night, cluster = job(), Cluster()
+    for name in submit(night, EARLIER, cluster, Path()):
+        cluster.ended(name, "FAILED")
+    assert fired(cluster, night) == [CNN, VIT]
 
 
 def test_again_is_said_of_a_firing(job, capsys):
