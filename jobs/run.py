@@ -3,7 +3,7 @@
 Every attempt gets the same run folder, `STORAGE/JOB-FIRING-CELL`, so a second one continues where the first stopped.
 
     STORAGE/firings/JOB/FIRING/CELL.json    how the cell ended: whoever ends last finds all of them
-                              after.claimed whoever creates it runs what comes after all cells
+                              after.claimed whoever creates it runs what comes after all cells (--in-place)
 """
 
 import contextlib
@@ -141,7 +141,7 @@ def run(arguments: Arguments) -> int:
     meet(job, place, outcome)
     report(job, place, outcome)
     worst = outcome.status
-    for number in due(job, place, outcome):
+    for number in due(job, place, outcome, in_place=arguments.in_place):
         if arguments.in_place:
             worst = worst or follow(job, place, number)
         else:
@@ -269,17 +269,31 @@ def forget(place: Place) -> None:
         files.rm(path)
 
 
-def runs(job: Job, place: Place) -> list[str] | None:
-    """Run folders of the firing's cells that are done, None while some have not ended."""
+def ended(job: Job, place: Place, *, in_place: bool) -> bool:
+    """Whether all of the firing's cells have: each left word or, on a shared cluster, was killed before it could."""
+    over = {cell.name for cell in job.cells if read(f"{place.meeting}/{cell.name or 'only'}.json") is not None}
+    if not in_place:
+        cells = [s for s in Client().submitted(job.name, place.firing) if not s.step]
+        over |= {s.cell for s in cells if not s.running}
+        over -= {s.cell for s in cells if s.status == "PENDING"}  # its word is that of an earlier attempt
+    return over.issuperset(cell.name for cell in job.cells)
+
+
+def runs(job: Job, place: Place) -> list[str]:
+    """Run folders of the firing's cells that are done."""
     words = [read(f"{place.meeting}/{cell.name or 'only'}.json") for cell in job.cells]
-    return None if None in words else [str(word["run"]) for word in words if word and word["done"]]
+    return [str(word["run"]) for word in words if word and word["done"]]
 
 
-def due(job: Job, place: Place, outcome: Outcome) -> list[int]:
-    """Which of the steps after are this cell's to run: those for each cell, and those for all if it ended last."""
+def due(job: Job, place: Place, outcome: Outcome, *, in_place: bool) -> list[int]:
+    """Which of the steps after are this cell's to run: those for each cell, and those for all if it ended last.
+
+    Two that end at the same time may both be last: in place one of them has a claim, elsewhere an id is taken once.
+    """
     each = [i for i, step in enumerate(job.after) if not step.once and done(job, place, outcome)]
     once = [i for i, step in enumerate(job.after) if step.once]
-    if once and runs(job, place) and claim(f"{place.meeting}/after.claimed"):
+    last = once and ended(job, place, in_place=in_place) and runs(job, place)
+    if last and (not in_place or claim(f"{place.meeting}/after.claimed")):
         return each + once
     return each
 
@@ -300,7 +314,7 @@ def follow(job: Job, place: Place, number: int) -> int:
     if not 0 <= number < len(job.after):
         raise UserError(f"{job.path}: has {len(job.after)} steps after it, so no step {number + 1}")
     step = job.after[number]
-    outcome = attempt(step.command(place.run, runs(job, place) or ()), job, lambda line: None)
+    outcome = attempt(step.command(place.run, runs(job, place)), job, lambda line: None)
     if outcome.status:
         report(job, place, outcome, f"({step.run} after it)")
     return outcome.status

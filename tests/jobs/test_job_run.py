@@ -10,12 +10,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from job_toys import ROOT, TINY, photographs, python
 
 from jobs import run as jobs_run
-from jobs.cluster import STOPPING
+from jobs import spec
+from jobs.cluster import STOPPING, Submitted
 from jobs.job import Cell, Job, Notify, Retry, Step
 from objectives.views import VitalSign
 from pipeline.training.health import Health, Intervention, Unwell
@@ -217,6 +219,67 @@ def test_claims_are_won_once(tmp_path):
         assert sum(wins) == 1
     with s3("runs"):
         assert [jobs_run.claim("s3://runs/after.claimed") for _ in range(3)] == [True, False, False]
+
+
+class Records:
+    """The cluster's records of a firing's cells."""
+
+    statuses: ClassVar[dict[str, str]] = {}
+
+    def submitted(self, job: str, firing: str) -> list[Submitted]:
+        known = self.statuses.items()
+        return [Submitted(cell, job, firing, cell, "", status, "", None, None) for cell, status in known]
+
+
+@pytest.fixture
+def cells(tmp_path, monkeypatch):
+    """A job of two cells, with what comes after both, and where each of them runs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jobs_run, "Client", Records)
+    text = """
+run: pack
+arguments: {data: embedded}
+matrix: {limit: [20, 30]}
+after: [{run: pack, arguments: {data: embedded}}]
+"""
+    job = spec.load(write(tmp_path, text))
+    return job, *(jobs_run.Place(FIRING, cell, f"run-{cell.name}", "meeting") for cell in job.cells)
+
+
+FINE = jobs_run.Outcome(0, 1.0, "", "")
+
+
+def test_what_comes_after_is_due_until_it_was_sent(cells):
+    job, first, second = cells
+    Records.statuses = {"20": "RUNNING", "30": "RUNNING"}
+    jobs_run.meet(job, first, FINE)
+    assert jobs_run.due(job, first, FINE, in_place=False) == []
+    jobs_run.meet(job, second, FINE)
+    for _ in range(2):  # the first was killed before it sent
+        assert jobs_run.due(job, second, FINE, in_place=False) == [0]
+    assert [jobs_run.due(job, second, FINE, in_place=True) for _ in range(2)] == [[0], []]
+
+
+def test_a_cell_that_was_killed_does_not_hold_up_what_comes_after_all(cells):
+    job, first, second = cells
+    jobs_run.meet(job, second, FINE)
+    for status, due in (("PENDING", []), ("RUNNING", []), ("FAILED", [0]), ("STOPPED", [0])):
+        Records.statuses = {"20": status, "30": "RUNNING"}
+        assert jobs_run.due(job, second, FINE, in_place=False) == due
+    assert jobs_run.due(job, second, FINE, in_place=True) == []
+    assert jobs_run.runs(job, first) == ["run-30"]
+
+
+def test_a_cell_that_runs_again_has_not_ended(cells):
+    job, first, second = cells
+    jobs_run.meet(job, first, FINE._replace(status=1))
+    jobs_run.meet(job, second, FINE)
+    Records.statuses = {"20": "PENDING", "30": "RUNNING"}
+    assert jobs_run.due(job, second, FINE, in_place=False) == []
+    Records.statuses["20"] = "RUNNING"
+    for _ in range(2):
+        jobs_run.forget(first)
+    assert jobs_run.due(job, second, FINE, in_place=False) == []
 
 
 @pytest.mark.slow
