@@ -1,6 +1,7 @@
-"""What the tests of jobs share: a real Ray cluster with ports of its own, photographs, a command line."""
+"""What the tests of jobs share: a real Ray cluster with ports of its own, photographs, a command line, schemas."""
 
 import contextlib
+import gzip
 import os
 import shutil
 import socket
@@ -15,9 +16,12 @@ from urllib.request import urlopen
 
 import numpy as np
 import psutil
+import pytest
+import yaml
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
+CRDS = ROOT.parent / "shared" / "data" / "kuberay_crds"
 TINY = [
     *(
         "backbone=lenet5",
@@ -117,3 +121,30 @@ def python(*words: str, cwd: Path, timeout: float = 120, **variables: str) -> su
     return subprocess.run(
         [sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
     )
+
+
+def schema_of(kind: str) -> dict:
+    """KubeRay's own schema, closed: a key it does not know is an error, as `kubectl apply --validate=strict` has it."""
+    path = CRDS / f"ray.io_{kind}.yaml.gz"
+    if not path.exists():
+        pytest.skip("KubeRay's CustomResourceDefinitions are not beside this checkout")
+    versions = yaml.load(gzip.decompress(path.read_bytes()), yaml.CSafeLoader)["spec"]["versions"]
+    return closed(next(v["schema"]["openAPIV3Schema"] for v in versions if v["name"] == "v1"))
+
+
+def closed(schema: dict) -> dict:
+    if isinstance(schema, dict):
+        if (
+            "properties" in schema
+            and "additionalProperties" not in schema
+            and schema.get("x-kubernetes-preserve-unknown-fields") is None
+        ):
+            schema["additionalProperties"] = False
+        if schema.pop("x-kubernetes-int-or-string", False):
+            schema.pop("type", None)
+        for value in schema.values():
+            closed(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            closed(value)
+    return schema

@@ -1,6 +1,5 @@
 """Rendered files: right by the schemas and tools of whoever reads them, every argument quoted, no secret in them."""
 
-import gzip
 import json
 import os
 import re
@@ -15,7 +14,7 @@ from zoneinfo import ZoneInfo
 import jsonschema
 import pytest
 import yaml
-from job_toys import ROOT, python
+from job_toys import python, schema_of
 
 from jobs import spec
 from jobs.job import Job, Timetable
@@ -23,7 +22,6 @@ from jobs.render import Arguments, calendars, render
 from jobs.schedule import Schedule, parse
 from pipeline.errors import UserError
 
-CRDS = ROOT.parent / "shared" / "data" / "kuberay_crds"
 NASTY = [
     "it's",
     'a "b" c',
@@ -68,33 +66,6 @@ def job(tmp_path, monkeypatch):
 def rendered(job: Job, to: str, **options) -> str:
     options = {"folder": "/srv/pre training", **options}
     return render(job, Arguments(str(job.path), to, set=job.settings, **options))
-
-
-def schema_of(kind: str) -> dict:
-    """KubeRay's own schema, closed: a key it does not know is an error, as `kubectl apply --validate=strict` has it."""
-    path = CRDS / f"ray.io_{kind}.yaml.gz"
-    if not path.exists():
-        pytest.skip("KubeRay's CustomResourceDefinitions are not beside this checkout")
-    versions = yaml.load(gzip.decompress(path.read_bytes()), yaml.CSafeLoader)["spec"]["versions"]
-    return closed(next(v["schema"]["openAPIV3Schema"] for v in versions if v["name"] == "v1"))
-
-
-def closed(schema: dict) -> dict:
-    if isinstance(schema, dict):
-        if (
-            "properties" in schema
-            and "additionalProperties" not in schema
-            and schema.get("x-kubernetes-preserve-unknown-fields") is None
-        ):
-            schema["additionalProperties"] = False
-        if schema.pop("x-kubernetes-int-or-string", False):
-            schema.pop("type", None)
-        for value in schema.values():
-            closed(value)
-    elif isinstance(schema, list):
-        for value in schema:
-            closed(value)
-    return schema
 
 
 def cron_job_schema() -> dict:
