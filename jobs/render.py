@@ -312,8 +312,8 @@ def variables(plain: Mapping[str, str], job: Job) -> list[dict[str, Any]]:
 
 
 def kubernetes_word(word: str) -> str:
-    """A word of a container's command or environment, in which $(NAME) would be replaced."""
-    return word.replace("$(", "$$(")
+    """A word of a container's command or environment, in which $(NAME) would be replaced, and $$ be made $."""
+    return word.replace("$", "$$")
 
 
 def kubernetes_name(job: str, cell: str) -> str:

@@ -30,6 +30,7 @@ NASTY = [
     "${HOME} %h %% 100%",
     "a;b|c&d",
     "back\\slash",
+    "a$$b",
     "*",
     "-dash",
     "ü",
@@ -237,7 +238,7 @@ def test_variables_arrive_as_they_are(job, tmp_path):
     assert len(containers) == 5
     for container in containers:
         got = {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
-        assert {name: got[name].replace("$$(", "$(") for name in values} == values
+        assert {name: got[name].replace("$$", "$") for name in values} == values
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     recorder = tmp_path / ".venv" / "bin" / "ray"
     recorder.write_text(f"#!{sys.executable}\nimport json, os\njson.dump(dict(os.environ), open('got.json', 'w'))\n")
@@ -257,9 +258,9 @@ def test_kubernetes_and_systemd_words_arrive_as_they_are(job):
             "spec"
         ]
         got = command["containers"][0]["command"][-1]
-        # Kubernetes replaces $(NAME) where NAME is a variable, and makes $$( into $(.
-        assert got.replace("$$(", "$(") == setting
-        assert not re.search(r"(?<!\$)\$\(", got)
+        # Kubernetes replaces $(NAME) where NAME is a variable, and makes $$ into $.
+        assert got.replace("$$", "$") == setting
+        assert not re.search(r"(?<!\$)(\$\$)*\$\(", got)
         entrypoint = next(yaml.safe_load_all(rendered(job(JOB, setting), "raycronjob", volume="v")))["spec"][
             "jobTemplate"
         ]["entrypoint"]
