@@ -18,7 +18,17 @@ from pipeline.training import step
 from pipeline.training.health import Care
 from pipeline.training.recorder import Recorder
 from pipeline.training.run_folder import RunFolder
-from tests.chaos.runs import BATCH, Place, Row, assert_same_run, assert_tracked, assert_tracked_since, final, losses, steps
+from tests.chaos.runs import (
+    BATCH,
+    Place,
+    Row,
+    assert_same_run,
+    assert_tracked,
+    assert_tracked_since,
+    final,
+    losses,
+    steps,
+)
 from tests.s3 import Server, s3
 
 EPOCHS = ("--epochs", "12")
