@@ -98,7 +98,7 @@ class Place:
         config = configuration.resolve(config, images=train.images, side=preparation.median_side(train))
         folder = RunFolder(str(config.run))
         folder.write("config.yaml", configuration.dump(config))
-        job = worker.Job(config, folder.address, train, val, "cpu", 1)
+        job = worker.Job(config, folder.address, train, val, "cpu", len(os.sched_getaffinity(0)))
         with mock.patch.object(measure, "finish", return_value={}):
             worker.work(job, Links(exchange, lambda metrics, seen: None))
         return folder
