@@ -40,7 +40,7 @@ def classify(arguments: Arguments) -> None:
     output = Path(arguments.output)
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}")
-    with preparation.packing_bar() as progress:
+    with preparation.progress_bar("packing", "files") as progress:
         images = pack.pack(arguments.data, preparation.cache_folder(arguments.cache), on_progress=progress)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     unknown = torch.full((images.images,), -1)

@@ -34,6 +34,14 @@ def guarded(command: Callable[[], int], *, debug: bool = False) -> int:
         return status
 
 
+def refuse_workers(engine: str, workers: int | None) -> None:
+    """Raise `UserError` for so many workers as an evaluation's engine cannot have; None leaves it to the engine."""
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers {workers}: must be at least 1")
+    if engine == "local" and (workers or 1) > 1:
+        raise UserError(f"--workers {workers}: --engine local is one process; use --engine ray")
+
+
 class Stop(threading.Event):
     """Set by the first Ctrl-C or SIGTERM; `cause` says which."""
 

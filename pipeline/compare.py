@@ -10,11 +10,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional
 
-from pipeline.command import guarded
+from pipeline.command import guarded, refuse_workers
 from pipeline.errors import UserError
 from pipeline.evaluation import BY_TABLE, COMPARED, NAMES
 
@@ -48,6 +48,11 @@ class Arguments:
     limit: int | None = None
     """Learn from at most this many labelled images."""
     seed: int = 0
+    engine: Literal["ray", "local"] = "ray"
+    """ray: features are extracted on the cluster that is there, else in this process;
+    local: in this process, without Ray."""
+    workers: int | None = None
+    """Processes that extract features; left open: one to a GPU, or to a machine, of the cluster that is there."""
     output: str | None = None
     """Folder of the report; left open: a fresh one beside the first run."""
     cache: str | None = None
@@ -72,6 +77,7 @@ def refuse(arguments: Arguments) -> None:
             raise UserError(f"--protocols {name}: unknown; there are {', '.join(NAMES)}")
         if name in BY_TABLE and arguments.labels is None:
             raise UserError(f"--protocols {name}: needs --labels, a table of what every image has")
+    refuse_workers(arguments.engine, arguments.workers)
     for run in arguments.runs:
         if "://" not in run and not Path(run).exists():
             raise UserError(f"{run}: no such run folder or checkpoint")

@@ -4,9 +4,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pipeline.command import guarded
+from pipeline.command import guarded, refuse_workers
 from pipeline.errors import UserError
 from pipeline.evaluation import BY_TABLE, DEFAULT, NAMES
 
@@ -30,6 +30,11 @@ class Arguments:
     limit: int | None = None
     """Learn from at most this many images."""
     seed: int = 0
+    engine: Literal["ray", "local"] = "ray"
+    """ray: features are extracted on the cluster that is there, else in this process; local: in this process, without
+    Ray."""
+    workers: int | None = None
+    """Processes that extract features; left open: one to a GPU, or to a machine, of the cluster that is there."""
     cache: str | None = None
     """Where packed data sets are kept; left open: ~/.cache/ssl-pretraining."""
     debug: bool = False
@@ -54,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise UserError(f"--protocols {name}: unknown; there are {', '.join(NAMES)}")
             if name in BY_TABLE and arguments.labels is None:
                 raise UserError(f"--protocols {name}: needs --labels, a table of what every image has")
+        refuse_workers(arguments.engine, arguments.workers)
         if "://" not in arguments.run and not Path(arguments.run).exists():
             raise UserError(f"{arguments.run}: no such run folder or checkpoint")
         from pipeline.evaluation.judge import judge  # torch comes with it, after all that can be refused without

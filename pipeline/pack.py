@@ -50,10 +50,10 @@ def report(arguments: Arguments) -> None:
     """Pack, and print what was found."""
     from pipeline.data.pack import open_split
     from pipeline.data.packed import read_facts
-    from pipeline.data.preparation import cache_folder, packing_bar
+    from pipeline.data.preparation import cache_folder, progress_bar
 
     started = time.monotonic()
-    with packing_bar() as progress:
+    with progress_bar("packing", "files") as progress:
         train, val, note = open_split(
             arguments.data,
             arguments.val_data,

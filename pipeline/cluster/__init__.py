@@ -1,11 +1,12 @@
-"""Training on a Ray cluster: the one place that imports Ray for it.
+"""Training and evaluation on a Ray cluster: the one place that imports Ray for them.
 
 The driver brings a job to the workers (`driver`), which train it and speak to the hub of `pipeline.training.group`
 (`worker`); Ray's controller tells the hub which of them come and go (`witness`). Without a cluster, Ray Train runs the
-one worker in this process.
+one worker in this process. An evaluation's passes over images are shared out by `looking`.
 """
 
 from pipeline.cluster.driver import alone, fit
-from pipeline.cluster.machines import TAKES, begin, connect, in_job, placement
+from pipeline.cluster.looking import looking
+from pipeline.cluster.machines import TAKES, begin, connect, in_job, join, placement
 
-__all__ = ["TAKES", "alone", "begin", "connect", "fit", "in_job", "placement"]
+__all__ = ["TAKES", "alone", "begin", "connect", "fit", "in_job", "join", "looking", "placement"]

@@ -19,14 +19,29 @@ def in_job() -> bool:
 
 
 def connect(workers: int) -> bool:
-    """Join the cluster that RAY_ADDRESS names or that `ray start` has made here, or begin one on this machine if
-    several workers need it. That of another run which began its own is left alone: it ends with that run.
+    """Join the cluster that is there, or begin one on this machine if several workers need it.
 
     Args:
         workers: the most that will train.
 
     Returns:
         Whether there is a cluster; without one, Ray Train runs its single worker in this process.
+
+    Raises:
+        UserError: as of `join`.
+    """
+    if join():
+        return True
+    os.environ.setdefault(WATCHER, "0")  # nobody takes this one machine away with notice
+    if workers == 1:
+        return False
+    begin(num_cpus=max(workers, os.cpu_count() or 1))
+    return True
+
+
+def join() -> bool:
+    """Join the cluster that RAY_ADDRESS names or that `ray start` has made here; whether there is one. That of another
+    run which began its own is left alone: it ends with that run.
 
     Raises:
         UserError: a cluster that is named but does not answer.
@@ -37,6 +52,8 @@ def connect(workers: int) -> bool:
     import ray._private.worker
     from ray._private.services import find_bootstrap_address
 
+    if ray.is_initialized():
+        return True
     # Of a raylet that dies Ray prints its last 20 lines, whatever `log_to_driver` says; the hub says what is lost.
     ray._private.worker.print_to_stdstream = lambda *words, **options: None
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
@@ -48,11 +65,7 @@ def connect(workers: int) -> bool:
         except ConnectionError as error:
             if named:
                 raise UserError(f"RAY_ADDRESS={named}: no cluster answers there ({error})") from None
-    os.environ.setdefault(WATCHER, "0")  # nobody takes this one machine away with notice
-    if workers == 1:
-        return False
-    begin(num_cpus=max(workers, os.cpu_count() or 1))
-    return True
+    return False
 
 
 def begin(**options: Any) -> None:
@@ -110,6 +123,22 @@ def amounts(takes: Mapping[str, float]) -> str:
     cores = f"{takes['CPU']:g} CPU core{'s' * (takes['CPU'] > 1)}"
     memory = f" and {takes['memory'] / (1 << 30):.3g} GiB" if "memory" in takes else ""
     return cores + " and a GPU" * ("GPU" in takes) + memory
+
+
+def machines() -> int:
+    """Workers that a cluster has where nobody says how many: one for each GPU, or for each machine with CPU cores."""
+    import ray
+
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    return gpus or sum(node["Alive"] and node["Resources"].get("CPU", 0) >= 1 for node in ray.nodes()) or 1
+
+
+def free(takes: Mapping[str, float]) -> bool:
+    """Whether a machine of the cluster has free, at this moment, what a worker reserves."""
+    from ray._private.state import available_resources_per_node
+
+    there = available_resources_per_node().values()
+    return any(all(idle.get(kind, 0) >= amount for kind, amount in takes.items()) for idle in there)
 
 
 def room(takes: Mapping[str, float]) -> int:

@@ -38,7 +38,7 @@ def prepare(config: Config, *, hold_out: bool = False) -> Split:
         counts = EMBEDDED | ({"train": config.limit} if config.limit else {})
         train, val = (embedded.packed(cache, part, n, EMBEDDED_SIZE) for part, n in counts.items())
         return Split(train, val, "generated, val drawn apart from train")
-    with packing_bar() as progress:
+    with progress_bar("packing", "files") as progress:
         return open_split(
             config.data, config.val_data, cache, limit=config.limit, hold_out=hold_out, on_progress=progress
         )
@@ -56,16 +56,16 @@ def median_side(packed: Packed) -> int:
 
 
 @contextlib.contextmanager
-def packing_bar() -> Iterator[Callable[[int, int], None]]:
-    """A progress bar for packing; it appears with the first call (files done, files in all)."""
+def progress_bar(doing: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar that appears with the first call (files or other units done, in all)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     bar = Progress(
-        TextColumn("packing"),
+        TextColumn(doing),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("files"),
+        TextColumn(unit),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,

@@ -16,7 +16,7 @@ from pipeline.evaluation.attentive import Attentive
 from pipeline.evaluation.classifier import Classifier
 from pipeline.evaluation.duplicates import duplicates
 from pipeline.evaluation.feature_set import FeatureSet, in_classes_of
-from pipeline.evaluation.features import VIEWED, Pass, look_once, random_views
+from pipeline.evaluation.features import VIEWED, Look, Pass, look, look_once, random_views
 from pipeline.evaluation.images import Images, evaluating, evaluation_view
 from pipeline.evaluation.protocols import PROTOCOLS
 from pipeline.evaluation.table import Table
@@ -88,6 +88,7 @@ def with_floors(
     precision: Literal["fp32", "bf16"] = "fp32",
     cache: Path | None = None,
     table: Table | None = None,
+    look: Look = look,
 ) -> tuple[dict[str, Any], Mapping[str, Classifier]]:
     """As `evaluate_backbone`, with the same numbers of the untrained backbone under `untrained`, of raw pixels under
     `pixels`, as far as protocols need nothing but features, and as `duplicates` how many validation images are also
@@ -96,7 +97,7 @@ def with_floors(
     found = examine(
         {"trained": backbone, "untrained": untrained, "pixels": floors.pixels()}, train, val, image_size=image_size,
         protocols=protocols, device=device, seed=seed, limit=limit, batch_size=batch_size, precision=precision,
-        cache=cache, floors=("untrained", "pixels"), table=table,
+        cache=cache, floors=("untrained", "pixels"), table=table, look=look,
     )  # fmt: skip
     numbers = {name: one.numbers for name, one in found.items()}
     scores = {
@@ -123,12 +124,14 @@ def examine(
     cache: Path | None = None,
     floors: Sequence[str] = (),
     table: Table | None = None,
+    look: Look = look,
 ) -> dict[str, Findings]:
     """What every protocol finds in several backbones on the same images; arguments as of `evaluate_backbone`.
 
     Args:
         floors: backbones that go through no protocol that needs more than features.
         table: labels that take the place of those that were packed.
+        look: makes the passes that no cache holds.
     """
     unknown = [name for name in protocols if name not in PROTOCOLS]
     if unknown:
@@ -152,7 +155,7 @@ def examine(
             cache, {name: backbones[name] for name in names}, packed,
             random_views(image_size) if random else [evaluation_view(image_size)],
             layers="layers" in needs and not random and names is examined, batch_size=batch_size, device=device,
-            limit=limit, precision=precision,
+            limit=limit, precision=precision, look=look,
         )  # fmt: skip
 
     examined = [name for name in backbones if name not in floors]

@@ -3,7 +3,7 @@ kept on disk so that no protocol and no later command repeats it."""
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -110,13 +110,42 @@ def look(
     precision: Literal["fp32", "bf16"] = "fp32",
 ) -> dict[str, Pass]:
     """One pass of several backbones over the same images, each decoded once."""
+    part = look_at(
+        backbones, path, views, layers=layers, batch_size=batch_size, device=device, backend=backend, limit=limit,
+        precision=precision,
+    )  # fmt: skip
+    return joined([part], path)
+
+
+Look = Callable[..., dict[str, Pass]]
+"""What takes the arguments of `look` and gives its passes: `look` itself, or what spreads it over a cluster."""
+
+
+def look_at(
+    backbones: Mapping[str, nn.Module],
+    path: str | Path,
+    views: Sequence[View],
+    *,
+    share: tuple[int, int] = (0, 1),
+    layers: bool = False,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    backend: Literal["auto", "ffcv", "opencv"] = "auto",
+    limit: int | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> dict[str, Pass]:
+    """One share of a pass, its images in the order in which they were shown.
+
+    Args:
+        share: (k, n), the k-th of n, each of whole batches of the pass; n is at most `batches_of`.
+    """
     device = torch.device(device)
     photometrics = Photometrics(views, seed=0)
     pooled: dict[str, list[Tensor]] = {name: [] for name in backbones}
     stages: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in backbones}
     index, labels = [], []
     with evaluating(backbones):
-        for batch in batches(path, list(views), max(1, batch_size // len(views)), limit, backend):
+        for batch in batches(path, list(views), _batch(batch_size, views), limit, backend, share):
             shown = photometrics([v.to(device) for v in batch.views], batch.index, batch.epoch)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 for name, backbone in backbones.items():
@@ -125,20 +154,43 @@ def look(
                     stages[name].append(tuple(layer.float().mean(1).cpu() for layer in found[0].layers))
             index.append(batch.index)
             labels.append(batch.label)
-    for name, parts in pooled.items():
-        if broken := sum(int((~part.isfinite().flatten(1).all(dim=1)).sum()) for part in parts):
+    return {
+        name: Pass(
+            torch.cat(index), torch.cat(labels), torch.cat(pooled[name]),
+            tuple(torch.cat(parts) for parts in zip(*stages[name])),
+        )
+        for name in backbones
+    }  # fmt: skip
+
+
+def joined(shares: Sequence[Mapping[str, Pass]], path: str | Path) -> dict[str, Pass]:
+    """The whole passes over the .beton at `path` from all their shares.
+
+    Raises:
+        FloatingPointError: features that are not finite.
+    """
+    passes = {}
+    for name in shares[0]:
+        parts = [share[name] for share in shares]
+        which, labels, features = (torch.cat(values) for values in zip(*(part[:3] for part in parts)))
+        if broken := int((~features.isfinite().flatten(1).all(dim=1)).sum()):
             raise FloatingPointError(
                 f"{broken:,} images of {path} have features of {name or 'the backbone'} that are NaN or infinite; "
                 "--precision fp32 or an earlier checkpoint may have none"
             )
-    order = torch.cat(index).argsort()
-    return {
-        name: Pass(
-            torch.cat(index)[order], torch.cat(labels)[order], torch.cat(pooled[name])[order],
-            tuple(torch.cat(parts)[order] for parts in zip(*stages[name])),
-        )
-        for name in backbones
-    }  # fmt: skip
+        order = which.argsort()
+        layers = tuple(torch.cat(values)[order] for values in zip(*(part.layers for part in parts)))
+        passes[name] = Pass(which[order], labels[order], features[order], layers)
+    return passes
+
+
+def batches_of(images: int, views: Sequence[View], batch_size: int) -> int:
+    """Batches of a pass over so many images."""
+    return -(-images // _batch(batch_size, views))
+
+
+def _batch(batch_size: int, views: Sequence[View]) -> int:
+    return max(1, batch_size // len(views))
 
 
 def look_once(
@@ -152,6 +204,7 @@ def look_once(
     device: torch.device | str = "cpu",
     limit: int | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
+    look: Look = look,
 ) -> dict[str, Pass]:
     """As `look`, from the files in `folder` where this pass was made before; None keeps nothing.
 

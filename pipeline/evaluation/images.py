@@ -93,23 +93,32 @@ def batches(
     batch_size: int,
     limit: int | None = None,
     backend: Literal["auto", "ffcv", "opencv"] = "auto",
+    share: tuple[int, int] = (0, 1),
     *,
     shuffled: bool = False,
 ) -> Iterator[Batch]:
     """One pass over a .beton in its order, or over `limit` of its images drawn without replacement, always the same;
-    `shuffled`, over all in the order in which those are drawn."""
+    `shuffled`, over all in the order in which those are drawn.
+
+    Args:
+        share: (k, n), the k-th of n shares of the pass's batches, in their order.
+    """
     images = len(BetonReader(path))
     wanted = min(images, limit or images)
     backend = "opencv" if backend == "auto" and images <= SMALL else backend
+    batch_size = min(batch_size, wanted)
+    whole = -(-wanted // batch_size)
+    first, end = (min(wanted, whole * k // share[1] * batch_size) for k in (share[0], share[0] + 1))
     with make_loader(
         path,
         views,
-        batch_size=min(batch_size, wanted),
+        batch_size=batch_size,
         shuffle=shuffled or wanted < images,
         drop_last=False,
         backend=backend,
     ) as loader:
-        yield from _first(loader, wanted)
+        loader.load_state({"epoch": 0, "position": first})
+        yield from _first(loader, end - first)
 
 
 def _first(loader: Iterable[Batch], images: int) -> Iterator[Batch]:

@@ -11,8 +11,8 @@ import torch
 
 from backbones import Backbone
 from objectives.views import View
+from pipeline import cluster, evaluation, tracking
 from pipeline import config as configuration
-from pipeline import evaluation, tracking
 from pipeline.config import Config
 from pipeline.data import preparation
 from pipeline.errors import UserError
@@ -34,6 +34,8 @@ def judge(
     limit: int | None = None,
     seed: int = 0,
     cache: str | None = None,
+    engine: str = "local",
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """Measure a backbone beside its floors; print the table, add to `summary.json`, and tell MLflow as children.
 
@@ -44,6 +46,7 @@ def judge(
         data, val_data: as of pretraining; by default the run's own.
         labels: a table that takes the place of the labels that were packed, as `table.read` takes it.
         limit: learn from at most this many images.
+        engine, workers: where features are extracted, as of `cluster.looking`.
 
     Raises:
         UserError: there is no run, the checkpoint is torn or foreign, or there are no labels to judge by.
@@ -68,7 +71,7 @@ def judge(
         backbone.to(device), floors.untrained(backbone.config, config.seed).to(device), train, val,
         image_size=int(config.image_size or 0), protocols=protocols, device=device, seed=seed, limit=limit,
         precision=measure.precision(config, device), cache=preparation.cache_folder(config.cache) / "features",
-        table=own,
+        table=own, look=cluster.looking(engine, workers),
     )  # fmt: skip
     name = launch.data_name(config) + (f" by {own.name}" if own else "")
     print(f"{name}: {scores['train_images']:,} images to learn from, {scores['val_images']:,} to be judged on ({note})")

@@ -11,6 +11,7 @@ import torch
 
 from backbones import names
 from backbones.cost import receptive_field
+from pipeline import cluster
 from pipeline.config import Config
 from pipeline.data import preparation
 from pipeline.errors import UserError
@@ -77,8 +78,13 @@ def hold(
     limit: int | None = None,
     seed: int = 0,
     cache: str | None = None,
+    engine: str = "local",
+    workers: int | None = None,
 ) -> Contest:
     """Examine runs or checkpoints on the data that all share, or on `data`, by its labels or by those of a table.
+
+    Args:
+        engine, workers: where features are extracted, as of `cluster.looking`.
 
     Raises:
         UserError: fewer than two runs, runs on different data, no labels, or a torn or foreign checkpoint.
@@ -102,6 +108,7 @@ def hold(
             f"--data {config.data}: has no labels to judge by (class folders are labels; --labels takes a table)"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    look = cluster.looking(engine, workers)
     seconds = {"reading checkpoints and packing": time.perf_counter() - begun}
 
     entries = []
@@ -118,7 +125,7 @@ def hold(
         results = examine(
             backbones, train, val, image_size=size, protocols=protocols, device=device, seed=seed, limit=limit,
             precision=precision, floors=("untrained", "pixels"),
-            cache=preparation.cache_folder(config.cache) / "features", table=table,
+            cache=preparation.cache_folder(config.cache) / "features", table=table, look=look,
         )  # fmt: skip
         entries.append(
             Entry(

@@ -26,6 +26,8 @@ def compare(
     limit: int | None,
     seed: int,
     cache: str | None,
+    engine: str,
+    workers: int | None,
     output: str | None,
     command: list[str],
 ) -> Contest:
@@ -36,7 +38,8 @@ def compare(
         UserError: as of `contest.hold`.
     """
     held = contests.hold(
-        runs, data=data, val_data=val_data, table=table, protocols=protocols, limit=limit, seed=seed, cache=cache
+        runs, data=data, val_data=val_data, table=table, protocols=protocols, limit=limit, seed=seed, cache=cache,
+        engine=engine, workers=workers,
     )  # fmt: skip
     storage = Path(held.entries[0].run).parent if "://" not in held.entries[0].run else Path("runs")
     name = f"comparison-{held.data.replace(' ', '-')}-{datetime.now():%m%d-%H%M%S}"

@@ -275,6 +275,7 @@ def packed_and_trained(data: str, tmp_path: Path, capfd: pytest.CaptureFixture) 
 def judged(data: str, tmp_path: Path, capfd: pytest.CaptureFixture) -> str:
     """Evaluate the run `one` on an address, and compare it with itself; what was said."""
     more = ["--data", data, "--cache", str(tmp_path / "cache"), "--protocols", "knn", "--limit", "20"]
+    more += ["--engine", "local"]
     run = str(tmp_path / "runs" / "one")
     assert evaluate.main([run, *more]) == 0, capfd.readouterr().err
     assert compare.main([run, run, *more]) == 0, capfd.readouterr().err

@@ -29,6 +29,8 @@ TRAIN = (
     "photos",
     "--cache",
     "cache",
+    "--engine",
+    "local",
     "--pretrain",
 )
 LENET, VIT = "runs/lenet5-mae-photos", "runs/vit_ti8-mae-photos"
@@ -58,7 +60,7 @@ def test_two_runs_become_a_report_and_a_parent_with_children(
     monkeypatch.chdir(trained)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     wanted = ["knn", "low_shot", "retrieval", "seeing", "depth", "similarity"]
-    words = [LENET, VIT, "--cache", "cache", "--output", "out", "--protocols", *wanted]
+    words = [LENET, VIT, "--engine", "local", "--cache", "cache", "--output", "out", "--protocols", *wanted]
     assert compare.main(words) == 0
     said = capsys.readouterr().out
     assert "On these 24 images" in said
@@ -103,7 +105,7 @@ def test_two_runs_become_a_report_and_a_parent_with_children(
 
     # Another comparison finds every feature on disk, and says the same.
     kept = {file: file.stat().st_mtime_ns for file in Path("cache/features").iterdir()}
-    words = [LENET, VIT, "--cache", "cache", "--output", "again", "--protocols", "knn"]
+    words = [LENET, VIT, "--engine", "local", "--cache", "cache", "--output", "again", "--protocols", "knn"]
     assert compare.main(words) == 0
     assert {file: file.stat().st_mtime_ns for file in Path("cache/features").iterdir()} == kept
     again = json.loads(Path("again/numbers.json").read_text())
@@ -199,7 +201,8 @@ def test_a_table_of_ones_own_says_what_counts(
     client = MlflowClient(tracking_uri=f"sqlite:///{trained / 'runs' / 'mlflow.db'}")
 
     def compared(table: str, *protocols: str) -> tuple[dict, str, list]:
-        words = [LENET, VIT, "--cache", "cache", "--labels", table, "--output", table[:-4], "--protocols", *protocols]
+        words = [LENET, VIT, "--engine", "local", "--cache", "cache", "--output", table[:-4]]
+        words += ["--labels", table, "--protocols", *protocols]
         assert compare.main(words) == 0
         experiment = client.get_experiment_by_name(f"photos by {table[:-4]}")
         runs = client.search_runs([experiment.experiment_id], "tags.`mlflow.parentRunId` != ''")
@@ -236,7 +239,7 @@ def test_two_evaluations_of_the_same_data_stand_together(trained: Path, monkeypa
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
     def kept(*words: str) -> dict:
-        assert evaluate.main([LENET, "--cache", "cache", *words]) == 0
+        assert evaluate.main([LENET, "--engine", "local", "--cache", "cache", *words]) == 0
         return json.loads(Path(LENET, "summary.json").read_text())["evaluations"]["photos at 24 images"]
 
     first = kept("--protocols", "knn", "retrieval")
