@@ -49,7 +49,7 @@ class Arguments:
     """Learn from at most this many labelled images."""
     seed: int = 0
     engine: Literal["ray", "local"] = "ray"
-    """ray: features are extracted on the cluster that is there, else in this process;
+    """ray: missing runs are trained, and features extracted, on the cluster that is there, else in this process;
     local: in this process, without Ray."""
     workers: int | None = None
     """Processes that extract features; left open: one to a GPU, or to a machine, of the cluster that is there."""
@@ -117,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from pipeline.report.candidates import train_missing
 
             more = f"{pretrain} --cache {shlex.quote(arguments.cache)}" if arguments.cache else pretrain
+            more = f"--engine local {more}" if arguments.engine == "local" else more
             trained = train_missing(backbones, objectives, data=str(arguments.data), storage=storage, options=more)
             runs, options["data"] = (*runs, *trained), None if not runs else arguments.data
         from pipeline.report.write import compare  # torch comes with it, after all that can be refused without

@@ -7,6 +7,18 @@ one worker in this process. An evaluation's passes over images are shared out by
 
 from pipeline.cluster.driver import alone, fit
 from pipeline.cluster.looking import looking
-from pipeline.cluster.machines import TAKES, begin, connect, in_job, join, placement
+from pipeline.cluster.machines import TAKES, address, begin, connect, in_job, join, placement, side_by_side
 
-__all__ = ["TAKES", "alone", "begin", "connect", "fit", "in_job", "join", "looking", "placement"]
+__all__ = [
+    "TAKES",
+    "address",
+    "alone",
+    "begin",
+    "connect",
+    "fit",
+    "in_job",
+    "join",
+    "looking",
+    "placement",
+    "side_by_side",
+]

@@ -68,6 +68,13 @@ def join() -> bool:
     return False
 
 
+def address() -> str:
+    """Of the joined cluster, as RAY_ADDRESS names it to other processes."""
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
+
+
 def begin(**options: Any) -> None:
     """Begin a cluster on this machine, which listens on loopback only; `options` are those of `ray.init`."""
     import ray
@@ -131,6 +138,16 @@ def machines() -> int:
 
     gpus = int(ray.cluster_resources().get("GPU", 0))
     return gpus or sum(node["Alive"] and node["Resources"].get("CPU", 0) >= 1 for node in ray.nodes()) or 1
+
+
+def side_by_side(fewest: int, most: int) -> int:
+    """Runs of so many workers that the connected cluster could train at once; at least one.
+
+    Raises:
+        UserError: as of `placement`.
+    """
+    device, threads = placement(fewest, most)
+    return max(1, room(takes(threads, cuda=device == "cuda")) // most)
 
 
 def free(takes: Mapping[str, float]) -> bool:

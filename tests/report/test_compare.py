@@ -15,7 +15,7 @@ from pipeline.tracking.__main__ import main as deliver
 from tests.report.contests import contest, entry
 
 SMALL = (
-    "--engine local --loader opencv --image-size 16 --batch-size 8 --epochs 1 --knn-every 0 --limit 24 "
+    "--loader opencv --image-size 16 --batch-size 8 --epochs 1 --knn-every 0 --limit 24 "
     "--precision fp32 "
     "--options.decoder-width 16 --options.decoder-depth 1 --options.decoder-heads 2"
 )
