@@ -106,7 +106,8 @@ class Config:
     init: str | None = None
     """Begin with the backbone and objective of this run's last checkpoint; all else begins anew."""
     config: str | None = None
-    """A saved config.yaml to start from; other options override it."""
+    """A saved config.yaml, here or at any fsspec address, for a run of its own: all options of the file but --run and
+    --storage, each overridden where it is given."""
     debug: bool = False
     """Show the traceback of an error."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -147,16 +148,17 @@ def parse(argv: Sequence[str] | None = None, prog: str = "python -m pipeline.pre
     """The configuration that a command line asks for, with the recipe's part still open (None).
 
     Raises:
-        UserError: an unknown option, objective or backbone, an impossible value, an unreadable `--config`.
+        UserError: an unknown option, objective or backbone, an impossible value, an unreadable `--config`, a `--resume`
+            without a run.
     """
     import tyro
 
     argv = list(sys.argv[1:] if argv is None else argv)
     saved = Config(objective=recipes.objective_for(_peek(argv, "data") or Config.data))
     if path := _peek(argv, "config"):
-        saved = load(path)
+        saved = dataclasses.replace(load(path), run=None, storage=None)
     elif run := _peek(argv, "resume"):
-        saved = load(Path(run) / "config.yaml") if (Path(run) / "config.yaml").exists() else saved
+        saved = load(f"{run.rstrip('/')}/config.yaml", "--resume")
     objective = _peek(argv, "objective") or saved.objective
     if objective not in recipes.OBJECTIVES:
         raise UserError(f"--objective {objective}: unknown{_nearest(objective, recipes.OBJECTIVES)}")
@@ -318,16 +320,22 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
-def load(path: str | Path) -> Config:
-    """Read a `config.yaml`.
+def load(path: str | Path, option: str = "--config") -> Config:
+    """Read a `config.yaml`, here or at any fsspec address; `option` is what asked for it, for errors.
 
     Raises:
         UserError: a missing file, no YAML, or a key that no option has.
     """
+    address = str(path)
+    if "://" in address:
+        from pipeline.data import remote  # OpenCV comes with it
+
+        files, place, _ = remote.locate(address)
+        return read(files.cat_file(place).decode(), address)
     try:
-        return read(Path(path).read_text(), str(path))
+        return read(Path(path).read_text(), address)
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
+        raise UserError(f"{option} {address}: {error.strerror}") from None
 
 
 def read(text: str, name: str) -> Config:

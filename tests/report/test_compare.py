@@ -1,6 +1,7 @@
 """The whole command on runs that were really trained, a CNN and a ViT, on images whose kinds are plain to see."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import compare, evaluate
+from pipeline import compare, evaluate, pretrain
 from pipeline.evaluation.evaluate import Findings
 from pipeline.report import write
 from pipeline.tracking.__main__ import main as deliver
+from pipeline.training import launch
 from tests.report.contests import contest, entry
 
 SMALL = (
@@ -143,6 +145,22 @@ def test_what_waits_of_a_comparison_is_delivered_where_its_runs_are(
     assert {run.info.run_name for run in client.search_runs([experiment.experiment_id])} == {
         "comparison of 2", "lenet5 + mae", "vit_ti8 + mae",
     }  # fmt: skip
+
+
+def test_the_command_that_the_report_gives_trains_the_backbone_again(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(trained)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(launch, "fresh_name", lambda config: "again")
+    (line,) = (text for text in Path("first/report.html").read_text().splitlines() if "lenet5-mae-photos/config" in text)
+    words = shlex.split(line.removeprefix("<pre>"), comments=True)
+    assert words[:3] == ["python", "-m", "pipeline.pretrain"]
+    before = {file: file.stat().st_mtime_ns for file in Path(LENET).rglob("*")}
+    assert pretrain.main(words[3:]) == 0
+    assert {file: file.stat().st_mtime_ns for file in Path(LENET).rglob("*")} == before
+    assert Path("runs/again/backbone.safetensors").read_bytes() == Path(LENET, "backbone.safetensors").read_bytes()
+    assert json.loads(Path("runs/again/summary.json").read_text())["images_per_second"] > 0  # it was trained
 
 
 def test_mistakes_are_one_sentence(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import pytest
 
 import objectives
@@ -125,6 +126,19 @@ def test_a_saved_configuration_comes_back(tmp_path):
     assert config.differences(filled, again) == [f"--lr {filled.lr} → 0.125"]
 
 
+def test_a_saved_configuration_is_read_at_any_address_and_begins_a_run_of_its_own():
+    filled = dataclasses.replace(resolved("--seed", "3"), run="memory://runs/one", storage="memory://runs")
+    with fsspec.open("memory://runs/one/config.yaml", "w") as file:
+        file.write(config.dump(filled))
+    fresh = config.parse(["--config", "memory://runs/one/config.yaml"])
+    assert (fresh.run, fresh.storage, fresh.seed) == (None, None, 3)
+    assert config.differences(filled, fresh) == []
+    resumed = config.parse(["--resume", "memory://runs/one/"])
+    assert (resumed.run, resumed.storage, resumed.seed) == (filled.run, filled.storage, 3)
+    with pytest.raises(UserError, match="memory://runs/two/config.yaml: no such file"):
+        config.parse(["--resume", "memory://runs/two"])
+
+
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
@@ -143,7 +157,8 @@ def test_a_saved_configuration_comes_back(tmp_path):
         (["--workers", "2..many"], "the fewest and the most, as in 2..8"),
         (["--timeout", "0"], "above 0"),
         (["--workers", "2", "--engine", "local"], "use --engine ray"),
-        (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["--config", "/nowhere.yaml"], "--config /nowhere.yaml: No such file"),
+        (["--resume", "runs/nowhere"], "--resume runs/nowhere/config.yaml: No such file"),
         (["--objective", "distillation"], "--options.teacher: left open; name a run folder"),
         (["--objective", "distillation", "--options.teacher", "vit_x"], "vit_x: no such run folder or file, and"),
     ],

@@ -170,7 +170,7 @@ def test_a_killed_run_resumes_to_the_last_bit(command, tmp_path, objective):
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert pretrain.main(command("--resume", str(broken), "--backbone", "resnet20")) == 0
+    assert pretrain.main(["--resume", broken.as_uri()]) == 0  # an address, and all else by its config.yaml
     assert losses(broken) == whole
     final = [RunFolder(str(tmp_path / "runs" / name)) for name in ("whole", "broken")]
     import torch
