@@ -41,6 +41,7 @@ VIT_SIZES = {
     "h": VitSize(1280, 32, 16, "huge"),
 }
 _VIT = re.compile(r"vit_(ti|s|b|l|h)([1-9]\d?)")
+_CIFAR_NET = re.compile(r"(resnet|plain)(20|56|110)")
 _VIT_LISTED = ("ti16", "ti8", "ti4", "s16", "s8", "s4", "b16", "b8", "l16", "h14")
 
 
@@ -105,6 +106,12 @@ def vit_size(name: str) -> tuple[VitSize, int] | None:
     """(size, patch in pixels) of a `vit_<size><patch>` name, None for any other name."""
     match = _VIT.fullmatch(name)
     return (VIT_SIZES[match[1]], int(match[2])) if match else None
+
+
+def cifar_net(name: str) -> tuple[str, int] | None:
+    """("resnet" or "plain", layers) of a net of He et al. 2016, section 4.2, None for any other name."""
+    match = _CIFAR_NET.fullmatch(name)
+    return (match[1], int(match[2])) if match else None
 
 
 def entry(name: str) -> Entry:

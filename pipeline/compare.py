@@ -29,7 +29,8 @@ class Arguments:
     runs: Positional[tuple[str, ...]] = ()
     """Run folders (their newest checkpoint counts), or checkpoints."""
     backbones: tuple[str, ...] = ()
-    """Instead of runs, or beside them: backbones to train with every one of --objectives on --data."""
+    """Instead of runs, or beside them: backbones to train with every one of --objectives on --data, or none of them
+    where --protocols is scratch alone."""
     objectives: tuple[str, ...] = ()
     pretrain: str = ""
     """Further options of pipeline.pretrain for all of them, in quotes: "--epochs 50 --image-size 96"."""
@@ -47,6 +48,8 @@ class Arguments:
     multilabel, regression."""
     limit: int | None = None
     """Learn from at most this many labelled images."""
+    epochs: int | None = None
+    """For finetune and scratch, which train the whole network, passes over those images; left open: their recipes'."""
     seed: int = 0
     engine: Literal["ray", "local"] = "ray"
     """ray: missing runs are trained, and features extracted, on the cluster that is there, else in this process;
@@ -81,11 +84,17 @@ def refuse(arguments: Arguments) -> None:
     for run in arguments.runs:
         if "://" not in run and not Path(run).exists():
             raise UserError(f"{run}: no such run folder or checkpoint")
-    if bool(arguments.backbones) != bool(arguments.objectives):
-        raise UserError("--backbones and --objectives go together: every backbone is trained with every objective")
+    scratch = set(arguments.protocols) == {"scratch"}
+    if bool(arguments.backbones) != bool(arguments.objectives) and not (arguments.backbones and scratch):
+        raise UserError(
+            "--backbones and --objectives go together: every backbone is trained with every objective (none is needed "
+            "where --protocols is scratch alone, which pretrains nothing)"
+        )
+    if arguments.epochs is not None and arguments.epochs < 1:
+        raise UserError(f"--epochs {arguments.epochs}: must be at least 1")
     if arguments.backbones and not arguments.data:
         raise UserError("--backbones: give --data to say what they are trained on")
-    count = len(arguments.runs) + len(arguments.backbones) * len(arguments.objectives)
+    count = len(arguments.runs) + len(arguments.backbones) * max(1, len(arguments.objectives))
     if count < 2:
         raise UserError(f"a comparison needs at least two runs, not {count}")
 
@@ -103,8 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         refuse(arguments)
         options = asdict(arguments)
-        backbones, objectives, pretrain, storage, runs, labels = (
-            options.pop(name) for name in ("backbones", "objectives", "pretrain", "storage", "runs", "labels")
+        backbones, objectives, pretrain, runs, labels = (
+            options.pop(name) for name in ("backbones", "objectives", "pretrain", "runs", "labels")
         )
         options.pop("debug")
         own = None
@@ -113,16 +122,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             own = table.read(labels)
             table.refuse(own, arguments.protocols)
+        fresh = []
         if backbones:
-            from pipeline.report.candidates import train_missing
+            from pipeline.report import candidates
 
             more = f"{pretrain} --cache {shlex.quote(arguments.cache)}" if arguments.cache else pretrain
             more = f"--engine local {more}" if arguments.engine == "local" else more
-            trained = train_missing(backbones, objectives, data=str(arguments.data), storage=storage, options=more)
-            runs, options["data"] = (*runs, *trained), None if not runs else arguments.data
+            data, options["data"] = str(arguments.data), arguments.data if runs else None
+            if objectives:
+                storage = arguments.storage
+                runs += tuple(candidates.train_missing(backbones, objectives, data=data, storage=storage, options=more))
+            else:
+                fresh = candidates.untrained(backbones, data=data, options=more)
         from pipeline.report.write import compare  # torch comes with it, after all that can be refused without
 
-        compare(runs, **options, table=own, command=["python", "-m", "pipeline.compare", *argv])
+        compare(runs, **options, fresh=fresh, table=own, command=["python", "-m", "pipeline.compare", *argv])
         return 0
 
     return guarded(command, debug="--debug" in argv)

@@ -125,6 +125,7 @@ def examine(
     floors: Sequence[str] = (),
     table: Table | None = None,
     look: Look = look,
+    epochs: int | None = None,
 ) -> dict[str, Findings]:
     """What every protocol finds in several backbones on the same images; arguments as of `evaluate_backbone`.
 
@@ -132,6 +133,7 @@ def examine(
         floors: backbones that go through no protocol that needs more than features.
         table: labels that take the place of those that were packed.
         look: makes the passes that no cache holds.
+        epochs: over which protocols train the whole network; None: as their recipes say.
     """
     unknown = [name for name in protocols if name not in PROTOCOLS]
     if unknown:
@@ -175,7 +177,7 @@ def examine(
         labels, targets = labels_of(packed)
         images = None
         if "images" in needs and name not in floors:
-            images = Images(backbones[name], packed.path, labels, image_size, device, precision, batch_size)
+            images = Images(backbones[name], packed.path, labels, image_size, device, precision, batch_size, epochs)
         return FeatureSet(
             one.features[:, 0].to(device), labels[one.which].to(device), classes,
             tuple(layer.to(device) for layer in one.layers),

@@ -3,7 +3,8 @@
 One recipe of two families: MAE's for transformers (He et al. 2022, table 9) and, for CNNs, the same without its strong
 layer-wise decay (as ConvNeXt's fine-tuning, Liu et al. 2022, table 6, weakens it). AdamW, a cosine schedule with
 warm-up, layer-wise learning-rate decay by `Backbone.depths()` (Clark et al. 2020), mixup and cutmix, label smoothing,
-drop path, and an average of the weights that is judged.
+drop path, and an average of the weights that is judged. From fresh weights, the plain and residual nets of He et al.
+2016, section 4.2, learn as they do there.
 """
 
 import math
@@ -19,50 +20,83 @@ from torch.nn import functional as F
 import backbones
 from backbones import names
 from backbones.contract import Backbone
-from objectives.views import View
 from pipeline.data.loader import make_loader
 from pipeline.evaluation.accuracy import headline
 from pipeline.evaluation.classifier import Classifier
 from pipeline.evaluation.feature_set import FeatureSet, Found
-from pipeline.evaluation.images import SMALL, Images
+from pipeline.evaluation.images import SMALL, Images, evaluation_view
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """`layer_decay` is the factor of the learning rate from one depth to the one before it; `lr` the peak at a batch of
-    256; `mixup` and `cutmix` the α of their Beta distributions, 0 for none, each taken for half of the batches."""
+    """How a whole network learns the labels.
 
-    layer_decay: float
+    source       where the numbers come from
+    layer_decay  factor of the learning rate from one depth to the one before it
+    optimiser    "adamw", or "sgd", whose momentum is the first of `betas`
+    lr           the peak, at a batch of 256
+    drops        shares of the run at which the rate falls to a tenth; none: it falls by a cosine
+    mixup        and `cutmix`: the α of their Beta distributions, 0 for none, each taken for half of the batches
+    ema          decay of the average of the weights that is judged; 0: the last ones are
+    scale        share of the image that a crop has; None: all of it, moved by up to an eighth of its side
+    epochs       over the labelled images, and no fewer than `least_steps`
+    """
+
+    source: str
+    layer_decay: float = 1.0
+    optimiser: Literal["adamw", "sgd"] = "adamw"
     lr: float = 5e-4
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
     warmup: float = 0.05
+    drops: tuple[float, ...] = ()
     mixup: float = 0.8
     cutmix: float = 1.0
     smoothing: float = 0.1
     drop_path: float = 0.1
     ema: float = 0.99
     clip: float = 5.0
-    scale: tuple[float, float] = (0.35, 1.0)
+    scale: tuple[float, float] | None = (0.35, 1.0)
     batch: int = 64
     epochs: int = 30
     least_steps: int = 300
 
 
-RECIPES = {"vit": Recipe(layer_decay=0.65, lr=1e-3), "cnn": Recipe(layer_decay=0.9)}
+RECIPES = {
+    "vit": Recipe("MAE's fine-tuning (He et al. 2022, table 9), shorter", layer_decay=0.65, lr=1e-3),
+    "cnn": Recipe(
+        "MAE's fine-tuning (He et al. 2022, table 9), shorter, its layer-wise decay as weak as ConvNeXt's (Liu et al. "
+        "2022, table 6); unpublished for other CNNs",
+        layer_decay=0.9,
+    ),
+}
+CIFAR_NETS = Recipe(
+    "He et al. 2016, section 4.2: SGD with momentum, 64,000 steps of 128 images, which are 164 epochs of 50,000, a "
+    "tenth of the rate from 32,000 and from 48,000 on, images moved by up to 4 of 32 pixels and flipped",
+    optimiser="sgd", lr=0.2, weight_decay=1e-4, warmup=0, drops=(0.5, 0.75), mixup=0, cutmix=0, smoothing=0,
+    drop_path=0, ema=0, clip=math.inf, scale=None, batch=128, epochs=164,
+)  # fmt: skip
+"""Of plain and residual nets from scratch. Norms and biases do not decay, and resnet110 is not warmed up."""
+
+
+def recipe_of(backbone: str, *, fresh: bool) -> Recipe:
+    """The recipe for a backbone of that name, `fresh` or pretrained."""
+    if not fresh:
+        return RECIPES[names.family(backbone)]
+    return CIFAR_NETS if names.cifar_net(backbone) else replace(RECIPES[names.family(backbone)], layer_decay=1.0)
 
 
 def finetune(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, Found] | None:
-    """The headline numbers after fine-tuning a copy; `train_error`, the share of training images still wrong; the
-    `head`, with its backbone."""
+    """The headline numbers after fine-tuning a copy; `epochs`, how long it learnt; `train_error`, the share of training
+    images still wrong, and as evidence which of them are right, `train_right`; the `head`, with its backbone."""
     return _learned(train, val, seed, fresh=False)
 
 
 def scratch(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, Found] | None:
     """As `finetune`, but from fresh weights: what the labels teach alone, and so what pretraining brought.
 
-    Its `train_error` by depth is the degradation experiment (He et al. 2016, section 4.2): plain56 stays above plain20,
-    resnet56 below resnet20.
+    Its `train_error` by depth is the degradation experiment (He et al. 2016, section 4.2), where plain56 stays above
+    plain20, resnet56 below resnet20.
     """
     return _learned(train, val, seed, fresh=True)
 
@@ -72,13 +106,24 @@ def _learned(train: FeatureSet, val: FeatureSet, seed: int, fresh: bool) -> dict
         return None
     if not isinstance(train.images.backbone, Backbone) or int((train.labels >= 0).sum()) < 2:
         return None
-    recipe = RECIPES[names.family(train.images.backbone.name)]
-    recipe = replace(recipe, layer_decay=1.0) if fresh else recipe
+    recipe = recipe_of(train.images.backbone.name, fresh=fresh)
+    if train.images.epochs:
+        recipe = replace(recipe, epochs=train.images.epochs, least_steps=1)
     model = learn(train, recipe, seed=seed, fresh=fresh)
     predicted, truth = _answers(replace(val.images, backbone=model), val)
     of_train, train_truth = _answers(replace(train.images, backbone=model), train)
-    error = (of_train != train_truth).double().mean().item()
-    return {**headline(predicted, truth), "train_error": error, "head": model}
+    right = of_train == train_truth
+    batch, steps = length(recipe, len(right))
+    return {
+        **headline(predicted, truth), "epochs": steps * batch / len(right),
+        "train_error": 1 - right.double().mean().item(), "train_right": right, "head": model,
+    }  # fmt: skip
+
+
+def length(recipe: Recipe, images: int) -> tuple[int, int]:
+    """Images of a step, and steps over so many labelled images."""
+    batch = min(recipe.batch, images)
+    return batch, max(recipe.least_steps, recipe.epochs * images // batch)
 
 
 def learn(train: FeatureSet, recipe: Recipe, *, seed: int, fresh: bool = False) -> Classifier:
@@ -89,9 +134,7 @@ def learn(train: FeatureSet, recipe: Recipe, *, seed: int, fresh: bool = False) 
     assert which is not None
     table = torch.full_like(images.labels, -1)
     table[which] = train.labels.cpu()
-    count = int((table >= 0).sum())
-    batch = min(recipe.batch, count)
-    steps = max(recipe.least_steps, recipe.epochs * count // batch)
+    batch, steps = length(recipe, int((table >= 0).sum()))
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         backbone = _copy(images.backbone, recipe, fresh)
@@ -104,13 +147,20 @@ def learn(train: FeatureSet, recipe: Recipe, *, seed: int, fresh: bool = False) 
             model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema), use_buffers=True
         )
         peak = recipe.lr * batch / 256
-        optimiser = torch.optim.AdamW(groups(model, recipe, peak), lr=peak, betas=recipe.betas)
+        of = groups(model, recipe, peak)
+        optimiser: torch.optim.Optimizer = (
+            torch.optim.SGD(of, lr=peak, momentum=recipe.betas[0])
+            if recipe.optimiser == "sgd"
+            else torch.optim.AdamW(of, lr=peak, betas=recipe.betas)
+        )
         rng = np.random.default_rng(seed)
         for step, (shown, labels) in zip(range(steps), _batches(images, table, recipe, batch, seed)):
-            factor = min((step + 1) / max(1, recipe.warmup * steps), 0.5 * (1 + math.cos(math.pi * step / steps)))
+            factor = min((step + 1) / max(1, recipe.warmup * steps), falling(recipe, step / steps))
             for group in optimiser.param_groups:
                 group["lr"] = peak * group["scale"] * factor
-            mixed, targets = mix(images.normalised(shown), labels, head.out_features, recipe, rng)
+            x = images.normalised(shown)
+            x = moved(x, rng) if recipe.scale is None else x
+            mixed, targets = mix(x, labels, head.out_features, recipe, rng)
             with images.autocast():
                 logits = model(mixed)
             loss = torch.sum(-targets * F.log_softmax(logits.float(), dim=1), dim=1).mean()
@@ -122,6 +172,23 @@ def learn(train: FeatureSet, recipe: Recipe, *, seed: int, fresh: bool = False) 
     judged = average.module.eval()
     assert isinstance(judged, Classifier)
     return judged
+
+
+def falling(recipe: Recipe, done: float) -> float:
+    """The share of the peak learning rate where that share of the run is done, but for the warm-up."""
+    if recipe.drops:
+        return float(0.1 ** sum(done >= at for at in recipe.drops))
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def moved(x: Tensor, rng: np.random.Generator) -> Tensor:
+    """Normalised images [B, C, H, W], each moved by up to an eighth of its side any way, with zeros, the mean of all
+    images, where it came from (4 of 32 pixels: He et al. 2016, section 4.2)."""
+    height, width = x.shape[-2:]
+    down, right = height // 8, width // 8
+    padded = F.pad(x, (right, right, down, down))
+    places = zip(rng.integers(0, 2 * down + 1, len(x)), rng.integers(0, 2 * right + 1, len(x)))
+    return torch.stack([one[:, y : y + height, z : z + width] for one, (y, z) in zip(padded, places)])
 
 
 def groups(model: Classifier, recipe: Recipe, peak: float) -> list[dict[str, object]]:
@@ -185,9 +252,8 @@ def _copy(backbone: nn.Module, recipe: Recipe, fresh: bool) -> Backbone:
 
 
 def _batches(images: Images, table: Tensor, recipe: Recipe, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Labelled images under random crops, for ever: uint8 [batch, 3, H, W] on the device, int64 [batch]."""
-    size = images.image_size
-    view = View("finetune", (size, size) if isinstance(size, int) else size, scale=recipe.scale)
+    """Labelled images under random crops and flips, for ever: uint8 [batch, 3, H, W] on the device, int64 [batch]."""
+    view = replace(evaluation_view(images.image_size), scale=recipe.scale, flip_p=0.5)
     whole = len(images.labels)
     shown: list[Tensor] = []
     labels: list[Tensor] = []

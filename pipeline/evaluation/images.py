@@ -38,6 +38,7 @@ class Images:
     backbone  on `device`, in evaluation mode
     path      the .beton
     labels    int64 [images of the file], as the protocols number classes; -1 for none
+    epochs    over which protocols train the whole network; None: as their recipes say
     """
 
     backbone: nn.Module
@@ -47,6 +48,7 @@ class Images:
     device: torch.device
     precision: Literal["fp32", "bf16"] = "fp32"
     batch_size: int = 256
+    epochs: int | None = None
 
     def batches(self, limit: int | None = None, *, shuffled: bool = False) -> Iterator[Shown]:
         """All images in the file's order, or `limit` of them, always the same ones in the same order; all in such an

@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from backbones import Backbone
+from backbones import Backbone, names
 from objectives.views import View
-from pipeline import cluster, evaluation, tracking
+from pipeline import cluster, evaluation, recipes, tracking
 from pipeline import config as configuration
 from pipeline.config import Config
 from pipeline.data import preparation
+from pipeline.data.packed import Packed
 from pipeline.errors import UserError
-from pipeline.evaluation import floors, table
+from pipeline.evaluation import finetune, floors, table
 from pipeline.evaluation.classifier import save
 from pipeline.training import conclusion, launch, measure, step
 from pipeline.training.run_folder import RunFolder
@@ -55,6 +56,7 @@ def judge(
     if own:
         table.refuse(own, protocols)
     folder, config, backbone, seen, _ = find(run)
+    assert folder is not None
     if data:
         config = replace(config, data=data, val_data=val_data, limit=None)
     config = replace(config, val_data=val_data or config.val_data, cache=cache or config.cache)
@@ -86,9 +88,9 @@ def judge(
 
 class Judged(NamedTuple):
     """A run or one of its checkpoints: where it is, how it was made, what came out, after how many images, and the
-    views that its objective took of each."""
+    views that its objective took of each. A backbone that nobody pretrained has no folder, images or views."""
 
-    folder: RunFolder
+    folder: RunFolder | None
     config: Config
     backbone: Backbone
     seen: int
@@ -96,7 +98,7 @@ class Judged(NamedTuple):
 
     def summary(self) -> dict[str, Any]:
         """What the run wrote when it ended; empty where it has not."""
-        if not self.folder.exists("summary.json"):
+        if self.folder is None or not self.folder.exists("summary.json"):
             return {}
         return dict(json.loads(self.folder.read("summary.json")))
 
@@ -129,6 +131,17 @@ def find(run: str) -> Judged:
             f"{run}: does not fit its own configuration ({str(error).splitlines()[-1].strip()[:150]})"
         ) from None
     return Judged(folder, config, objective.backbone, int(state["images_seen"]), tuple(objective.views))
+
+
+def fresh(config: Config, train: Packed) -> Judged:
+    """A backbone that nobody pretrained, its weights drawn from the seed; where the image size is left open, at that of
+    supervised training on such images."""
+    scale = recipes.scale_of(config.data, train.images, preparation.median_side(train))
+    recipe = recipes.find("supervised", names.family(config.backbone), scale)
+    source = f"from scratch: {finetune.recipe_of(config.backbone, fresh=True).source}"
+    config = replace(config, image_size=config.image_size or recipe.image_size, recipe=source)
+    torch.manual_seed(config.seed)
+    return Judged(None, config, measure.fresh_backbone(config), 0, ())
 
 
 def merged(earlier: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Train what a comparison lacks: every backbone with every objective, each once; on a cluster side by side."""
+"""Backbones that a comparison names in place of runs: trained with every objective, each once, on a cluster side by side;
+or left to be trained from scratch."""
 
 import os
 import shlex
@@ -125,6 +126,16 @@ def side_by_side(missing: Sequence[Candidate], storage: str) -> None:
             f"{len(failed)} of {len(missing)} runs failed: {', '.join(failed)} (their logs are in {folder}/); the "
             "others are kept, and the same command tries these again"
         )
+
+
+def untrained(backbones: Sequence[str], *, data: str, options: str = "") -> list[configuration.Config]:
+    """Configurations of backbones that nobody pretrains; arguments as of `train_missing`.
+
+    Raises:
+        UserError: an impossible option.
+    """
+    words = ["--objective", "supervised", "--data", data, *shlex.split(options)]
+    return [configuration.parse(["--backbone", backbone, *words]) for backbone in backbones]
 
 
 def _refuse_another(folder: RunFolder, config: configuration.Config) -> None:

@@ -10,8 +10,18 @@ from pipeline.evaluation.changes import CORRUPTIONS, GEOMETRY
 from pipeline.evaluation.measures import MEASURES
 from pipeline.evaluation.similarity import cka
 from pipeline.report.contest import Contest, Entry
-from pipeline.report.drawing import INK, PALETTE, WIDTH, Picture, clear_to, coloured, legend, short, svg
-from pipeline.report.verdict import ACCURACIES, BUDGETS, LABEL_FREE, headline, leading, rivals, score
+from pipeline.report.drawing import INK, PALETTE, WIDTH, Picture, clear_to, coloured, colours, legend, short, svg
+from pipeline.report.verdict import (
+    ACCURACIES,
+    BUDGETS,
+    LABEL_FREE,
+    by_depth,
+    from_scratch,
+    headline,
+    leading,
+    rivals,
+    score,
+)
 
 
 def accuracy(contest: Contest) -> Iterator[Picture]:
@@ -81,6 +91,36 @@ def low_shot(contest: Contest) -> Iterator[Picture]:
         "Few labels", svg(figure, "Few labels"),
         "Logistic regression on few labels, each number drawn five times, the same for all. Band: Student's 95 % "
         "interval over the draws.",
+    )  # fmt: skip
+
+
+def degradation(contest: Contest) -> Iterator[Picture]:
+    """Training error over depth, of plain and of residual nets."""
+    kinds = {kind: nets for kind, nets in by_depth(contest).items() if len(nets) > 1}
+    if not kinds:
+        return
+    figure = Figure(figsize=(0.6 * WIDTH, 3.0))
+    axes = figure.subplots()
+    colour_of = colours(contest)
+    errors = {one.name: 100 * float(one.trained.numbers["scratch_train_error"] or 0) for one in contest.entries}
+    for kind, nets in kinds.items():
+        depths = sorted(nets)
+        curve = [errors[nets[depth].name] for depth in depths]
+        axes.plot(depths, curve, color=INK, lw=1, ls="--" if kind == "plain" else "-")
+        for depth, error in zip(depths, curve):
+            axes.plot(depth, error, "o", color=colour_of[nets[depth].name], ms=7)
+            axes.annotate(f"{nets[depth].name}  {error:.1f}", (depth, error), xytext=(8, 0), fontsize=8, color=INK,
+                          textcoords="offset points", va="center")  # fmt: skip
+    axes.set_xticks(sorted({depth for nets in kinds.values() for depth in nets}))
+    axes.set_xlabel("layers")
+    axes.set_ylabel("training error, %")
+    axes.margins(0.15)
+    axes.set_xlim(right=axes.get_xlim()[1] + 0.35 * (axes.get_xlim()[1] - axes.get_xlim()[0]))
+    axes.set_ylim(bottom=0)
+    yield Picture(
+        "Training error by depth", svg(figure, "Training error by depth"),
+        "Of the images that were learnt from scratch, the share still wrong. Dashed: plain nets; line: the same with "
+        f"shortcuts. {' '.join(from_scratch(contest))}",
     )  # fmt: skip
 
 

@@ -27,11 +27,11 @@ from pipeline.training.conclusion import device_name
 
 @dataclass(frozen=True)
 class Entry:
-    """One backbone of a contest, and its own untrained self. `field` is the side of its theoretical receptive field in
-    pixels, None where that is the whole image."""
+    """One backbone of a contest, and its own untrained self. `run` is None where nobody pretrained it; `field` is the
+    side of its theoretical receptive field in pixels, None where that is the whole image."""
 
     name: str
-    run: str
+    run: str | None
     config: Config
     family: str
     cost: Cost
@@ -62,6 +62,7 @@ class Contest:
     protocols: tuple[str, ...]
     seed: int
     limit: int | None
+    epochs: int | None = None
     table: Table | None = None
     fingerprints: tuple[str, str] = ("", "")
     device: str = "cpu"
@@ -71,11 +72,13 @@ class Contest:
 def hold(
     runs: Sequence[str],
     *,
+    fresh: Sequence[Config] = (),
     data: str | None = None,
     val_data: str | None = None,
     table: Table | None = None,
     protocols: Sequence[str],
     limit: int | None = None,
+    epochs: int | None = None,
     seed: int = 0,
     cache: str | None = None,
     engine: str = "local",
@@ -85,20 +88,23 @@ def hold(
 
     Args:
         engine, workers: where features are extracted, as of `cluster.looking`.
+        fresh: backbones beside the runs that nobody pretrained.
+        epochs: over which protocols train the whole network; None: as their recipes say.
 
     Raises:
         UserError: fewer than two runs, runs on different data, no labels, or a torn or foreign checkpoint.
     """
-    if len(runs) < 2:
-        raise UserError(f"a comparison needs at least two runs, not {len(runs)}")
+    if len(runs) + len(fresh) < 2:
+        raise UserError(f"a comparison needs at least two runs, not {len(runs) + len(fresh)}")
     begun = time.perf_counter()
     found = [judge.find(run) for run in runs]
-    shared = {one.config.data for one in found}
+    configs = [*(one.config for one in found), *fresh]
+    shared = {one.data for one in configs}
     if data is None and len(shared) > 1:
         raise UserError(f"the runs have different data ({', '.join(sorted(shared))}); give --data to say whose counts")
-    config = found[0].config if data is None else replace(found[0].config, data=data, val_data=None)
+    config = configs[0] if data is None else replace(configs[0], data=data, val_data=None)
     config = replace(config, val_data=val_data or config.val_data, cache=cache or config.cache)
-    if data is not None or len({one.config.limit for one in found}) > 1:
+    if data is not None or len({one.limit for one in configs}) > 1:
         config = replace(config, limit=None)
     train, val, note = preparation.prepare(config)
     if val is None and table:
@@ -109,6 +115,7 @@ def hold(
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     look = cluster.looking(engine, workers)
+    found += [judge.fresh(one, train) for one in fresh]
     seconds = {"reading checkpoints and packing": time.perf_counter() - begun}
 
     entries = []
@@ -124,12 +131,12 @@ def hold(
         }
         results = examine(
             backbones, train, val, image_size=size, protocols=protocols, device=device, seed=seed, limit=limit,
-            precision=precision, floors=("untrained", "pixels"),
+            precision=precision, floors=("untrained", "pixels"), epochs=epochs,
             cache=preparation.cache_folder(config.cache) / "features", table=table, look=look,
         )  # fmt: skip
         entries.append(
             Entry(
-                name, one.folder.address, one.config, names.family(one.config.backbone), spent,
+                name, one.folder.address if one.folder else None, one.config, names.family(one.config.backbone), spent,
                 receptive_field(one.backbone), results["trained"], results["untrained"],
             )
         )  # fmt: skip
@@ -144,16 +151,20 @@ def hold(
         data=launch.data_name(config) + (f" by {table.name}" if table else ""), note=note, classes=classes,
         train_images=int(numbers["train_images"] or 0), val_images=int(numbers["val_images"] or 0),
         entries=tuple(entries), pixels=results["pixels"], copies=tuple(duplicates(train, val)),
-        protocols=tuple(protocols), seed=seed, limit=limit, table=table,
+        protocols=tuple(protocols), seed=seed, limit=limit, epochs=epochs, table=table,
         fingerprints=(train.fingerprint, val.fingerprint), device=device_name(device.type), seconds=seconds,
     )  # fmt: skip
 
 
 def titles(found: Sequence[judge.Judged]) -> list[str]:
-    """What each run is called: its backbone and objective, and what tells it from others of the same."""
-    plain = [f"{one.config.backbone} + {one.config.objective}" for one in found]
+    """What each run is called: its backbone and objective, and what tells it from others of the same; a backbone that
+    nobody pretrained by its name."""
+    plain = [f"{one.config.backbone} + {one.config.objective}" if one.folder else one.config.backbone for one in found]
     seen = [f"{name} at {one.seen:,} images" for name, one in zip(plain, found)]
-    folders = [f"{name} ({Path(one.folder.address).name})" for name, one in zip(seen, found)]
+    folders = [
+        f"{name} ({Path(one.folder.address).name if one.folder else 'not pretrained'})"
+        for name, one in zip(seen, found)
+    ]
     return [
         names[0] if plain.count(names[0]) == 1 else names[1] if seen.count(names[1]) == 1 else names[2]
         for names in zip(plain, seen, folders)
@@ -178,6 +189,7 @@ def as_json(contest: Contest) -> dict[str, Any]:
         "protocols": {name: PROTOCOLS[name].headline for name in contest.protocols},
         "seed": contest.seed,
         "limit": contest.limit,
+        "epochs": contest.epochs,
         "seconds": dict(contest.seconds),
         "pixels": plain(contest.pixels.numbers),
         "entries": [

@@ -29,7 +29,9 @@ def render(contest: Contest, command: list[str]) -> str:
     ]
     floors = {f"{one.config.backbone} untrained": one.untrained.numbers for one in contest.entries}
     floors["raw pixels"] = contest.pixels.numbers
-    shown += [(name, numbers, "", True) for name, numbers in floors.items()]
+    shown += [
+        (name, numbers, "", True) for name, numbers in floors.items() if any(one.key in numbers for one in MEASURES)
+    ]
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(
         files("pipeline.report").joinpath("page.html").read_text(encoding="utf-8")
     )
@@ -49,7 +51,7 @@ def render(contest: Contest, command: list[str]) -> str:
         pictures=list(pictures.pictures(contest)),
         trust=verdict.trust(contest),
         command=redact(shlex.join(command)),
-        trainings=[redact(training(one)) for one in contest.entries],
+        trainings=[redact(training(one, one.run)) for one in contest.entries if one.run],
         versions=", ".join(f"{name} {version}" for name, version in versions().items()),
         times=", ".join(f"{name} {seconds:.0f} s" for name, seconds in contest.seconds.items()),
         p=lambda value: "< 0.001" if value < 0.001 else f"{value:.3f}",
@@ -82,21 +84,23 @@ def cells(measure: Measure, shown: list[tuple[str, Results, str, bool]]) -> dict
 
 def costs(contest: Contest) -> list[Row]:
     """What each backbone costs, and what a point of its accuracy does."""
-    no_summary = "– (no summary of this checkpoint)"
+
+    def no_summary(one: Entry) -> str:
+        return f"– ({'no summary of this checkpoint' if one.run else 'not pretrained'})"
 
     def memory(one: Entry) -> str:
         return "– (kept by CUDA's allocator only)" if one.cost.memory is None else f"{one.cost.memory / 2**20:,.0f} MiB"
 
     def training_memory(one: Entry) -> str:
         peak = one.cost.training_memory
-        return no_summary if peak is None else f"{peak / 2**20:,.0f} MiB"
+        return no_summary(one) if peak is None else f"{peak / 2**20:,.0f} MiB"
 
     def training(one: Entry) -> str:
-        return no_summary if one.cost.training is None else f"{one.cost.training:,.0f}"
+        return no_summary(one) if one.cost.training is None else f"{one.cost.training:,.0f}"
 
     def seconds(one: Entry) -> str:
         if one.cost.seconds is None:
-            return no_summary
+            return no_summary(one)
         workers = f"{one.cost.workers} × " if (one.cost.workers or 0) > 1 else ""
         return f"{one.cost.seconds:,.0f} s on {workers}{one.cost.device or 'unknown'}"
 
@@ -116,7 +120,7 @@ def costs(contest: Contest) -> list[Row]:
 
     def by_hour(one: Entry) -> str:
         if one.cost.seconds is None:
-            return no_summary
+            return no_summary(one)
         hours = one.cost.hours()
         return "– (workers came and went)" if hours is None else f"{100 * verdict.score(one) / hours:,.1f}"
 
@@ -142,14 +146,14 @@ def fairness(contest: Contest) -> list[Row]:
     return [
         row(contest, "a cell can see", field),
         row(contest, "images seen", lambda one: f"{one.cost.images_seen:,}"),
-        row(contest, "batch size", lambda one: f"{one.config.batch_size}"),
-        row(contest, "learning rate", lambda one: f"{one.config.lr or 0:.2g}"),
+        row(contest, "batch size", lambda one: f"{one.config.batch_size or '–'}"),
+        row(contest, "learning rate", lambda one: f"{one.config.lr:.2g}" if one.config.lr else "–"),
         row(contest, "seed", lambda one: f"{one.config.seed}"),
     ]
 
 
-def training(one: Entry) -> str:
-    """The command that trains a backbone again."""
-    return shlex.join(["python", "-m", "pipeline.pretrain", "--config", f"{one.run}/config.yaml"]) + (
+def training(one: Entry, run: str) -> str:
+    """The command that trains the backbone of a run again."""
+    return shlex.join(["python", "-m", "pipeline.pretrain", "--config", f"{run}/config.yaml"]) + (
         f"   # seed {one.config.seed}: {one.name}"
     )

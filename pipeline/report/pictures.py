@@ -11,8 +11,8 @@ from pipeline.report.sights import sights
 
 Drawing = Callable[[Contest], Iterator[Picture]]
 DRAWINGS: Sequence[Drawing] = (
-    *(charts.accuracy, charts.low_shot, charts.robustness, charts.factors, charts.layerwise, charts.similarity),
-    *(charts.depth, sights, charts.confusions, charts.cost, charts.trustworthy),
+    *(charts.accuracy, charts.degradation, charts.low_shot, charts.robustness, charts.factors, charts.layerwise),
+    *(charts.similarity, charts.depth, sights, charts.confusions, charts.cost, charts.trustworthy),
 )
 
 

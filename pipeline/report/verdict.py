@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backbones import names
 from pipeline.evaluation import BY_TABLE, interval
 from pipeline.evaluation.changes import CORRUPTIONS, GEOMETRY
 from pipeline.evaluation.evaluate import Findings
@@ -25,10 +26,13 @@ BUDGETS = {"n1": "1 label a class", "n5": "5 labels a class", "n10": "10 labels 
            "p10": "10 % of the labels"}  # fmt: skip
 ACCURACIES = {"linear": "linear accuracy", "logistic": "logistic-regression accuracy", "knn": "k-NN accuracy",
               "attentive": "attentive-probe accuracy", "finetune": "fine-tuned accuracy",
+              "scratch": "accuracy from scratch",
               "multilabel": "mAP over several labels", "regression": "explained variance"}  # fmt: skip
 """What the headlines of protocols are called that tell how good a backbone is."""
-LEADING = ("linear", "knn", *BY_TABLE)
+LEADING = ("linear", "knn", *BY_TABLE, "scratch")
 """By the first of these that was measured, backbones are ordered and set against their floors."""
+PUBLISHED = 64_000 * 128
+"""Images that He et al. 2016, section 4.2, train each plain and residual net on, repetitions counted."""
 UNDER = "k-NN accuracy under "
 LABEL_FREE = ("rankme", "alpha_req", "effective_rank", "uniformity", "alignment", "lidar")
 
@@ -61,7 +65,8 @@ class Claim(NamedTuple):
 
 def rivals(contest: Contest) -> list[tuple[Entry, Entry]]:
     """Who is set against whom: for every objective its best CNN against its best ViT, and the best two of all where
-    that is another pair. A CNN against a ViT comes first, for that is the question; then who is best."""
+    that is another pair. A CNN against a ViT comes first, for that is the question; then who is best. Before all, of
+    plain and of residual nets that were not pretrained, the shallowest against the deepest: degradation."""
     order = sorted(contest.entries, key=lambda one: -score(one))
     pairs = []
     for objective in dict.fromkeys(one.config.objective for one in order):
@@ -71,7 +76,20 @@ def rivals(contest: Contest) -> list[tuple[Entry, Entry]]:
     first, second = order[0], order[1]
     if not any({first.name, second.name} == {a.name, b.name} for a, b in pairs):
         pairs.insert(0, (first, second))
-    return sorted(pairs, key=lambda pair: (pair[0].family == pair[1].family, -max(score(one) for one in pair)))
+    pairs.sort(key=lambda pair: (pair[0].family == pair[1].family, -max(score(one) for one in pair)))
+    ends = [(nets[min(nets)], nets[max(nets)]) for nets in by_depth(contest).values() if len(nets) > 1]
+    ends = [pair for pair in ends if not any(one.run for one in pair)]
+    known = [{one.name for one in pair} for pair in ends]
+    return ends + [pair for pair in pairs if {one.name for one in pair} not in known]
+
+
+def by_depth(contest: Contest) -> dict[str, dict[int, Entry]]:
+    """The "plain" and "resnet" nets of He et al. 2016, section 4.2, that were trained from scratch, by their layers."""
+    found: dict[str, dict[int, Entry]] = {}
+    for one in contest.entries:
+        if (net := names.cifar_net(one.config.backbone)) and "scratch_train_error" in one.trained.numbers:
+            found.setdefault(net[0], {})[net[1]] = one
+    return found
 
 
 def score(one: Entry) -> float:
@@ -112,6 +130,8 @@ def measured(first: Findings, second: Findings, seed: int) -> Iterator[tuple[str
         if by := between(first, second, protocol, seed):
             yield what, by
     mine, theirs = first.evidence, second.evidence
+    if (key := "scratch_train_right") in mine and key in theirs:
+        yield "accuracy on what was learnt from scratch", difference(mine[key], theirs[key], seed)
     for budget, what in BUDGETS.items():
         if (key := f"low_shot_{budget}_right") in mine and key in theirs:
             yield f"accuracy with {what}", difference(mine[key], theirs[key], seed)
@@ -169,7 +189,25 @@ def sentences(contest: Contest, tested: Sequence[Claim]) -> list[str]:
                 f"{one.name} was not found to be better than {' or '.join(unproven)} in {what}: its pretraining has "
                 "not shown its worth here."
             )
-    return found
+    return [*found, *from_scratch(contest)]
+
+
+def from_scratch(contest: Contest) -> Iterator[str]:
+    """How long the networks learnt that were trained from scratch, and what that is too short for."""
+    lengths: dict[float, list[str]] = {}
+    for one in contest.entries:
+        if epochs := one.trained.numbers.get("scratch_epochs"):
+            lengths.setdefault(epochs, []).append(one.name)
+    for epochs, names_of in lengths.items():
+        who = "each network" if len(lengths) == 1 else ", ".join(names_of)
+        length = f"{epochs:,.1f}".removesuffix(".0") + (" epoch" if epochs == 1 else " epochs")
+        yield f"From scratch {who} learnt for {length} of {contest.train_images:,} images."
+    shown = max(lengths, default=0.0) * contest.train_images
+    if by_depth(contest) and shown < (1 - UNEQUAL) * PUBLISHED:
+        yield (
+            f"He et al. 2016, section 4.2, show their plain and residual nets {PUBLISHED / 1e6:.1f} million images, "
+            f"{PUBLISHED / shown:,.0f} times as many: what depth does here need not be what they found."
+        )
 
 
 def _points(claim: Claim) -> str:

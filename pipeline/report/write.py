@@ -8,8 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from pipeline import tracking
-from pipeline.evaluation import classifier
-from pipeline.evaluation.table import Table
+bafrom pipeline.evaluation.table import Table
 from pipeline.redaction import redact
 from pipeline.report import contest as contests
 from pipeline.report import page, verdict
@@ -19,11 +18,14 @@ from pipeline.report.contest import Contest
 def compare(
     runs: Sequence[str],
     *,
+    fresh: Sequence[Config],
+    storage: str,
     data: str | None,
     val_data: str | None,
     table: Table | None,
     protocols: Sequence[str],
     limit: int | None,
+    epochs: int | None,
     seed: int,
     cache: str | None,
     engine: str,
@@ -38,12 +40,14 @@ def compare(
         UserError: as of `contest.hold`.
     """
     held = contests.hold(
-        runs, data=data, val_data=val_data, table=table, protocols=protocols, limit=limit, seed=seed, cache=cache,
-        engine=engine, workers=workers,
+        runs, fresh=fresh, data=data, val_data=val_data, table=table, protocols=protocols, limit=limit, epochs=epochs,
+        seed=seed, cache=cache, engine=engine, workers=workers,
     )  # fmt: skip
-    storage = Path(held.entries[0].run).parent if "://" not in held.entries[0].run else Path("runs")
+    first = held.entries[0].run
+    address = storage if first is None else first.rpartition("/")[0]
+    beside = Path("runs" if "://" in address else address)
     name = f"comparison-{held.data.replace(' ', '-')}-{datetime.now():%m%d-%H%M%S}"
-    folder = Path(output) if output else storage / name
+    folder = Path(output) if output else beside / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.html").write_text(page.render(held, command), encoding="utf-8")
     (folder / "numbers.json").write_text(json.dumps(contests.as_json(held), indent=2, ensure_ascii=False) + "\n")
@@ -55,7 +59,7 @@ def compare(
     print(f"\nreport       {folder / 'report.html'}")
     for file in keep_classifiers(held, folder / "classifiers"):
         print(f"classify     python -m pipeline.classify {shlex.quote(str(file))} PHOTOS")
-    track(held, folder, storage / name)
+    track(held, folder, beside / name)
     return held
 
 
@@ -86,6 +90,7 @@ def track(held: Contest, folder: Path, place: Path) -> None:
             "protocols": " ".join(held.protocols),
             "seed": held.seed,
             "limit": held.limit,
+            "epochs": held.epochs,
             "labels": held.table.address if held.table else None,
         },
         dataset={
@@ -110,10 +115,10 @@ def track(held: Contest, folder: Path, place: Path) -> None:
         numbers |= {"inference_images_per_second": one.cost.inference}
         tags = {
             "backbone": one.config.backbone,
-            "objective": one.config.objective,
+            "objective": one.config.objective if one.run else "from scratch",
             "family": one.family,
             "data": held.data,
-            "run_folder": one.run,
+            "run_folder": one.run or "",
             "mlflow.runName": one.name,
         }
         seen = one.cost.images_seen

@@ -45,6 +45,37 @@ def test_the_learning_rate_falls_from_the_head_to_the_stem_and_norms_do_not_deca
     assert len(found) == len(trained)
 
 
+def test_plain_and_residual_nets_learn_from_scratch_as_they_were_published(sets: tuple[Packed, Packed]) -> None:
+    recipe = finetune.recipe_of("plain56", fresh=True)
+    assert recipe is finetune.recipe_of("resnet110", fresh=True) is finetune.CIFAR_NETS
+    for other, fresh in (("plain56", False), ("resnet18", True), ("vit_ti16", True)):
+        assert finetune.recipe_of(other, fresh=fresh).optimiser == "adamw"
+    batch, steps = finetune.length(recipe, 50_000)
+    assert (batch, steps) == (128, 64_062)
+    assert recipe.lr * batch / 256 == pytest.approx(0.1)
+    rates = [finetune.falling(recipe, step / 64_000) for step in (0, 31_999, 32_000, 47_999, 48_000, 63_999)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+
+    numbers, evidence, *_ = examine(
+        {"": backbones.create("resnet20", image_size=SIDE)}, *sets, image_size=SIDE, protocols=("scratch",), epochs=40
+    )[""]
+    assert numbers["scratch_epochs"] == 40
+    assert evidence["scratch_train_right"].shape == (64,)
+    assert numbers["scratch_train_error"] == pytest.approx(1 - evidence["scratch_train_right"].double().mean().item())
+    assert numbers["scratch_train_error"] < 0.5
+
+
+def test_moved_images_are_padded_by_an_eighth_and_cut_again() -> None:
+    x = torch.arange(1.0, 1 + 32 * 32).view(1, 1, 32, 32).expand(200, 3, 32, 32)
+    places = set()
+    for one in finetune.moved(x, np.random.default_rng(0)):
+        rows, columns = (int((one[0].sum(side) == 0).sum()) for side in (1, 0))
+        y, z = (int(v) for v in (one[0] == 16 * 32 + 17).nonzero()[0])  # the pixel at (16, 16) is at (y, z) now
+        assert (rows, columns) == (abs(y - 16), abs(z - 16))
+        places.add((y - 16, z - 16))
+    assert {y for y, _ in places} == {z for _, z in places} == set(range(-4, 5))
+
+
 def test_mixed_targets_are_the_shares_of_the_pixels() -> None:
     x = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 16, 16)
     labels = torch.tensor([0, 1, 2, 0])

@@ -1,6 +1,7 @@
 """Contests of backbones whose features are drawn here, so that who is better is known beforehand."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -59,6 +60,22 @@ def entry(
     )  # fmt: skip
     field = None if family == "vit" else 435
     return Entry(f"{backbone} + {objective}", f"runs/{backbone}", config, family, cost, field, trained, untrained)
+
+
+def scratch(backbone: str, right: float, on_train: float, epochs: float = 2.0) -> Entry:
+    """A backbone that nobody pretrained, right about those shares of the validation and of the training images."""
+    labels = torch.arange(400) % CLASSES
+    drawn = np.random.default_rng([int(1000 * right), len(backbone)])
+    predicted = torch.where(torch.from_numpy(drawn.random(400) < right), labels, (labels + 1) % CLASSES)
+    learnt = torch.from_numpy(drawn.random(300) < on_train)
+    numbers = dict(zip(("scratch_top1", "scratch_low", "scratch_high"), (right, right - 0.05, right + 0.05)))
+    numbers |= {"scratch_train_error": 1 - learnt.double().mean().item(), "scratch_epochs": epochs}
+    found = Findings({**numbers}, {"scratch_predicted": predicted, "scratch_train_right": learnt}, labels)
+    nothing = Findings({}, {}, labels)
+    one = entry(backbone, "supervised", found, nothing, seen=0)
+    return replace(
+        one, name=backbone, run=None, cost=replace(one.cost, training=None, training_memory=None, seconds=None)
+    )
 
 
 def contest(entries: Sequence[Entry], pixels: Findings, protocols: Sequence[str] = PLAIN) -> Contest:

@@ -153,7 +153,8 @@ def test_the_command_that_the_report_gives_trains_the_backbone_again(
     monkeypatch.chdir(trained)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(launch, "fresh_name", lambda config: "again")
-    (line,) = (text for text in Path("first/report.html").read_text().splitlines() if "lenet5-mae-photos/config" in text)
+    page = Path("first/report.html").read_text().splitlines()
+    (line,) = (text for text in page if "lenet5-mae-photos/config" in text)
     words = shlex.split(line.removeprefix("<pre>"), comments=True)
     assert words[:3] == ["python", "-m", "pipeline.pretrain"]
     before = {file: file.stat().st_mtime_ns for file in Path(LENET).rglob("*")}
@@ -161,6 +162,27 @@ def test_the_command_that_the_report_gives_trains_the_backbone_again(
     assert {file: file.stat().st_mtime_ns for file in Path(LENET).rglob("*")} == before
     assert Path("runs/again/backbone.safetensors").read_bytes() == Path(LENET, "backbone.safetensors").read_bytes()
     assert json.loads(Path("runs/again/summary.json").read_text())["images_per_second"] > 0  # it was trained
+
+
+def test_degradation_is_measured_without_pretraining(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(trained)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    words = ["--backbones", "plain20", "plain56", "resnet20", "--data", "photos", "--protocols", "scratch"]
+    words += ["--pretrain", "--image-size 16 --limit 24", "--epochs", "1", "--cache", "cache", "--storage", "bare"]
+    assert compare.main([*words, "--output", "bare/out"]) == 0
+    said = capsys.readouterr().out
+    assert "plain20 and plain56 was found in accuracy from scratch" in said or "beats" in said
+    assert "From scratch each network learnt for 1 epoch of 24 images." in said
+    assert "He et al. 2016, section 4.2, show their plain and residual nets 8.2 million images, 341,333 times" in said
+    assert not list(Path("bare").rglob("config.yaml"))  # no run
+    page = Path("bare/out/report.html").read_text()
+    for shown in ("Training error by depth", "<th>", "– (not pretrained)", "from scratch: He et al. 2016, section 4.2"):
+        assert shown in page
+    assert "untrained</th>" not in page
+    assert "pipeline.pretrain" not in page
+    numbers = json.loads(Path("bare/out/numbers.json").read_text())
+    assert [one["name"] for one in numbers["entries"]] == ["plain20", "plain56", "resnet20"]
+    assert all(0 <= one["trained"]["scratch_train_error"] <= 1 for one in numbers["entries"])
 
 
 def test_mistakes_are_one_sentence(
@@ -176,6 +198,9 @@ def test_mistakes_are_one_sentence(
     assert "runs/nothing: no such run folder" in refused(LENET, "runs/nothing")
     assert "--protocols fourier: unknown; there are knn" in refused(LENET, VIT, "--protocols", "fourier")
     assert "--backbones and --objectives go together" in refused("--backbones", "lenet5", "--data", "photos")
+    fresh = ("--backbones", "plain20", "resnet20", "--data", "photos", "--protocols", "scratch")
+    assert "go together" in refused(*fresh, "knn")
+    assert "--epochs 0: must be at least 1" in refused(*fresh, "--epochs", "0")
     assert "resnet19" in refused("--backbones", "lenet5", "resnet19", "--objectives", "mae", "--data", "photos")
     (whole,) = Path(LENET, "checkpoints").glob("*.pt")
     torn = Path("torn.pt")

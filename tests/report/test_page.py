@@ -9,9 +9,10 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
+from pipeline.evaluation.evaluate import Findings
 from pipeline.report import charts, drawing, page, pictures
 from pipeline.report.contest import Contest, as_json
-from tests.report.contests import contest, entry, findings
+from tests.report.contests import contest, entry, findings, scratch
 
 ALL = ("knn", "linear", "low_shot", "retrieval", "label_free", "layerwise")
 
@@ -104,6 +105,19 @@ def test_the_cost_of_a_point_is_shown_or_why_it_is_not(shown: Contest) -> None:
     assert by_size == [f"{one / 1.8:,.1f}" for one in points]
     bare = [replace(one, trained=one.trained._replace(numbers={})) for one in entries]
     assert not any("points" in title for title, _ in page.costs(replace(shown, entries=tuple(bare))))
+
+
+def test_training_error_is_drawn_over_depth() -> None:
+    floor = Findings({}, {}, torch.empty(0))
+    nets = [scratch(name, 0.7, 0.8 - i / 20) for i, name in enumerate(("plain20", "plain56", "resnet20", "resnet56"))]
+    drawn = {picture.title: picture for picture in pictures.pictures(contest(nets, floor, ("scratch",)))}
+    assert list(drawn) == ["Accuracy", "Training error by depth", "Accuracy and cost"]
+    for one in nets:
+        error = 100 * float(one.trained.numbers["scratch_train_error"] or 0)
+        assert f"{one.name}  {error:.1f}" in drawn["Training error by depth"].markup
+    assert "learnt for 2 epochs of 300 images." in drawn["Training error by depth"].caption
+    apart = [nets[0], nets[2]]  # one depth of each kind
+    assert list(charts.degradation(contest(apart, floor, ("scratch",)))) == []
 
 
 def test_it_is_made_for_phones_dark_rooms_and_paper(text: str) -> None:

@@ -4,11 +4,13 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 
+from pipeline.evaluation.evaluate import Findings
 from pipeline.evaluation.paired import Difference
 from pipeline.report import verdict
 from pipeline.report.contest import Contest
-from tests.report.contests import contest, entry, findings
+from tests.report.contests import contest, entry, findings, scratch
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,24 @@ def test_a_cnn_meets_a_vit_of_the_same_objective_and_the_best_meet_too() -> None
         ("resnet18 + dino", "vit_ti16 + dino"),  # the question, before who is best
         ("resnet18 + mae", "resnet18 + dino"),
     ]
+
+
+def test_degradation_is_what_plain_and_residual_nets_from_scratch_are_set_against_each_other_for() -> None:
+    floor = Findings({}, {}, torch.empty(0))
+    nets = [
+        scratch("plain56", 0.5, 0.6), scratch("resnet20", 0.8, 0.9), scratch("plain20", 0.7, 0.8),
+        scratch("resnet56", 0.81, 0.91),
+    ]  # fmt: skip
+    held = contest(nets, floor, ("scratch",))
+    pairs = [(a.name, b.name) for a, b in verdict.rivals(held)]
+    assert pairs == [("plain20", "plain56"), ("resnet20", "resnet56")]
+    first, also, *_, length, published = verdict.sentences(held, verdict.claims(held))
+    assert re.fullmatch(r"On these 400 images plain20 beats plain56 by .* points of accuracy from scratch\.", first)
+    assert also.startswith("plain20 is also better than plain56 in accuracy on what was learnt from scratch (")
+    assert length == "From scratch each network learnt for 2 epochs of 300 images."
+    assert "13,653 times as many: what depth does here need not be what they found." in published
+    longer = [scratch("plain20", 0.7, 0.8, 30_000), scratch("plain56", 0.6, 0.7, 30_000)]
+    assert [line for line in verdict.from_scratch(contest(longer, floor)) if "He et al" in line] == []
 
 
 def test_what_is_unequal_is_said(clear: Contest) -> None:

@@ -135,7 +135,7 @@ def test_a_saved_configuration_is_read_at_any_address_and_begins_a_run_of_its_ow
     assert config.differences(filled, fresh) == []
     resumed = config.parse(["--resume", "memory://runs/one/"])
     assert (resumed.run, resumed.storage, resumed.seed) == (filled.run, filled.storage, 3)
-    with pytest.raises(UserError, match="memory://runs/two/config.yaml: no such file"):
+    with pytest.raises(UserError, match=r"runs/two/config\.yaml: no such file"):
         config.parse(["--resume", "memory://runs/two"])
 
 
