@@ -1,5 +1,5 @@
-"""Backbones that a comparison names in place of runs: trained with every objective, each once, on a cluster side by side;
-or left to be trained from scratch."""
+"""Backbones that a comparison names in place of runs: trained with every objective, each once, side by side on a
+cluster; or left to be trained from scratch."""
 
 import os
 import shlex

@@ -32,6 +32,13 @@ class Picture(NamedTuple):
     markup: str
     caption: str
 
+    def file(self) -> tuple[str, bytes]:
+        """A file's name, made of the title, and its content: the drawing, on white, or the PNG."""
+        name = re.sub(r"\W+", "-", self.title.lower()).strip("-")
+        if photograph := re.match(r'<img [^>]*base64,([^"]+)', self.markup):
+            return f"{name}.png", base64.b64decode(photograph[1])
+        return f"{name}.svg", self.markup.replace('style="', 'style="background:#fff;', 1).encode()
+
 
 def colours(contest: Contest) -> dict[str, str]:
     """A colour for every entry, by name."""

@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from importlib.resources import files
 from typing import Any
@@ -12,15 +12,16 @@ from jinja2 import Environment, StrictUndefined
 from pipeline.evaluation.evaluate import Results
 from pipeline.evaluation.measures import MEASURES, Measure
 from pipeline.redaction import redact
-from pipeline.report import drawing, pictures, verdict
+from pipeline.report import drawing, verdict
 from pipeline.report.contest import Contest, Entry
+from pipeline.report.drawing import Picture
 from pipeline.training.conclusion import versions
 
 Row = tuple[str, list[str]]
 """A title, and a text for every backbone."""
 
 
-def render(contest: Contest, command: list[str]) -> str:
+def render(contest: Contest, pictures: Sequence[Picture], command: list[str]) -> str:
     """The page. `command` is what was typed, to be shown."""
     tested = verdict.claims(contest)
     colours = drawing.colours(contest)
@@ -48,7 +49,7 @@ def render(contest: Contest, command: list[str]) -> str:
         rows=[row for measure in MEASURES if (row := cells(measure, shown))],
         costs=costs(contest),
         fairness=fairness(contest),
-        pictures=list(pictures.pictures(contest)),
+        pictures=pictures,
         trust=verdict.trust(contest),
         command=redact(shlex.join(command)),
         trainings=[redact(training(one, one.run)) for one in contest.entries if one.run],

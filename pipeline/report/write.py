@@ -8,10 +8,12 @@ from datetime import datetime
 from pathlib import Path
 
 from pipeline import tracking
-bafrom pipeline.evaluation.table import Table
+from pipeline.config import Config
+from pipeline.evaluation import classifier
+from pipeline.evaluation.table import Table
 from pipeline.redaction import redact
 from pipeline.report import contest as contests
-from pipeline.report import page, verdict
+from pipeline.report import page, pictures, verdict
 from pipeline.report.contest import Contest
 
 
@@ -33,8 +35,8 @@ def compare(
     output: str | None,
     command: list[str],
 ) -> Contest:
-    """Examine the runs, print the verdict, write `report.html`, `numbers.json` and the classifiers that were trained
-    into `output`, and tell MLflow.
+    """Examine the runs, print the verdict, write `report.html`, `numbers.json`, `pictures/` and the classifiers that were
+    trained into `output`, and tell MLflow.
 
     Raises:
         UserError: as of `contest.hold`.
@@ -48,8 +50,12 @@ def compare(
     beside = Path("runs" if "://" in address else address)
     name = f"comparison-{held.data.replace(' ', '-')}-{datetime.now():%m%d-%H%M%S}"
     folder = Path(output) if output else beside / name
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.html").write_text(page.render(held, command), encoding="utf-8")
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    drawn = list(pictures.pictures(held))
+    for picture in drawn:
+        file, content = picture.file()
+        (folder / "pictures" / file).write_bytes(content)
+    (folder / "report.html").write_text(page.render(held, drawn, command), encoding="utf-8")
     (folder / "numbers.json").write_text(json.dumps(contests.as_json(held), indent=2, ensure_ascii=False) + "\n")
     print()
     for sentence in verdict.sentences(held, verdict.claims(held)):
@@ -74,7 +80,8 @@ def keep_classifiers(held: Contest, folder: Path) -> Iterator[Path]:
 
 
 def track(held: Contest, folder: Path, place: Path) -> None:
-    """One parent run in MLflow with the report, below it a child for each backbone, all with the same metric names.
+    """One parent run in MLflow with the report and its pictures, below it a child for each backbone, all with the same
+    metric names.
 
     Args:
         folder: of the report.
@@ -108,9 +115,9 @@ def track(held: Contest, folder: Path, place: Path) -> None:
     headlines = {verdict.headline(name) for name in held.protocols}
     for one in held.entries:
         numbers = {k: v for k, v in one.trained.numbers.items() if v is not None and v == v}  # NaN is no metric
-        numbers |= {
-            f"untrained_{k}": v for k, v in one.untrained.numbers.items() if k in headlines and v is not None and v == v
-        }
+        for floor, found in (("untrained", one.untrained), ("pixels", held.pixels)):
+            known = {key: found.numbers.get(key) for key in headlines}
+            numbers |= {f"{floor}_{key}": value for key, value in known.items() if value is not None and value == value}
         numbers |= {"parameters": one.cost.parameters, "multiply_adds": one.cost.multiply_adds}
         numbers |= {"inference_images_per_second": one.cost.inference}
         tags = {
@@ -126,5 +133,7 @@ def track(held: Contest, folder: Path, place: Path) -> None:
     tracker = tracking.Tracker(uri, parent, run=str(place), system_metrics=0)
     for name in ("report.html", "numbers.json"):
         tracker.log_artifact(folder / name)
+    for picture in sorted((folder / "pictures").iterdir()):
+        tracker.log_artifact(picture, "pictures")
     tracker.finish("FINISHED")
     print(f"in MLflow    mlflow ui --backend-store-uri {shlex.quote(redact(uri))}   (experiment {held.data})")

@@ -99,8 +99,13 @@ def test_two_runs_become_a_report_and_a_parent_with_children(
     children = client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
     assert {child.info.run_name for child in children} == {"lenet5 + mae", "vit_ti8 + mae"}
     metrics = [set(child.data.metrics) for child in children]
-    assert {"knn_top1", "low_shot_n1", "untrained_knn_top1", "parameters"} <= metrics[0] & metrics[1]
-    assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {"report.html", "numbers.json"}
+    shared = {"knn_top1", "low_shot_n1", "untrained_knn_top1", "pixels_knn_top1", "pixels_retrieval_map", "parameters"}
+    assert shared <= metrics[0] & metrics[1]
+    files = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert files == {"report.html", "numbers.json", "pictures"}
+    seen = {file.path for file in client.list_artifacts(parent.info.run_id, "pictures")}
+    assert {"pictures/accuracy.svg", "pictures/how-far-a-cell-sees.png"} <= seen
+    assert seen == {f"pictures/{file.name}" for file in Path("out/pictures").iterdir()}
     assert parent.info.status == "FINISHED"
 
     assert first.info.run_id != parent.info.run_id

@@ -1,13 +1,17 @@
 """Is the report one file that needs nothing else, and does it show what was found?"""
 
+import io
 import json
 import re
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.evaluation.evaluate import Findings
 from pipeline.report import charts, drawing, page, pictures
@@ -28,7 +32,9 @@ def shown() -> Contest:
 
 @pytest.fixture(scope="module")
 def text(shown: Contest) -> str:
-    return page.render(shown, ["python", "-m", "pipeline.compare", "runs/a b", "runs/c"])
+    return page.render(
+        shown, list(pictures.pictures(shown)), ["python", "-m", "pipeline.compare", "runs/a b", "runs/c"]
+    )
 
 
 class Parser(HTMLParser):
@@ -152,6 +158,19 @@ def test_what_a_protocol_found_is_drawn_without_the_others(shown: Contest) -> No
     assert "gradient" in picture.markup
     assert "heads" not in picture.caption
     assert not list(charts.depth(shown))
+
+
+def test_every_picture_is_a_file_of_its_own(shown: Contest) -> None:
+    drawn = list(pictures.pictures(shown))
+    drawn.append(drawing.Picture("What it sees", drawing.png(np.full((4, 6, 3), 128, np.uint8), "What it sees"), ""))
+    files = dict(picture.file() for picture in drawn)
+    assert len(files) == len(drawn)
+    assert {"accuracy.svg", "few-labels.svg", "what-it-sees.png"} <= set(files)
+    assert Image.open(io.BytesIO(files.pop("what-it-sees.png"))).size == (6, 4)
+    for content in files.values():
+        root = ElementTree.fromstring(content)
+        assert root.tag.endswith("svg")
+        assert "background:#fff" in root.attrib["style"]
 
 
 def test_numbers_are_kept_as_plain_json(shown: Contest) -> None:
