@@ -270,20 +270,7 @@ def resolve(config: Config, *, images: int, side: int, classes: int = 0) -> Conf
             f"--data {config.data}: {images} images are too few for {config.group[1]} workers "
             f"times {config.accumulate} accumulated parts"
         )
-    filled: dict[str, Any] = {
-        "epochs": recipe.epochs,
-        "image_size": recipe.image_size,
-        "lr": recipe.base_lr * batch / 256,
-        "optimiser": recipe.optimiser,
-        "weight_decay": recipe.weight_decay,
-        "weight_decay_end": recipe.weight_decay if recipe.weight_decay_end is None else recipe.weight_decay_end,
-        "warmup": recipe.warmup,
-        "lr_end": recipe.lr_end,
-        "betas": recipe.betas,
-        "clip": recipe.clip or 0.0,
-        "drop_path": recipe.drop_path,
-    }
-    filled = {key: value for key, value in filled.items() if getattr(config, key) is None}
+    filled = {key: value for key, value in _values(recipe, batch).items() if getattr(config, key) is None}
     options = dict(recipe.options) | config.options
     if "classes" in options:  # a labelled objective
         if not classes:
@@ -305,6 +292,35 @@ def resolve(config: Config, *, images: int, side: int, classes: int = 0) -> Conf
         recipe=f"{config.objective}/{names.family(config.backbone)}/{scale}: {recipe.source}",
         **filled,
     )
+
+
+def departures(config: Config) -> list[str]:
+    """As `differences`, what a filled-in configuration has otherwise than the recipe that filled it; the learning rate
+    follows the batch. Empty where that recipe is not known here."""
+    try:
+        recipe = recipes.find(*str(config.recipe).partition(":")[0].split("/"))
+    except (KeyError, TypeError):
+        return []
+    asked = {name: config.options.get(name) for name, value in recipe.options.items() if value in (None, "")}
+    values = _values(recipe, int(config.batch_size or 0)) | {"batch_size": recipe.batch_size}
+    return differences(dataclasses.replace(config, **values, options={**recipe.options, **asked}), config)
+
+
+def _values(recipe: recipes.Recipe, batch: int) -> dict[str, Any]:
+    """What a recipe fills in for a batch of that size."""
+    return {
+        "epochs": recipe.epochs,
+        "image_size": recipe.image_size,
+        "lr": recipe.base_lr * batch / 256,
+        "optimiser": recipe.optimiser,
+        "weight_decay": recipe.weight_decay,
+        "weight_decay_end": recipe.weight_decay if recipe.weight_decay_end is None else recipe.weight_decay_end,
+        "warmup": recipe.warmup,
+        "lr_end": recipe.lr_end,
+        "betas": recipe.betas,
+        "clip": recipe.clip or 0.0,
+        "drop_path": recipe.drop_path,
+    }
 
 
 def without_secrets(config: Config) -> Config:

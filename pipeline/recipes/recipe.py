@@ -44,7 +44,8 @@ def embedded(options: Mapping[str, Any], *families: str, **changes: Any) -> dict
     shared: dict[str, Any] = {
         "source": "chosen here for minutes on 2 CPU cores, one setting for all objectives: 192 small steps, heads of "
         "few hundred units, teachers that follow fast, colours kept where that is an option, for colour is what the "
-        "images are labelled by; not tuned for any of them. What has been measured of it stands in README.md",
+        "images are labelled by; unpublished, and not tuned for any of them. What has been measured of it stands in "
+        "README.md",
         "epochs": 3,
         "batch_size": 32,
         "image_size": 64,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from backbones import names
+from pipeline.config import departures
 from pipeline.evaluation import BY_TABLE, interval
 from pipeline.evaluation.changes import CORRUPTIONS, GEOMETRY
 from pipeline.evaluation.evaluate import Findings
@@ -242,7 +243,8 @@ def _listed(of: Sequence[Claim]) -> str:
 
 
 def unfair(contest: Contest) -> list[str]:
-    """What the backbones do not have in common, in sentences for the top of the report."""
+    """What the backbones do not have in common, and what stands behind them that no count of images shows, in sentences
+    for the top of the report."""
     found = []
     for what, value in (
         ("images seen in pretraining", lambda one: one.cost.images_seen),
@@ -262,7 +264,27 @@ def unfair(contest: Contest) -> list[str]:
     ):
         if len({option(one) for one in contest.entries}) > 1:
             found.append(f"{what}: " + ", ".join(f"{one.name} {option(one)}" for one in contest.entries))
+    if earlier := [f"{one.name} {said}" for one in contest.entries for said in _earlier(one)]:
+        found.append(f"earlier training, which is not counted here: {', '.join(earlier)}")
+    if own := [one.name for one in contest.entries if "unpublished" in (one.config.recipe or "")]:
+        found.append(f"no published tuning stands behind the recipe of {', '.join(own)}")
+    changed: dict[str, list[str]] = {}
+    for one in contest.entries:
+        if changes := departures(one.config):
+            changed.setdefault(", ".join(changes), []).append(one.name)
+    found += [f"{', '.join(whose)} otherwise than by the recipe: {changes}" for changes, whose in changed.items()]
     return found
+
+
+def _earlier(one: Entry) -> Iterator[str]:
+    """From what other training a backbone has learnt."""
+    for begins, address in (
+        ("begins with the weights of", one.config.init),
+        ("goes on from", one.config.options.get("checkpoint")),
+        ("is taught by", one.config.options.get("teacher")),
+    ):
+        if address:
+            yield f"{begins} {address}"
 
 
 def trust(contest: Contest) -> list[tuple[str, str, float, float, float]]:

@@ -2,10 +2,12 @@
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from pipeline import config, recipes
 from pipeline.evaluation.evaluate import Findings
 from pipeline.evaluation.paired import Difference
 from pipeline.report import verdict
@@ -131,6 +133,28 @@ def test_what_is_unequal_is_said(clear: Contest) -> None:
         "images seen in pretraining: vit_ti16 + dino has 3.0 times as many as resnet18 + dino",
         "image size: resnet18 + dino 64 px, vit_ti16 + dino 96 px",
     ]
+
+
+def test_earlier_training_and_tuning_are_said(clear: Contest) -> None:
+    cnn, vit = clear.entries
+
+    def lines(objective: str = "dino", **asked: Any) -> list[str]:
+        bare = config.Config(backbone="resnet20", objective=objective, data="photos", **asked)
+        filled = config.resolve(bare, images=5000, side=32)
+        other = replace(vit, config=replace(vit.config, image_size=filled.image_size))
+        return verdict.unfair(replace(clear, entries=(replace(cnn, config=filled), other)))
+
+    recipe = recipes.find("dino", "cnn", "thumbnails")
+    assert lines() == []
+    half = recipe.batch_size // 2
+    assert lines(epochs=2, batch_size=half, options={"out_dim": 77}) == [
+        f"resnet18 + dino otherwise than by the recipe: --epochs {recipe.epochs} → 2, --batch-size "
+        f"{recipe.batch_size} → {half}, --options.out-dim {recipe.options['out_dim']} → 77"
+    ]
+    counted = "earlier training, which is not counted here: resnet18 + dino"
+    assert lines(init="runs/a") == [f"{counted} begins with the weights of runs/a"]
+    unpublished = "no published tuning stands behind the recipe of resnet18 + dino"
+    assert lines("distillation", options={"teacher": "vit_s16"}) == [f"{counted} is taught by vit_s16", unpublished]
 
 
 def test_label_free_scores_are_correlated_with_accuracy_from_four_runs_on() -> None:
