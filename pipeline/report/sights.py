@@ -13,21 +13,31 @@ from pipeline.report.drawing import Picture, png
 
 SIDE = 96  # pixels of an image on the page
 GAP = 6
+ATTENDING = 4
+"""Images for which the attention of every head is shown."""
+HEADS = 6
+"""Heads beside each other; more go on below."""
 
 
 def sights(contest: Contest) -> Iterator[Picture]:
-    """Per backbone one sheet: images, their cells, attention of up to three heads; then fields, then neighbours."""
+    """Per backbone one sheet of images and their cells, and one of the attention of every head; then fields, then
+    neighbours."""
     seen = [one for one in contest.entries if "seeing_cells" in one.trained.evidence]
     for one in seen:
         evidence = one.trained.evidence
         rows = [_images(evidence["seeing_images"]), _images(rearrange(evidence["seeing_cells"], "n h w c -> n c h w"))]
-        what = "The image, and its cells coloured by their first three principal components over all images shown"
-        if "seeing_attention" in evidence:
-            maps = evidence["seeing_attention"][:, :3]
-            rows += [_images(_glow(maps[:, head])) for head in range(maps.shape[1])]
-            what += f"; below, where the first {maps.shape[1]} heads of the last block attend"
         title = f"What {one.name} sees"
-        yield Picture(title, png(_sheet(rows), title), what + ".")
+        yield Picture(
+            title, png(_sheet(rows), title),
+            "The image, and its cells coloured by their first three principal components over all images shown.",
+        )  # fmt: skip
+        if "seeing_attention" in evidence:
+            title = f"Where each head of {one.name} attends"
+            yield Picture(
+                title, png(_sheet(_heads(one)), title),
+                f"The image, and right of it the attention of the last block's {evidence['seeing_attention'].shape[1]} "
+                "heads, one by one, each by its own brightest cell.",
+            )  # fmt: skip
     if seen:
         title = "How far a cell sees"
         fields = torch.stack([_field(one) for one in seen])
@@ -52,6 +62,18 @@ def sights(contest: Contest) -> Iterator[Picture]:
                 title, png(_sheet(sheet[:4]), title),
                 "A validation image, and beside it the training images most like it, nearest first.",
             )  # fmt: skip
+
+
+def _heads(one: Entry) -> list[list[np.ndarray]]:
+    """Of every image, itself and the attention of all heads, in rows of `HEADS`."""
+    evidence = one.trained.evidence
+    rows = []
+    for image, maps in zip(evidence["seeing_images"][:ATTENDING], evidence["seeing_attention"]):
+        beside = _images(image[None])[0]
+        for some in maps.split(HEADS):
+            rows.append([beside, *_images(_glow(some))])
+            beside = np.full_like(beside, 128)
+    return rows
 
 
 def _images(images: Tensor) -> list[np.ndarray]:

@@ -35,7 +35,7 @@ def compare(
     output: str | None,
     command: list[str],
 ) -> Contest:
-    """Examine the runs, print the verdict, write `report.html`, `numbers.json`, `pictures/` and the classifiers that were
+    """Examine the runs, print the verdict, write `report.html`, `numbers.json`, `pictures/` and what classifiers were
     trained into `output`, and tell MLflow.
 
     Raises:

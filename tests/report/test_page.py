@@ -16,6 +16,7 @@ from PIL import Image
 from pipeline.evaluation.evaluate import Findings
 from pipeline.report import charts, drawing, page, pictures
 from pipeline.report.contest import Contest, as_json
+from pipeline.report.sights import GAP, SIDE, sights
 from tests.report.contests import contest, entry, findings, scratch
 
 ALL = ("knn", "linear", "low_shot", "retrieval", "label_free", "layerwise")
@@ -158,6 +159,33 @@ def test_what_a_protocol_found_is_drawn_without_the_others(shown: Contest) -> No
     assert "gradient" in picture.markup
     assert "heads" not in picture.caption
     assert not list(charts.depth(shown))
+
+
+def test_the_attention_of_every_head_is_shown(shown: Contest) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 255, (6, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    maps = torch.zeros(6, 8, 4, 4)
+    for head in range(8):
+        maps[:, head, head // 4, head % 4] = 1  # each head at a place of its own
+    evidence = {
+        "seeing_images": images, "seeing_cells": images.permute(0, 2, 3, 1), "seeing_attention": maps,
+        "seeing_field": torch.rand(32, 32, generator=generator),
+        "seeing_neighbours": images[:, None].repeat(1, 5, 1, 1, 1),
+    }  # fmt: skip
+    found = shown.entries[1].trained
+    trained = found._replace(evidence=evidence, numbers={**found.numbers, "seeing_field_radius": 5.0})
+    one = replace(shown.entries[1], trained=trained)
+    drawn = {picture.title: picture for picture in sights(replace(shown, entries=(one, shown.entries[0])))}
+    heads = drawn["Where each head of vit_ti16 + dino attends"]
+    assert "the last block's 8 heads" in heads.caption
+    sheet = np.asarray(Image.open(io.BytesIO(heads.file()[1])))
+    step = SIDE + GAP
+    assert sheet.shape[:2] == (4 * 2 * step - GAP, 7 * step - GAP)  # of four images, six heads and two more below
+    for head in range(8):
+        y, x = (step * (head // 6), step * (1 + head % 6))
+        bright = sheet[y : y + SIDE, x : x + SIDE, 0].reshape(4, SIDE // 4, 4, SIDE // 4).mean((1, 3))
+        assert bright.argmax() == head
+        assert (bright > 0).sum() == 1
 
 
 def test_every_picture_is_a_file_of_its_own(shown: Contest) -> None:
