@@ -1,11 +1,9 @@
 """Examine several runs on the same images: what is known of each, what it cost, and what every protocol found."""
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,7 +16,6 @@ from pipeline.errors import UserError
 from pipeline.evaluation import BY_TABLE, floors, judge
 from pipeline.evaluation.duplicates import duplicates
 from pipeline.evaluation.evaluate import Findings, examine
-from pipeline.evaluation.protocols import PROTOCOLS
 from pipeline.evaluation.table import Table
 from pipeline.report.cost import Cost, cost
 from pipeline.training import launch, measure
@@ -169,39 +166,3 @@ def titles(found: Sequence[judge.Judged]) -> list[str]:
         names[0] if plain.count(names[0]) == 1 else names[1] if seen.count(names[1]) == 1 else names[2]
         for names in zip(plain, seen, folders)
     ]
-
-
-def as_json(contest: Contest) -> dict[str, Any]:
-    """Everything but the tensors, as plain data; NaN becomes None."""
-
-    def plain(numbers: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
-
-    return {
-        "data": contest.data,
-        "note": contest.note,
-        "classes": list(contest.classes),
-        "labels": contest.table.address if contest.table else None,
-        "train_images": contest.train_images,
-        "val_images": contest.val_images,
-        "fingerprints": list(contest.fingerprints),
-        "copies": [list(pair) for pair in contest.copies],
-        "protocols": {name: PROTOCOLS[name].headline for name in contest.protocols},
-        "seed": contest.seed,
-        "limit": contest.limit,
-        "epochs": contest.epochs,
-        "seconds": dict(contest.seconds),
-        "pixels": plain(contest.pixels.numbers),
-        "entries": [
-            {
-                "name": one.name,
-                "run": one.run,
-                "family": one.family,
-                "cost": vars(one.cost),
-                "receptive_field": one.field,
-                "trained": plain(one.trained.numbers),
-                "untrained": plain(one.untrained.numbers),
-            }
-            for one in contest.entries
-        ],
-    }

@@ -13,7 +13,7 @@ from pipeline.evaluation import classifier
 from pipeline.evaluation.table import Table
 from pipeline.redaction import redact
 from pipeline.report import contest as contests
-from pipeline.report import page, pictures, verdict
+from pipeline.report import numbers, page, pictures, verdict
 from pipeline.report.contest import Contest
 
 
@@ -56,7 +56,7 @@ def compare(
         file, content = picture.file()
         (folder / "pictures" / file).write_bytes(content)
     (folder / "report.html").write_text(page.render(held, drawn, command), encoding="utf-8")
-    (folder / "numbers.json").write_text(json.dumps(contests.as_json(held), indent=2, ensure_ascii=False) + "\n")
+    (folder / "numbers.json").write_text(json.dumps(numbers.as_json(held), indent=2, ensure_ascii=False) + "\n")
     print()
     for sentence in verdict.sentences(held, verdict.claims(held)):
         print(sentence)
@@ -114,12 +114,12 @@ def track(held: Contest, folder: Path, place: Path) -> None:
     (place / "mlflow_run_id").write_text(parent)
     headlines = {verdict.headline(name) for name in held.protocols}
     for one in held.entries:
-        numbers = {k: v for k, v in one.trained.numbers.items() if v is not None and v == v}  # NaN is no metric
+        metrics = {k: v for k, v in one.trained.numbers.items() if v is not None and v == v}  # NaN is no metric
         for floor, found in (("untrained", one.untrained), ("pixels", held.pixels)):
             known = {key: found.numbers.get(key) for key in headlines}
-            numbers |= {f"{floor}_{key}": value for key, value in known.items() if value is not None and value == value}
-        numbers |= {"parameters": one.cost.parameters, "multiply_adds": one.cost.multiply_adds}
-        numbers |= {"inference_images_per_second": one.cost.inference}
+            metrics |= {f"{floor}_{key}": value for key, value in known.items() if value is not None and value == value}
+        metrics |= {"parameters": one.cost.parameters, "multiply_adds": one.cost.multiply_adds}
+        metrics |= {"inference_images_per_second": one.cost.inference}
         tags = {
             "backbone": one.config.backbone,
             "objective": one.config.objective if one.run else "from scratch",
@@ -129,7 +129,7 @@ def track(held: Contest, folder: Path, place: Path) -> None:
             "mlflow.runName": one.name,
         }
         seen = one.cost.images_seen
-        tracking.child_run(uri, parent, name=one.name, tags=tags, metrics=numbers, step=seen, run=str(place))
+        tracking.child_run(uri, parent, name=one.name, tags=tags, metrics=metrics, step=seen, run=str(place))
     tracker = tracking.Tracker(uri, parent, run=str(place), system_metrics=0)
     for name in ("report.html", "numbers.json"):
         tracker.log_artifact(folder / name)

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from pipeline.evaluation.evaluate import Findings
-from pipeline.report import charts, drawing, page, pictures
-from pipeline.report.contest import Contest, as_json
+from pipeline.report import charts, drawing, page, pictures, verdict
+from pipeline.report.contest import Contest
+from pipeline.report.numbers import as_json
 from pipeline.report.sights import GAP, SIDE, sights
 from tests.report.contests import contest, entry, findings, scratch
 
@@ -205,7 +206,18 @@ def test_numbers_are_kept_as_plain_json(shown: Contest) -> None:
     nan = replace(
         shown.entries[0], trained=shown.entries[0].trained._replace(numbers={"label_free_alpha_req": float("nan")})
     )
-    plain = json.loads(json.dumps(as_json(replace(shown, entries=(nan, *shown.entries[1:]))), allow_nan=False))
+    undefined = replace(shown, entries=(nan, *shown.entries[1:]))
+    plain = json.loads(json.dumps(as_json(undefined), allow_nan=False))
     assert plain["entries"][0]["trained"]["label_free_alpha_req"] is None
     assert plain["entries"][1]["trained"]["knn_top1"] == shown.entries[1].trained.numbers["knn_top1"]
     assert plain["entries"][1]["cost"]["parameters"] == 11_200_000
+
+    said = json.loads(json.dumps(as_json(shown), allow_nan=False))
+    tested = verdict.claims(shown)
+    assert said["verdict"] == verdict.sentences(shown, tested)
+    for kept, claim in zip(said["claims"], tested, strict=True):
+        assert (kept["first"], kept["second"], kept["what"]) == (claim.first, claim.second, claim.what)
+        assert (kept["mean"], kept["p"], kept["p_adjusted"]) == (claim.difference.mean, claim.difference.p, claim.p)
+        assert kept["significant"] == (claim.p < 0.05)
+    assert {row["score"] for row in said["trust"]} == set(verdict.LABEL_FREE)
+    assert [row["rank_correlation"] for row in said["trust"]] == [row[2] for row in verdict.trust(shown)]
