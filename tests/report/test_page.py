@@ -11,14 +11,16 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from matplotlib import rc_context
 from PIL import Image
 
+from pipeline.evaluation.changes import CORRUPTIONS, GEOMETRY
 from pipeline.evaluation.evaluate import Findings
 from pipeline.report import charts, drawing, page, pictures, verdict
 from pipeline.report.contest import Contest
 from pipeline.report.numbers import as_json
 from pipeline.report.sights import GAP, SIDE, sights
-from tests.report.contests import contest, entry, findings, scratch
+from tests.report.contests import contest, entry, factored, findings, scratch, shaken
 
 ALL = ("knn", "linear", "low_shot", "retrieval", "label_free", "layerwise")
 
@@ -113,6 +115,54 @@ def test_the_cost_of_a_point_is_shown_or_why_it_is_not(shown: Contest) -> None:
     assert by_size == [f"{one / 1.8:,.1f}" for one in points]
     bare = [replace(one, trained=one.trained._replace(numbers={})) for one in entries]
     assert not any("points" in title for title, _ in page.costs(replace(shown, entries=tuple(bare))))
+
+
+def test_robustness_is_drawn_change_by_change(shown: Contest, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = [replace(one, trained=shaken(one.trained, i, crop=0.9)) for i, one in enumerate(shown.entries)]
+    held = replace(shown, entries=tuple(kept))
+    with rc_context(drawing.STYLE):
+        place, corrupted = charts.robustness(held)
+    assert all(f">{name.replace('_', ' ')}<" in place.markup for name in GEOMETRY)
+    assert all(f">{name.replace('_', ' ')}<" in corrupted.markup for name in CORRUPTIONS)
+    assert all(f">{one.name}<" in picture.markup for one in kept for picture in (place, corrupted))
+    assert "on 400 changed validation images" in place.caption
+    rendered = page.render(held, [place, corrupted], ["compare"])
+    assert "<td>k-NN, changed in place or size</td>" in rendered
+    assert place.title in rendered
+
+    figures = []
+    monkeypatch.setattr(charts, "svg", lambda figure, title: figures.append(figure) or "")
+    list(charts.robustness(held))
+    for figure, changes in zip(figures, (GEOMETRY, CORRUPTIONS), strict=True):
+        for axes, name in zip(figure.axes, changes):
+            for line, one in zip(axes.lines, kept, strict=True):
+                clean, *curve = line.get_ydata()
+                assert clean == pytest.approx(100 * one.trained.numbers["robustness_clean"])
+                assert curve == pytest.approx(100 * one.trained.evidence[f"robustness_{name}_right"].double().mean(1))
+
+
+def test_factors_are_drawn_beside_raw_pixels(shown: Contest, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, *_ = shown.entries
+    held = ({"shape": 0.8, "texture": 0.3, "hue": 0.5}, {"shape": 0.2, "texture": 0.7, "hue": 0.6})
+    kept = [replace(one, trained=factored(one.trained, **of)) for one, of in zip((first, second), held)]
+    with_factors = replace(shown, entries=tuple(kept), pixels=factored(shown.pixels, shape=0.1, texture=0.4, hue=0.9))
+    with rc_context(drawing.STYLE):
+        (picture,) = charts.factors(with_factors)
+    assert all(f">{name}<" in picture.markup for name in held[0])
+    assert "Tick: raw pixels. Shape right of texture is what people do" in picture.caption
+    assert "<td>shape bias</td><td>72.7</td><td>22.2</td>" in page.render(with_factors, [picture], ["compare"])
+
+    figures = []
+    monkeypatch.setattr(charts, "svg", lambda figure, title: figures.append(figure) or "")
+    list(charts.factors(with_factors))
+    points = [(line.get_marker(), *line.get_xdata(), *line.get_ydata()) for line in figures[0].axes[0].lines]
+    for y, (name, tick) in enumerate((("shape", 10), ("texture", 40), ("hue", 90))):
+        assert [at for mark, at, row in (one for one in points if len(one) == 3) if (mark, row) == ("o", y)] == [
+            pytest.approx(100 * of[name]) for of in held
+        ]
+        assert [at for mark, at, row in (one for one in points if len(one) == 3) if (mark, row) == ("|", y)] == [
+            pytest.approx(tick)
+        ]
 
 
 def test_training_error_is_drawn_over_depth() -> None:

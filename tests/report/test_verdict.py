@@ -12,7 +12,7 @@ from pipeline.evaluation.evaluate import Findings
 from pipeline.evaluation.paired import Difference
 from pipeline.report import verdict
 from pipeline.report.contest import Contest
-from tests.report.contests import contest, entry, findings, scratch
+from tests.report.contests import contest, entry, findings, scratch, shaken
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,38 @@ def test_no_winner_is_named_where_there_is_none(equal: Contest) -> None:
     doubts = [line for line in lines if "was not found to be better than its untrained self (" in line]
     assert len(doubts) == 2
     assert not any(claim.significant for claim in tested)
+
+
+def test_who_holds_under_crops_and_corruptions_is_said(equal: Contest) -> None:
+    cnn, vit = equal.entries
+    firm = replace(vit, trained=shaken(vit.trained, 1, crop=0.9))
+    weak = replace(cnn, trained=shaken(cnn.trained, 2, crop=0.6))
+    tested = verdict.claims(replace(equal, entries=(weak, firm)))
+    by_what = {claim.what: claim for claim in tested if not claim.floor}
+    assert {name for name in by_what if "under" in name} == {
+        *(
+            f"k-NN accuracy under {name}"
+            for name in ("shift", "crop", "scale", "rotation", "occlusion", "patch shuffle")
+        ),
+        "k-NN accuracy under corruptions",
+    }
+    crop = by_what["k-NN accuracy under crop"]
+    expected = [one.trained.evidence["robustness_crop_right"].double().mean().item() for one in (firm, weak)]
+    sign = 1 if crop.first == firm.name else -1
+    assert crop.difference.mean == pytest.approx(sign * (expected[0] - expected[1]))
+    lines = verdict.sentences(replace(equal, entries=(weak, firm)), tested)
+    (won,) = [line for line in lines if line.startswith("vit_ti16 + dino is better than resnet18 + dino in ")]
+    assert re.fullmatch(r".* in k-NN accuracy under crop \([\d.]+ ± [\d.]+\)\.", won)
+    (undecided,) = [line for line in lines if line.startswith("No difference between them was found in ")]
+    assert "k-NN accuracy under shift, scale, rotation, occlusion, patch shuffle and corruptions" in undecided
+
+    names = ("gaussian_noise", "shot_noise", "impulse_noise", "fog", "snow", "jpeg", "contrast", "elastic")
+    noisy = replace(weak, trained=shaken(cnn.trained, 2, **dict.fromkeys(names, 1.0)))
+    other = replace(firm, trained=shaken(vit.trained, 1))
+    held = replace(equal, entries=(noisy, other))
+    lines = verdict.sentences(held, verdict.claims(held))
+    (won,) = [line for line in lines if line.startswith("resnet18 + dino is better than vit_ti16 + dino in ")]
+    assert "k-NN accuracy under corruptions (" in won
 
 
 def test_the_sign_of_a_claim_decides_who_is_named() -> None:
