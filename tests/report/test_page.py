@@ -182,6 +182,7 @@ def test_it_is_made_for_phones_dark_rooms_and_paper(text: str) -> None:
     assert 'name="viewport" content="width=device-width' in text
     assert "prefers-color-scheme: dark" in text
     assert "@media print" in text
+    assert '<table class="many">' in text  # four backbones and three floors fit a page's width in small print alone
     assert drawing.INK not in text  # drawings take the page's colour
     assert "currentColor" in text
 
