@@ -63,8 +63,8 @@ def compare(
     for line in verdict.unfair(held):
         print(f"not alike: {line}")
     print(f"\nreport       {folder / 'report.html'}")
-    for file in keep_classifiers(held, folder / "classifiers"):
-        print(f"classify     python -m pipeline.classify {shlex.quote(str(file))} PHOTOS")
+    for weights in keep_classifiers(held, folder / "classifiers"):
+        print(f"classify     python -m pipeline.classify {shlex.quote(str(weights))} PHOTOS")
     track(held, folder, beside / name)
     return held
 

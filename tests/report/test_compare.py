@@ -127,8 +127,8 @@ def test_what_waits_of_a_comparison_is_delivered_where_its_runs_are(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(write.contests, "hold", lambda *runs, **options: held)
-    monkeypatch.setattr(write.contests, "as_json", lambda held: {})
-    monkeypatch.setattr(write.page, "render", lambda held, command: "the report")
+    monkeypatch.setattr(write.numbers, "as_json", lambda held: {})
+    monkeypatch.setattr(write.page, "render", lambda held, drawn, command: "the report")
     for name in ("claims", "sentences", "unfair"):
         monkeypatch.setattr(write.verdict, name, lambda *held: [])
 
@@ -137,9 +137,9 @@ def test_what_waits_of_a_comparison_is_delivered_where_its_runs_are(
 
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.tracking.runs.create_evaluation", away)
-        write.compare([], data=None, val_data=None, table=None, protocols=(), limit=None, seed=0, cache=None,
-                      output="elsewhere", command=[])  # fmt: skip
-    assert {path.name for path in Path("elsewhere").iterdir()} == {"report.html", "numbers.json"}
+        write.compare([], fresh=[], storage="runs", data=None, val_data=None, table=None, protocols=(), limit=None,
+                      epochs=None, seed=0, cache=None, engine="local", workers=None, output="elsewhere", command=[])  # fmt: skip
+    assert {path.name for path in Path("elsewhere").iterdir()} == {"report.html", "numbers.json", "pictures"}
     assert deliver(["runs"]) == 0
     assert "2 of 2 entries delivered" in capsys.readouterr().out
 
