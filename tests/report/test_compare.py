@@ -137,8 +137,10 @@ def test_what_waits_of_a_comparison_is_delivered_where_its_runs_are(
 
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.tracking.runs.create_evaluation", away)
-        write.compare([], fresh=[], storage="runs", data=None, val_data=None, table=None, protocols=(), limit=None,
-                      epochs=None, seed=0, cache=None, engine="local", workers=None, output="elsewhere", command=[])  # fmt: skip
+        write.compare(
+            [], fresh=[], storage="runs", data=None, val_data=None, table=None, protocols=(), limit=None, epochs=None,
+            seed=0, cache=None, engine="local", workers=None, output="elsewhere", command=[],
+        )  # fmt: skip
     assert {path.name for path in Path("elsewhere").iterdir()} == {"report.html", "numbers.json", "pictures"}
     assert deliver(["runs"]) == 0
     assert "2 of 2 entries delivered" in capsys.readouterr().out

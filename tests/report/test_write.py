@@ -26,14 +26,14 @@ def test_the_classifiers_that_a_comparison_trained_are_named_and_name_images(
     found = nothing._replace(classifiers={"linear": trained, "finetune": trained})
     held = contest([entry("lenet5", "mae", found, nothing), entry("vit_ti8", "mae", nothing, nothing)], nothing, ())
     monkeypatch.setattr(write.contests, "hold", lambda *runs, **options: held)
-    monkeypatch.setattr(write.contests, "as_json", lambda held: {})
-    monkeypatch.setattr(write.page, "render", lambda held, command: "the report")
+    monkeypatch.setattr(write.numbers, "as_json", lambda held: {})
+    monkeypatch.setattr(write.page, "render", lambda held, drawn, command: "the report")
     monkeypatch.setattr(write, "track", lambda *whatever: None)
     for name in ("claims", "sentences", "unfair"):
         monkeypatch.setattr(write.verdict, name, lambda *held: [])
     monkeypatch.chdir(tmp_path)
-    write.compare([], data=None, val_data=None, table=None, protocols=(), limit=None, seed=0, cache=None,
-                  output="report", command=[])  # fmt: skip
+    write.compare([], fresh=[], storage="runs", data=None, val_data=None, table=None, protocols=(), limit=None,
+                  epochs=None, seed=0, cache=None, engine="local", workers=None, output="report", command=[])  # fmt: skip
     said = capsys.readouterr().out
     for protocol in ("linear", "finetune"):
         assert f"python -m pipeline.classify report/classifiers/lenet5-mae-{protocol}.safetensors PHOTOS" in said

@@ -125,8 +125,8 @@ def test_a_run_leaves_all_that_is_promised(command, tmp_path, capsys, backbone, 
     assert {"config.yaml", "rejected.csv", "summary.json"} <= {f.path for f in store.list_artifacts(kept.info.run_id)}
     assert kept.inputs.dataset_inputs[0].dataset.digest
 
-    asked = ("--engine", "local", "--protocols", "knn", "linear", "retrieval", "label_free")
-    assert evaluate.main([str(run), "--cache", str(tmp_path / "cache"), *asked]) == 0
+    asked, local = ("knn", "linear", "retrieval", "label_free"), ("--engine", "local")
+    assert evaluate.main([str(run), "--cache", str(tmp_path / "cache"), *local, "--protocols", *asked]) == 0
     said = capsys.readouterr().out
     assert all(row in said for row in ("k-NN ", "linear ", "retrieval mAP", "RankMe")), said
     again = json.loads((run / "summary.json").read_text())["evaluations"]
