@@ -32,8 +32,10 @@ def test_the_classifiers_that_a_comparison_trained_are_named_and_name_images(
     for name in ("claims", "sentences", "unfair"):
         monkeypatch.setattr(write.verdict, name, lambda *held: [])
     monkeypatch.chdir(tmp_path)
-    write.compare([], fresh=[], storage="runs", data=None, val_data=None, table=None, protocols=(), limit=None,
-                  epochs=None, seed=0, cache=None, engine="local", workers=None, output="report", command=[])  # fmt: skip
+    write.compare(
+        [], fresh=[], storage="runs", data=None, val_data=None, table=None, protocols=(), limit=None, epochs=None,
+        seed=0, cache=None, engine="local", workers=None, output="report", command=[],
+    )  # fmt: skip
     said = capsys.readouterr().out
     for protocol in ("linear", "finetune"):
         assert f"python -m pipeline.classify report/classifiers/lenet5-mae-{protocol}.safetensors PHOTOS" in said
