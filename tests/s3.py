@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
+from urllib.request import Request, urlopen
 
 import fsspec
 
@@ -42,6 +43,8 @@ def s3(
         with mock.patch.dict("os.environ", account):
             fsspec.filesystem("s3").clear_instance_cache()
             files = fsspec.filesystem("s3")
+            # What an earlier server of this process held is still there.
+            urlopen(Request(f"http://{HOST}:{server.port}/moto-api/reset", method="POST")).close()
             files.mkdir(bucket)
             yield files
             files.clear_instance_cache()

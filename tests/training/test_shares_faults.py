@@ -104,8 +104,8 @@ def settling(rank: int, folder: str) -> None:
 
 
 def test_rank_0_hears_of_a_part_that_could_not_be_written(tmp_path):
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=settling, args=(rank, str(tmp_path))) for rank in range(2)]
+    spawn = multiprocessing.get_context("spawn")
+    ranks = [spawn.Process(target=settling, args=(rank, str(tmp_path))) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -135,9 +135,9 @@ def writing(rank: int, folder: str, meeting: Any) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_what_is_killed_at_any_moment_leaves_nothing_that_counts_and_is_not_whole(tmp_path, seed):
     draw, folder = random.Random(seed), RunFolder(str(tmp_path / "run"))
-    fork = multiprocessing.get_context("fork")
-    meeting = fork.Barrier(2)
-    ranks = [fork.Process(target=writing, args=(rank, folder.root, meeting)) for rank in range(2)]
+    spawn = multiprocessing.get_context("spawn")
+    meeting = spawn.Barrier(2)
+    ranks = [spawn.Process(target=writing, args=(rank, folder.root, meeting)) for rank in range(2)]
     for process in ranks:
         process.start()
     try:
