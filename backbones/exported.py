@@ -59,7 +59,7 @@ def in_timm(backbone: Backbone) -> str | None:
         try:
             with torch.device("meta"), warnings.catch_warnings(action="ignore"):
                 theirs = timm.create_model(known, **options)
-        except (TypeError, RuntimeError, AssertionError):
+        except Exception:  # what a model refuses, and how, is its own; a run must not end with that
             continue
         shapes = {key: value.shape for key, value in theirs.state_dict().items()}
         if weights == shapes:

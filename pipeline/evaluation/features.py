@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 from uuid import uuid4
 
 import torch
@@ -101,20 +101,10 @@ def look(
     backbones: Mapping[str, nn.Module],
     path: str | Path,
     views: Sequence[View],
-    *,
-    layers: bool = False,
-    batch_size: int = 256,
-    device: torch.device | str = "cpu",
-    backend: Literal["auto", "ffcv", "opencv"] = "auto",
-    limit: int | None = None,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    **options: Any,
 ) -> dict[str, Pass]:
-    """One pass of several backbones over the same images, each decoded once."""
-    part = look_at(
-        backbones, path, views, layers=layers, batch_size=batch_size, device=device, backend=backend, limit=limit,
-        precision=precision,
-    )  # fmt: skip
-    return joined([part], path)
+    """One pass of several backbones over the same images, each decoded once; `options` as of `look_at`."""
+    return joined([look_at(backbones, path, views, **options)], path)
 
 
 Look = Callable[..., dict[str, Pass]]

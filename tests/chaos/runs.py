@@ -47,6 +47,17 @@ class Row:
     said: str
 
 
+def job_of(words: Sequence[str], *, threads: int = 1, rank: int = 0) -> worker.Job:
+    """The job of pretraining's command line: its images packed, and by rank 0 its run folder begun."""
+    config = configuration.parse(words)
+    train, val, _ = preparation.prepare(config)
+    config = configuration.resolve(config, images=train.images, side=preparation.median_side(train))
+    folder = RunFolder(str(config.run))
+    if rank == 0:
+        folder.write("config.yaml", configuration.dump(config))
+    return worker.Job(config, folder.address, train, val, "cpu", threads)
+
+
 class Place:
     """A folder with images, and the runs on them.
 
@@ -93,15 +104,10 @@ class Place:
 
     def train(self, run: str, *more: str, exchange: Callable[[Status], bool] = lambda status: False) -> RunFolder:
         """The training alone of a run named `run`, in this process; `exchange` hears of every step and may stop it."""
-        config = configuration.parse(self.words(run, *more))
-        train, val, _ = preparation.prepare(config)
-        config = configuration.resolve(config, images=train.images, side=preparation.median_side(train))
-        folder = RunFolder(str(config.run))
-        folder.write("config.yaml", configuration.dump(config))
-        job = worker.Job(config, folder.address, train, val, "cpu", len(os.sched_getaffinity(0)))
+        job = job_of(self.words(run, *more), threads=len(os.sched_getaffinity(0)))
         with mock.patch.object(measure, "finish", return_value={}):
             worker.work(job, Links(exchange, lambda metrics, seen: None))
-        return folder
+        return RunFolder(job.run)
 
     def __enter__(self) -> "Place":
         return self

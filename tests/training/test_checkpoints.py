@@ -1,7 +1,6 @@
 """Checkpoints written beside the training: what stays, what a fault leaves, what is found when they are read."""
 
 import threading
-import uuid
 
 import pytest
 import torch
@@ -11,11 +10,6 @@ from hypothesis import strategies as st
 from pipeline.errors import UserError
 from pipeline.training.checkpoints import Checkpoints, Keep, newest, read_facts
 from pipeline.training.run_folder import RunFolder
-
-
-@pytest.fixture(params=["disk", "memory"])
-def folder(request, tmp_path):
-    return RunFolder(str(tmp_path / "run") if request.param == "disk" else f"memory://{uuid.uuid4().hex}/run")
 
 
 def state(value: float) -> dict:

@@ -1,5 +1,6 @@
 """Ranks, one of which meets a NaN, go back together and leave the batch out as one process does; it is replayed."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +9,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pipeline import config as configuration
 from pipeline import replay
-from pipeline.data import preparation
 from pipeline.training import worker
 from pipeline.training.health import Care
 from pipeline.training.links import Links
 from pipeline.training.run_folder import RunFolder
 from tests.chaos.local_faults import poisoned
-from tests.chaos.runs import Place, losses
+from tests.chaos.runs import Place, job_of, losses
 
 
 def train(rank: int, world: int, words: list[str], meeting: Path) -> None:
@@ -24,15 +23,10 @@ def train(rank: int, world: int, words: list[str], meeting: Path) -> None:
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo", store=dist.FileStore(str(meeting), world), rank=rank, world_size=world)
-    config = configuration.parse(words)
-    packed, _, _ = preparation.prepare(config)
-    config = configuration.resolve(config, images=packed.images, side=preparation.median_side(packed))
-    folder = RunFolder(str(config.run))
-    if rank == 0:
-        folder.write("config.yaml", configuration.dump(config))
+    job = dataclasses.replace(job_of(words, rank=rank), val=None)
     links = Links(lambda status: False)
     with poisoned(lambda progress: rank == world - 1 and abs(progress - 0.5) < 1e-9):
-        worker.work(worker.Job(config, folder.address, packed, None, "cpu", 1), links)
+        worker.work(job, links)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import pickle
-import uuid
 
 import pytest
 import torch
@@ -13,11 +12,6 @@ from hypothesis import strategies as st
 from objectives import checkpoint
 from pipeline.errors import UserError
 from pipeline.training.run_folder import MetricsFile, RunFolder
-
-
-@pytest.fixture(params=["disk", "memory"])
-def folder(request, tmp_path):
-    return RunFolder(str(tmp_path / "run") if request.param == "disk" else f"memory://{uuid.uuid4().hex}/run")
 
 
 def state(value: float) -> dict:

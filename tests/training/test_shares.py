@@ -12,24 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.training import checkpoints, shares
+from pipeline.training import shares
 from pipeline.training.checkpoints import Checkpoints, Keep, newest, read_facts
 from pipeline.training.run_folder import RunFolder
 from tests.chaos.runs import assert_identical
 from tests.parts import names, shared, state, write
 from tests.s3 import s3
 
-
-@pytest.fixture(params=["disk", "memory"])
-def folder(request, tmp_path):
-    return RunFolder(str(tmp_path / "run") if request.param == "disk" else f"memory://{uuid.uuid4().hex}/run")
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """What is waited for in vain is so for a moment only."""
-    monkeypatch.setattr(checkpoints, "POLL", 0.01)
-    monkeypatch.setattr(checkpoints, "PATIENCE", 0.05)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def tensors(draw: st.DrawFn) -> torch.Tensor:

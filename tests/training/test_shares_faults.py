@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,7 @@ from pipeline.training.run_folder import RunFolder
 from tests.chaos.runs import assert_identical
 from tests.parts import names, shared, state, write
 
-
-@pytest.fixture(params=["disk", "memory"])
-def folder(request, tmp_path):
-    return RunFolder(str(tmp_path / "run") if request.param == "disk" else f"memory://{uuid.uuid4().hex}/run")
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """What is waited for in vain is so for a moment only."""
-    monkeypatch.setattr(checkpoints, "POLL", 0.01)
-    monkeypatch.setattr(checkpoints, "PATIENCE", 0.05)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def test_a_full_disk_of_one_worker_makes_room_then_costs_the_new_checkpoint_only(folder, monkeypatch):

@@ -1,5 +1,6 @@
 """Ranks that train, write their checkpoints together, are killed, and go on as a group of another size."""
 
+import dataclasses
 import time
 
 import pytest
@@ -7,13 +8,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pipeline import config as configuration
-from pipeline.data import preparation
 from pipeline.evaluation import judge
 from pipeline.training import checkpoints, shares, worker
 from pipeline.training.links import Links
 from pipeline.training.run_folder import RunFolder
-from tests.chaos.runs import Place, assert_identical, losses
+from tests.chaos.runs import Place, assert_identical, job_of, losses
 
 KIND = (
     *("--backbone", "resnet20", "--objective", "moco_v2", "--options.queue-size", "16", "--options.hidden-dim", "16"),
@@ -27,15 +26,10 @@ def train(rank: int, world: int, words: list[str], meeting: str, steps: int | No
     shares.LEAST, checkpoints.PATIENCE = least, 1.0
     if world > 1:
         dist.init_process_group("gloo", store=dist.FileStore(meeting, world), rank=rank, world_size=world)
-    config = configuration.parse(words)
-    packed, _, _ = preparation.prepare(config)
-    config = configuration.resolve(config, images=packed.images, side=preparation.median_side(packed))
-    folder = RunFolder(str(config.run))
-    if rank == 0:
-        folder.write("config.yaml", configuration.dump(config))
+    job = dataclasses.replace(job_of(words, rank=rank), val=None)
     asked = iter(range(10**9))
     links = Links(lambda status: steps is not None and next(asked) + 1 >= steps, lambda metrics, step: None)
-    worker.work(worker.Job(config, folder.address, packed, None, "cpu", 1), links)
+    worker.work(job, links)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
