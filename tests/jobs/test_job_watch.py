@@ -118,7 +118,7 @@ def test_checkpoints_are_evaluated_while_a_run_trains_and_those_of_a_run_that_ha
     kept = ["--epochs=2000", "--checkpoint-every=0.05", "--keep=1000"]
     trains = ["python", "-c", ONE_CORE, *fixed, *kept, "--engine=ray", "--workers=1", f"--run={storage}/trains"]
     watches = ["python", "-m", "jobs.watch", str(storage), "--every=1", f"--cache={tmp_path}/cache"]
-    travels = environment(tmp_path / "photos")
+    travels = environment(tmp_path / "photos", {})
     for name, words in (("trains", trains), ("watches", watches)):
         assert client.submit(f"{tmp_path.name}-{name}", shlex.join(words), environment=travels, about={})
     until = time.monotonic() + 800

@@ -32,6 +32,7 @@ def test_a_loader_that_dies_is_begun_anew_and_it_is_said(place):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "fault",
     [
