@@ -166,6 +166,7 @@ def rungs(configuration: "Config", count: int, metric: str, uri: str, argv: Sequ
 
     from pipeline import config as configurations
     from pipeline.data import preparation
+    from pipeline.device import kind
     from pipeline.training import launch, worker
     from pipeline.training.links import Links
     from pipeline.training.run_folder import RunFolder
@@ -174,8 +175,7 @@ def rungs(configuration: "Config", count: int, metric: str, uri: str, argv: Sequ
     side = preparation.median_side(train)
     configuration = configurations.resolve(configuration, images=train.images, side=side, classes=len(train.classes))
     folder = RunFolder(str(configuration.run))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    job = worker.Job(configuration, folder.address, train, val, device, torch.get_num_threads())
+    job = worker.Job(configuration, folder.address, train, val, kind(), torch.get_num_threads())
     tracker = tracking.Tracker(uri, launch.begin(job, folder, uri, argv), run=folder.address)
     try:
         for rung in range(1, count + 1):
@@ -201,14 +201,13 @@ def _reached(status: "Status", share: float) -> bool:
 
 def measure(folder: Any, configuration: "Config", train: Any, val: Any, metric: str) -> float:
     """RankMe or k-NN accuracy of a run's newest checkpoint."""
-    import torch
-
     from pipeline import evaluation
+    from pipeline.device import here
     from pipeline.evaluation.features import extract_all
     from pipeline.evaluation.judge import find
     from pipeline.evaluation.label_free import rankme
 
-    backbone = find(folder.address)[2].to("cuda" if torch.cuda.is_available() else "cpu")
+    backbone = find(folder.address)[2].to(here())
     size, device = int(configuration.image_size or 0), next(backbone.parameters()).device
     if metric == "knn":
         scores = evaluation.evaluate_backbone(backbone, train, val, image_size=size, protocols=("knn",), device=device)

@@ -33,6 +33,7 @@ def classify(arguments: Arguments) -> None:
     import torch
 
     from pipeline.data import pack, packed, preparation
+    from pipeline.device import here
     from pipeline.evaluation import classifier as classifiers
     from pipeline.evaluation.images import Images
 
@@ -42,7 +43,7 @@ def classify(arguments: Arguments) -> None:
         raise UserError(f"--output {output}: there is no folder {output.parent}")
     with preparation.progress_bar("packing", "files") as progress:
         images = pack.pack(arguments.data, preparation.cache_folder(arguments.cache), on_progress=progress)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = here()
     unknown = torch.full((images.images,), -1)
     shown = Images(classifier.to(device), images.path, unknown, classifier.image_size, device)
     names = packed.read_names(images.path) or [f"image {i}" for i in range(images.images)]

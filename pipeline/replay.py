@@ -37,13 +37,13 @@ def replay(arguments: Arguments) -> bool:
     Raises:
         UserError: no bundle, or its images are no longer there.
     """
-    import torch
 
     from pipeline import config as configuration
     from pipeline.data.loader import make_loader
+    from pipeline.device import here
     from pipeline.training.health import Care, Intervention
     from pipeline.training.run_folder import RunFolder
-    from pipeline.training.step import Stepper, device_of
+    from pipeline.training.step import Stepper
 
     parent, _, name = arguments.bundle.rpartition("/")
     folder = RunFolder(parent or ".")
@@ -61,7 +61,7 @@ def replay(arguments: Arguments) -> bool:
     if not Path(data).exists():
         raise UserError(f"{data}: the packed images are not there; name the .beton with --data")
 
-    stepper = Stepper(config, device_of("cuda" if torch.cuda.is_available() else "cpu"))
+    stepper = Stepper(config, here())
     stepper.load(state)
     care = Care([Intervention(**one) for one in told["before"]])
     print(f"{told['sentence']}\nimages of the first step: {', '.join(map(str, told['indices']))}", flush=True)

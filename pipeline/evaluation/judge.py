@@ -16,6 +16,7 @@ from pipeline import config as configuration
 from pipeline.config import Config
 from pipeline.data import preparation
 from pipeline.data.packed import Packed
+from pipeline.device import here, precision_of
 from pipeline.errors import UserError
 from pipeline.evaluation import finetune, floors, table
 from pipeline.evaluation.classifier import save
@@ -68,11 +69,11 @@ def judge(
             f"--data {config.data}: has no labels, so no accuracy can be measured (class folders are labels; --labels "
             "takes a table)"
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = here()
     scores, classifiers = evaluation.with_floors(
         backbone.to(device), floors.untrained(backbone.config, config.seed).to(device), train, val,
         image_size=int(config.image_size or 0), protocols=protocols, device=device, seed=seed, limit=limit,
-        precision=measure.precision(config, device), cache=preparation.cache_folder(config.cache) / "features",
+        precision=precision_of(config, device), cache=preparation.cache_folder(config.cache) / "features",
         table=own, look=cluster.looking(engine, workers),
     )  # fmt: skip
     name = launch.data_name(config) + (f" by {own.name}" if own else "")

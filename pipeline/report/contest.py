@@ -5,21 +5,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
 from backbones import names
 from backbones.cost import receptive_field
 from pipeline import cluster
 from pipeline.config import Config
 from pipeline.data import preparation
+from pipeline.device import device_name, here, precision_of
 from pipeline.errors import UserError
 from pipeline.evaluation import BY_TABLE, floors, judge
 from pipeline.evaluation.duplicates import duplicates
 from pipeline.evaluation.evaluate import Findings, examine
 from pipeline.evaluation.table import Table
 from pipeline.report.cost import Cost, cost
-from pipeline.training import launch, measure
-from pipeline.training.conclusion import device_name
+from pipeline.training import launch
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def hold(
         raise UserError(
             f"--data {config.data}: has no labels to judge by (class folders are labels; --labels takes a table)"
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = here()
     look = cluster.looking(engine, workers)
     found += [judge.fresh(one, train) for one in fresh]
     seconds = {"reading checkpoints and packing": time.perf_counter() - begun}
@@ -118,7 +116,7 @@ def hold(
     entries = []
     for one, name in zip(found, titles(found)):
         begun = time.perf_counter()
-        size, precision = int(one.config.image_size or 0), measure.precision(one.config, device)
+        size, precision = int(one.config.image_size or 0), precision_of(one.config, device)
         one.backbone.to(device)
         spent = cost(one, size, device, precision)
         backbones = {

@@ -11,8 +11,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from backbones import names
 from pipeline import cluster, tracking
 from pipeline import config as configuration
@@ -20,6 +18,7 @@ from pipeline.command import STOPPED, Stop, stop_signals
 from pipeline.config import Config
 from pipeline.data import preparation
 from pipeline.data.packed import Packed
+from pipeline.device import kind
 from pipeline.errors import UserError
 from pipeline.redaction import bare, redact
 from pipeline.training import conclusion
@@ -213,7 +212,7 @@ def choose_engine(config: Config) -> Engine:
         device, threads = cluster.placement(*config.group)
         place = f"Ray Train, {config.workers} worker{'s' * (config.group[1] > 1)}"
         return Engine(f"{place} on {device}, {threads} cores each", device, threads, cluster.fit)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = kind()
     threads = len(os.sched_getaffinity(0))
     if config.engine == "ray":
         return Engine(f"Ray Train in this process on {device}, {threads} cores", device, threads, ray_alone)

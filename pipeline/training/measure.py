@@ -1,8 +1,7 @@
 """What rank 0 measures of a run: k-NN now and then, everything at the end with both floors beside it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from backbones import Backbone, Features, exported
 from pipeline import evaluation
 from pipeline.config import Config
 from pipeline.data.packed import Packed
+from pipeline.device import precision_of
 from pipeline.evaluation import floors
 from pipeline.training.run_folder import RunFolder
 
@@ -93,7 +93,7 @@ class OnlineKnn:
         assert self.val is not None
         result = evaluation.evaluate_backbone(
             backbone, self.train, self.val, image_size=int(self.config.image_size or 0), protocols=("knn",),
-            device=self.device, limit=self.bank, precision=precision(self.config, self.device),
+            device=self.device, limit=self.bank, precision=precision_of(self.config, self.device),
         )  # fmt: skip
         return float(result["knn_top1"] or 0.0)
 
@@ -105,26 +105,9 @@ def finish(
     export(backbone, folder)
     scores, _ = evaluation.with_floors(
         backbone, floors.untrained(backbone.config, config.seed).to(device), train, val,
-        image_size=int(config.image_size or 0), device=device, seed=config.seed, precision=precision(config, device),
+        image_size=int(config.image_size or 0), device=device, seed=config.seed, precision=precision_of(config, device),
     )  # fmt: skip
     return {"backbone_config": dict(backbone.config), "timm": exported.in_timm(backbone), **scores}
-
-
-def precision(config: Config, device: torch.device) -> Literal["bf16", "fp32"]:
-    """What `--precision` means on a device: auto is bf16 where the device multiplies bf16 matrices in hardware."""
-    if config.precision != "auto":
-        return config.precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes that this process has held at a time: on a GPU by its allocator, on a CPU resident, all told."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def export(backbone: Backbone, folder: RunFolder) -> None:

@@ -14,6 +14,7 @@ from objectives.contract import Objective
 from pipeline.config import Config
 from pipeline.data.loader import Batch
 from pipeline.data.photometric import Photometrics
+from pipeline.device import precision_of
 from pipeline.errors import UserError
 from pipeline.training import measure, optimiser
 from pipeline.training.health import Care
@@ -31,7 +32,7 @@ class Stepper:
         self.objective = build(config).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.opt = optimiser.build(self.objective.parameter_groups(), config, device)
         self.photometrics = Photometrics(self.objective.views, config.seed)
-        self.half = measure.precision(config, device) == "bf16"
+        self.half = precision_of(config, device) == "bf16"
         self.model = prepare(self.objective, config, world)
 
     def __call__(self, batch: Batch, seen: int, planned: int, care: Care) -> tuple[dict[str, Tensor], float]:
@@ -99,11 +100,6 @@ def prepare(objective: Objective, config: Config, world: int) -> nn.Module:
         return objective
     synchronise(objective)
     return nn.parallel.DistributedDataParallel(objective)
-
-
-def device_of(name: str) -> torch.device:
-    """This process's device: "cpu", or the current one of "cuda"."""
-    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def parts(batch: Batch, count: int, model: nn.Module) -> Iterator[tuple[Batch, Any]]:

@@ -18,6 +18,7 @@ from pipeline import config as configuration
 from pipeline.config import Config
 from pipeline.data.loader import Batch, Loader, make_loader
 from pipeline.data.packed import Packed
+from pipeline.device import device_of, peak_memory
 from pipeline.errors import UserError
 from pipeline.training import measure
 from pipeline.training.checkpoints import Checkpoints, Keep, newest
@@ -26,7 +27,7 @@ from pipeline.training.links import Links
 from pipeline.training.recorder import Recorder
 from pipeline.training.run_folder import MetricsFile, RunFolder
 from pipeline.training.shares import share
-from pipeline.training.step import Stepper, device_of, step_seed
+from pipeline.training.step import Stepper, step_seed
 
 RELOADS = 3  # times in a row that a loader which failed is begun anew
 
@@ -212,7 +213,7 @@ class Training:
         result = {**self.recorder.summary(), "stopped": self.stop, "loader": self.loader.backend,
                   "checkpoint": self.folder.path(f"checkpoints/{kept[-1]:012d}.pt") if kept else None,
                   "checkpoint_images": kept[-1] if kept else 0, "interventions": len(self.care.done),
-                  "peak_memory": measure.peak_memory(self.device)}  # fmt: skip
+                  "peak_memory": peak_memory(self.device)}  # fmt: skip
         if not self.stop:
             result |= measure.finish(self.config, self.folder, self.stepper.objective.backbone, self.train_set,
                                      self.val_set, self.device)  # fmt: skip

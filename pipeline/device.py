@@ -1,0 +1,53 @@
+"""The device that computes: a GPU where there is one, else the processor."""
+
+import contextlib
+import platform
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from pipeline.config import Config
+
+
+def kind() -> str:
+    """What this process has: "cuda" or "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_of(name: str) -> torch.device:
+    """This process's device of a kind: "cpu", or the current one of "cuda"."""
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+def here() -> torch.device:
+    """This process's device."""
+    return device_of(kind())
+
+
+def device_name(name: str) -> str:
+    """The GPU's name, or the processor's."""
+    if name == "cuda":
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "cpu"
+
+
+def precision_of(config: Config, device: torch.device) -> Literal["bf16", "fp32"]:
+    """What `--precision` means on a device: auto is bf16 where the device multiplies bf16 matrices in hardware."""
+    if config.precision != "auto":
+        return config.precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held at a time: on a GPU by its allocator, on a CPU resident, all told."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
