@@ -10,12 +10,11 @@ import pytest
 import torch
 
 import backbones
-import objectives
 from objectives.views import Photometric, View
 from pipeline import pretrain
 from pipeline.data.photometric import Photometrics
 from pipeline.report.cost import infer
-from tests.objectives.every_objective import OPTIONS, make, save_run, some_labels, some_views
+from tests.objectives.every_objective import OPTIONS, step_in_bf16
 
 pytestmark = pytest.mark.gpu
 BACKBONES = {"resnet18": 32, "vit_ti16": 64}
@@ -34,23 +33,7 @@ def cuda() -> Iterator[torch.device]:
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_objective_takes_a_step_in_bf16(name: str, backbone: str, cuda: torch.device, tmp_path: Path) -> None:
-    size, kind, options = BACKBONES[backbone], objectives.objective(name), {}
-    torch.manual_seed(0)
-    pool = kind.pool if kind.pool != "cls" or backbone.startswith("vit") else None
-    network = backbones.create(backbone, image_size=size, pool=pool)
-    if kind.continues:
-        options = {"checkpoint": save_run(tmp_path, make("dino", copy.deepcopy(network), size), "dino", size)}
-    objective = make(name, network, size, **options).to(cuda, memory_format=torch.channels_last).train()
-    optimiser = torch.optim.AdamW(objective.parameters(), 1e-3, fused=True)
-    views = [view.to(cuda) for view in some_views(objective, 8)]
-    labels = [label.to(cuda) for label in some_labels(objective, 8)]
-    with torch.autocast("cuda", torch.bfloat16):
-        loss, scalars = objective(views, 0.5, *labels)
-    loss.backward()
-    objective.after_backward(0.5)
-    optimiser.step()
-    objective.after_step(0.5)
-    assert loss.isfinite()
+    objective, scalars = step_in_bf16(name, backbone, BACKBONES[backbone], cuda.type, tmp_path)
     assert all(value.isfinite() for value in scalars.values())
     assert all(p.isfinite().all() for p in objective.parameters())
 

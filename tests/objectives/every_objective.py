@@ -1,5 +1,6 @@
 """Every objective, made small: what tests over all of them start from."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+import backbones
 import objectives
 from objectives.contract import Objective
 
@@ -62,3 +64,24 @@ def some_views(objective: Objective, batch: int, seed: int = 0, dtype: torch.dty
 def some_labels(objective: Objective, batch: int) -> tuple[Tensor, ...]:
     """Labels [batch], one in four unknown, for an objective that learns from them."""
     return ((torch.arange(batch) % 4 - 1),) if objective.labelled else ()
+
+
+def step_in_bf16(name: str, backbone: str, size: int, device: str, folder: Path) -> tuple[Objective, dict[str, Tensor]]:
+    """The objective and its scalars after a step on `device` under autocast, from noise."""
+    torch.manual_seed(0)
+    kind, options = objectives.objective(name), {}
+    pool = kind.pool if kind.pool != "cls" or backbone.startswith("vit") else None
+    network = backbones.create(backbone, image_size=size, pool=pool)
+    if kind.continues:
+        options = {"checkpoint": save_run(folder, make("dino", copy.deepcopy(network), size), "dino", size)}
+    objective = make(name, network, size, **options).to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    optimiser = torch.optim.AdamW(objective.parameters(), 1e-3)
+    views = [view.to(device) for view in some_views(objective, 8)]
+    labels = [label.to(device) for label in some_labels(objective, 8)]
+    with torch.autocast(device, torch.bfloat16):
+        loss, scalars = objective(views, 0.5, *labels)
+    loss.backward()
+    objective.after_backward(0.5)
+    optimiser.step()
+    objective.after_step(0.5)
+    return objective, {"loss": loss.detach(), **scalars}
