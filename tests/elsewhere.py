@@ -6,7 +6,7 @@ casts as it does there. What a GPU's kernels, memory and streams do is not tried
 """
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ BETWEEN = {"aten::_to_copy", "aten::copy_", "aten::_copy_from"}
 """Operators that carry from one device to another."""
 INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 """Those whose indices may lie on the CPU."""
+ASKED = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select", "aten::_unique2"}
+"""Those for whose outcome the CPU waits, as it does for what is carried to it and where a mask is an index."""
 IN_HALF = (
     "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "conv1d", "conv2d", "conv_transpose2d.input",
     "scaled_dot_product_attention",
@@ -34,6 +36,8 @@ class Elsewhere(Tensor):
     """A tensor on the other device, which holds one of the CPU."""
 
     held: Tensor
+    waits: ClassVar[list[str]] = []
+    """Operators for whose outcome the CPU waited."""
 
     @staticmethod
     def __new__(cls, held: Tensor) -> "Elsewhere":
@@ -48,6 +52,7 @@ class Elsewhere(Tensor):
         return f"Elsewhere({self.held})"
 
     def tolist(self) -> Any:
+        self.waits.append("tolist")
         return self.held.tolist()
 
     def numpy(self, *, force: bool = False) -> NoReturn:
@@ -60,6 +65,8 @@ class Elsewhere(Tensor):
         kwargs = dict(kwargs or {})
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         refuse_mixed(function, args, tensors)
+        if has_to_wait(function, args, kwargs):
+            cls.waits.append(str(function))
         target = torch.device(kwargs["device"] if kwargs.get("device") is not None else NAME)
         if "device" in kwargs:
             kwargs["device"] = torch.device("cpu")
@@ -91,6 +98,14 @@ def refuse_mixed(function: Any, args: tuple[Any, ...], tensors: list[Tensor]) ->
     here = [tuple(tensor.shape) for tensor in tensors if tensor.device.type != NAME and tensor.dim()]
     if here and (len(here) < len(tensors) or name in INDEXED):
         raise RuntimeError(f"{function}: some tensors are on {NAME}, and on the CPU those of shape {here}")
+
+
+def has_to_wait(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the CPU waits for the device here."""
+    name = function._schema.name
+    if name in INDEXED:
+        return any(index is not None and index.dtype == torch.bool for index in args[1])
+    return name in ASKED or (name == "aten::_to_copy" and torch.device(kwargs.get("device") or NAME).type == "cpu")
 
 
 class Module(backend_registration._DummyBackendModule):

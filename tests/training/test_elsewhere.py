@@ -10,7 +10,7 @@ import torch
 from pipeline import classify, device, evaluate, pretrain
 from pipeline.evaluation import BY_TABLE, NAMES
 from pipeline.training import launch
-from tests.elsewhere import NAME, register
+from tests.elsewhere import NAME, Elsewhere, register
 from tests.jobs.job_toys import photographs
 from tests.objectives.every_objective import OPTIONS, step_in_bf16
 
@@ -50,6 +50,14 @@ def test_what_a_gpu_refuses_is_refused(mistake: Callable[[], object]) -> None:
         mistake()
 
 
+def test_what_the_cpu_waits_for_is_counted() -> None:
+    Elsewhere.waits.clear()
+    x = placed()
+    for waits in (x.sum().item, x.cpu, x.tolist, lambda: bool((x > 0).any()), lambda: x[x > 0], lambda: x.nonzero()):
+        waits()
+    assert len(Elsewhere.waits) == 6
+
+
 def test_numbers_and_indices_of_the_cpu_are_taken() -> None:
     taken = (placed() * torch.tensor(2.0))[torch.tensor([1]), 0]
     assert (taken.device.type, taken.tolist(), taken.sum().item()) == (NAME, [2.0], 2.0)
@@ -58,7 +66,10 @@ def test_numbers_and_indices_of_the_cpu_are_taken() -> None:
 @pytest.mark.parametrize(("backbone", "size"), [("resnet18", 32), ("vit_ti16", 64)])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_objective_takes_a_step_there_alone(name: str, backbone: str, size: int, tmp_path: Path) -> None:
+    """And lets the CPU run ahead of it: nothing in a step is waited for, but whether Gram's teacher is due."""
+    Elsewhere.waits.clear()
     objective, scalars = step_in_bf16(name, backbone, size, NAME, tmp_path)
+    assert len(Elsewhere.waits) == (name == "gram"), Elsewhere.waits
     assert {tensor.device.type for tensor in [*objective.state_dict().values(), *scalars.values()]} == {NAME}
     assert all(value.isfinite() for value in scalars.values())
 
