@@ -232,9 +232,18 @@ def on_a_spare_worker(
         ray.kill(worker)
 
 
+def step_aside() -> None:
+    """Have this thread, and those it begins, take of each core what nobody else wants.
+
+    Ray's workers, those that train among them, are nice 15 already: of a core that both want, one of nice 19 took
+    29 %, this takes 8 %.
+    """
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
 class _Polite:
     def __init__(self) -> None:
-        os.nice(19)
+        step_aside()
 
     def call(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
         return function(*arguments)

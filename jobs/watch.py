@@ -12,7 +12,6 @@ some: see `jobs/checkpoints.yaml`.
 import contextlib
 import json
 import math
-import os
 import sys
 import time
 from collections import Counter
@@ -22,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.cluster import NoneFree, on_a_spare_worker
+from jobs.cluster import NoneFree, on_a_spare_worker, step_aside
 from jobs.command import command
 from pipeline.errors import UserError
 from pipeline.evaluation import NAMES
@@ -85,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return dict(on_a_spare_worker(judge, checkpoint, settings, **takes, waits=say, patience=left))
         else:
             print("no cluster is there, so evaluations run in this process", flush=True)
-            os.nice(19)
+            step_aside()
 
             def evaluate(checkpoint: str) -> dict[str, Any]:
                 return judge(checkpoint, settings)
