@@ -36,6 +36,8 @@ class Submitted:
     message: str
     started: datetime | None
     ended: datetime | None
+    unplaced: bool = False
+    """Whether Ray gave it up, since no machine had what it takes for RAY_JOB_START_TIMEOUT_SECONDS."""
 
     @property
     def running(self) -> bool:
@@ -85,6 +87,7 @@ class Client:
                         status=str(getattr(details.status, "value", details.status)),
                         message=(details.message or "").strip(), started=_time(details.start_time),
                         ended=_time(details.end_time),
+                        unplaced=details.error_type == "JOB_SUPERVISOR_ACTOR_START_TIMEOUT",
                     )
                 )  # fmt: skip
         wanted = (s for s in found if (job in (None, s.job)) and firing in (None, s.firing) and cell in (None, s.cell))
@@ -139,10 +142,19 @@ class Client:
         """Wait until all of them have ended; their statuses."""
         ids = list(submissions)
         while True:
-            states = {s: str(getattr(status, "value", status)) for s in ids for status in [self.api.get_job_status(s)]}
+            states = {s: self._status(s) for s in ids}
             if all(status in ENDED for status in states.values()):
                 return states
             time.sleep(every)
+
+    def _status(self, submission: str) -> str:
+        """How one stands; one that is not there may be about to be submitted anew."""
+        try:
+            status = self.api.get_job_status(submission)
+        except RuntimeError:
+            time.sleep(SETTLED)
+            status = self.api.get_job_status(submission)
+        return str(getattr(status, "value", status))
 
 
 class _OnTheHead:

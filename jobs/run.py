@@ -1,9 +1,12 @@
 """`python -m jobs.run JOB --firing F --cell C`: one cell of a firing, on the cluster, from start to notification.
 
-Every attempt gets the same run folder, `STORAGE/JOB-FIRING-CELL`, so a second one continues where the first stopped.
+Every attempt gets the same run folder, `STORAGE/JOB-FIRING-CELL`, so a second one continues where the first stopped:
+its command is not run again where it had succeeded, nor, in place, what came after it and had.
 
-    STORAGE/firings/JOB/FIRING/CELL.json    how the cell ended: whoever ends last finds all of them
-                              after.claimed whoever creates it runs what comes after all cells (--in-place)
+    STORAGE/firings/JOB/FIRING/CELL.json          how the cell ended: whoever ends last finds all of them
+                              afterN/CELL.json    how the Nth step after it ended (--in-place)
+                              afterN/K.json       and one after all cells, K of which were done
+                              after-K.claimed     the cell whose it is to run those after all cells (--in-place)
 """
 
 import contextlib
@@ -13,7 +16,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -40,6 +42,7 @@ from pipeline.tracking import TAGS_VARIABLE
 GRACE = STOPPING - 15.0  # seconds from asking a command to end to killing it; the rest is for saying how it ended
 TOLD = ("knn_top1", "linear_top1", "images_seen", "images_per_second", "loss_last", "alarms")
 LINGER = 5.0  # seconds that output may come after a command has ended
+LOOK = 5.0  # seconds between two looks at whether what comes after has begun
 ALARMS = {
     re.compile(r"warning: (\S+ is \S+, healthy is .*)"): "alarm, no collapse yet: ",
     re.compile(r"(?:warning|failed): (collapse at .*)"): "",
@@ -116,7 +119,9 @@ def run(arguments: Arguments) -> int:
     os.environ[TAGS_VARIABLE] = json.dumps({"job": job.name, "firing": firing})
     if arguments.step is not None:
         return follow(job, place, arguments.step - 1)
-    forget(place)
+    before = last_word(place)
+    if not before:
+        forget(place)
     if arguments.after:
         print(f"waiting for {', '.join(arguments.after)} (overlap: wait)", flush=True)
         Client().wait(arguments.after)
@@ -137,16 +142,19 @@ def run(arguments: Arguments) -> int:
                 tell(job, place, "collapse", prefix + match[1], time.monotonic() - started)
 
     started = time.monotonic()
-    outcome = attempt(step.command(place.run), job, listen)
-    meet(job, place, outcome)
-    report(job, place, outcome)
-    worst = outcome.status
-    for number in due(job, place, outcome, in_place=arguments.in_place):
-        if arguments.in_place:
-            worst = worst or follow(job, place, number)
-        else:
-            send(job, place, number)
-    return worst
+    outcome = before or attempt(step.command(place.run), job, listen)
+    if before:
+        name = job.submission(firing, cell.name)
+        print(f"{name}: was done before, and is not run again; what comes after it goes on", flush=True)
+    else:
+        meet(job, place, outcome)
+        report(job, place, outcome)
+    numbers = due(job, place, outcome, in_place=arguments.in_place)
+    if not arguments.in_place:
+        send(job, place, numbers)
+        return outcome.status
+    statuses = [follow_once(job, place, number) for number in numbers]
+    return next(filter(None, [outcome.status, *statuses]), 0)
 
 
 def default_storage() -> str:
@@ -258,8 +266,13 @@ def done(job: Job, place: Place, outcome: Outcome) -> bool:
 def meet(job: Job, place: Place, outcome: Outcome) -> None:
     """Leave word for the firing's other cells."""
     word = {"run": place.run, "done": done(job, place, outcome), **outcome._asdict()}
-    with fsspec.open(f"{place.meeting}/{place.cell.name or 'only'}.json", "w", auto_mkdir=True) as file:
-        json.dump(word, file)
+    write(f"{place.meeting}/{place.cell.name or 'only'}.json", word)
+
+
+def last_word(place: Place) -> Outcome | None:
+    """How an earlier attempt at this cell ended, where it was done."""
+    word = read(f"{place.meeting}/{place.cell.name or 'only'}.json")
+    return Outcome(*(word[key] for key in Outcome._fields)) if word and word["done"] else None
 
 
 def forget(place: Place) -> None:
@@ -292,20 +305,21 @@ def due(job: Job, place: Place, outcome: Outcome, *, in_place: bool) -> list[int
     """
     each = [i for i, step in enumerate(job.after) if not step.once and done(job, place, outcome)]
     once = [i for i, step in enumerate(job.after) if step.once]
-    last = once and ended(job, place, in_place=in_place) and runs(job, place)
-    if last and (not in_place or claim(f"{place.meeting}/after.claimed")):
+    last = once and ended(job, place, in_place=in_place) and (found := runs(job, place))
+    if last and (not in_place or claim(f"{place.meeting}/after-{len(found)}.claimed", place.cell.name or "only")):
         return each + once
     return each
 
 
-def claim(address: str) -> bool:
-    """Whether this process is the first to create a file: exclusive creation on a disk, a conditional write on S3."""
+def claim(address: str, owner: str) -> bool:
+    """Whether this cell is the first to create a file, now or in an attempt that was cut off: exclusive creation on a
+    disk, a conditional write on S3."""
     files, path = fsspec.core.url_to_fs(address)
     try:
         with files.open(path, "xb") as file:  # not left empty: s3fs writes an empty file unconditionally
-            file.write(f"{socket.gethostname()} {os.getpid()}\n".encode())
+            file.write(owner.encode())
     except FileExistsError:
-        return False
+        return bool(files.cat_file(path).decode() == owner)
     return True
 
 
@@ -320,10 +334,47 @@ def follow(job: Job, place: Place, number: int) -> int:
     return outcome.status
 
 
-def send(job: Job, place: Place, number: int) -> None:
-    """Submit a step that comes after, with the code this runs from."""
+def follow_once(job: Job, place: Place, number: int) -> int:
+    """Run a step that comes after in place, unless an earlier attempt at this firing had it done."""
+    step = job.after[number]
+    about = len(runs(job, place)) if step.once else place.cell.name or "only"
+    address = f"{place.meeting}/after{number + 1}/{about}.json"
+    if (read(address) or {}).get("status") == 0:
+        print(f"{step.run} after it was done before, and is not run again", flush=True)
+        return 0
+    status = follow(job, place, number)
+    write(address, {"status": status})
+    return status
+
+
+def send(job: Job, place: Place, numbers: Sequence[int]) -> None:
+    """Submit steps that come after, with the code this runs from, and stay until each has begun.
+
+    The cluster may be full for longer than Ray lets a job wait: a step that it gave up is submitted anew.
+    """
+    if not numbers:
+        return
     here = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
-    submit_step(job, place.firing, place.cell, number, Client(), here.get("working_dir", "."), str(job.path))
+    client = Client()
+
+    def submit(number: int) -> str | None:
+        return submit_step(job, place.firing, place.cell, number, client, here.get("working_dir", "."), str(job.path))
+
+    waiting = {name: number for number in numbers if (name := submit(number))}
+    while waiting:
+        time.sleep(LOOK)
+        known = {s.id: s for s in client.submitted(job.name, place.firing) if s.id in waiting}
+        lost = [name for name, s in known.items() if s.unplaced]
+        client.forget(lost)
+        for name in lost:
+            submit(waiting[name])
+        waiting = {name: waiting[name] for name, s in known.items() if s.unplaced or s.status == "PENDING"}
+
+
+def write(address: str, value: dict[str, Any]) -> None:
+    """Write a JSON file, and the folders that it lies in."""
+    with fsspec.open(address, "w", auto_mkdir=True) as file:
+        json.dump(value, file)
 
 
 def read(address: str) -> dict[str, Any] | None:

@@ -181,9 +181,13 @@ def tell(job: Job, firing: str, cell: str, text: str) -> None:
 def look_for_lost(jobs: Sequence[Job], client: Client, state: State) -> None:
     """Tell, once each, of the jobs' failed submissions that did not do so themselves, as their logs show."""
     named = {job.name: job for job in jobs}
-    for one in client.submitted():
+    submitted = client.submitted()
+    cells = {(s.job, s.firing) for s in submitted if s.running and not s.step}
+    for one in submitted:
         if one.status != "FAILED" or one.job not in named or one.id in state.failed:
             continue
+        if one.step and one.unplaced and (one.job, one.firing) in cells:
+            continue  # the cell that sent it submits it anew
         log = ""
         with contextlib.suppress(RuntimeError):  # it may be gone with its node
             log = client.logs(one.id)

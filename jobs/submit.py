@@ -94,7 +94,7 @@ def renew(job: Job, firing: str, client: Client, working_dir: Path) -> list[str]
         for cell in job.cells[:1] if step.once else job.cells:
             name = job.submission(firing, "" if step.once else cell.name, number)
             sent = bool(cells) if step.once else cell in cells
-            if states.get(name) in FAILED or (sent and states.get(name) in ENDED):
+            if states.get(name) in FAILED or (step.once and sent and states.get(name) in ENDED):
                 old.append(name)
                 alone += [] if sent else [(name, cell, number)]
     client.forget(old)
@@ -103,19 +103,27 @@ def renew(job: Job, firing: str, client: Client, working_dir: Path) -> list[str]
     return [name for name, _, _ in alone]
 
 
-def submit_step(job: Job, firing: str, cell: Cell, number: int, client: Client, working_dir: str, path: str) -> None:
-    """Submit a step that comes after a cell, or after all of which it is one; `path` is the job file's in there."""
+def submit_step(
+    job: Job, firing: str, cell: Cell, number: int, client: Client, working_dir: str, path: str
+) -> str | None:
+    """Submit a step that comes after a cell, or after all of which it is one; `path` is the job file's in there.
+
+    Returns:
+        Its id, None where that was submitted before.
+    """
     step = job.after[number]
     about = "" if step.once else cell.name
     name = job.submission(firing, about, number)
-    client.submit(
+    new = client.submit(
         name,
         entry(job, firing, cell, path, step=number),
         environment=environment(working_dir, job.environment),
         about={"job": job.name, "firing": firing, "cell": about, "step": step.run},
         cpus=step.takes.cpus, gpus=step.takes.gpus, memory=step.takes.memory,
     )  # fmt: skip
-    print(f"submitted {step.run} as {name}", flush=True)
+    if new:
+        print(f"submitted {step.run} as {name}", flush=True)
+    return name if new else None
 
 
 def entry(

@@ -63,7 +63,7 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def cluster_of(home: Path, cpus: int = 2) -> Iterator[Cluster]:
+def cluster_of(home: Path, cpus: int = 2, **variables: str) -> Iterator[Cluster]:
     names = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port",
              "ray-client-server-port", "metrics-export-port", "node-manager-port", "object-manager-port")  # fmt: skip
     ports = dict(zip(names, free_ports(len(names))))
@@ -73,7 +73,7 @@ def cluster_of(home: Path, cpus: int = 2) -> Iterator[Cluster]:
         "HOME": str(home), "PYTHONPATH": f"{ROOT}:{ROOT / 'ssl'}",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "OMP_NUM_THREADS": "1",
-        "RAY_AUTH_MODE": "disabled", "MLFLOW_DISABLE_TELEMETRY": "true",
+        "RAY_AUTH_MODE": "disabled", "MLFLOW_DISABLE_TELEMETRY": "true", **variables,
     }  # fmt: skip
     log = home / "ray.log"
     process = subprocess.Popen(

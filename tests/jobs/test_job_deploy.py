@@ -34,8 +34,9 @@ def test_the_ray_cluster_fits_rays_schema():
 
 def test_the_ray_clusters_job_api_listens_on_loopback():
     commands = yaml.safe_load((DEPLOY / "ray-cluster.yaml").read_text())["head_start_ray_commands"]
-    (start,) = [command for command in commands if command.startswith("ray start --head")]
+    (start,) = [command for command in commands if "ray start --head" in command]
     assert "--dashboard-host=127.0.0.1" in start.split()
+    assert start.startswith("RAY_JOB_START_TIMEOUT_SECONDS="), "a job waits for what it takes"
 
 
 def test_the_slurm_script_parses():

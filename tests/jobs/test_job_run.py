@@ -85,8 +85,7 @@ notify: {{webhook: $HOOK, command: 'echo "$JOB_EVENT $JOB_CELL" >> told'}}
 
     again = python(*words, "1", cwd=tmp_path, timeout=280, HOOK=heard[0])
     assert again.returncode == 0
-    assert "continued at" in again.stdout, "the same firing goes on in the same run folder"
-    assert "-m pipeline.pack" not in again.stdout, "what comes after all cells is claimed once"
+    assert "$ python" not in again.stdout, "neither what was done nor what came after it is run again"
 
 
 ONCE = Retry()
@@ -215,10 +214,10 @@ def test_an_alarm_and_a_collapse_are_told_once_each_and_told_apart(tmp_path, mon
 def test_claims_are_won_once(tmp_path):
     for number in range(20):
         with ThreadPoolExecutor(8) as threads:
-            wins = list(threads.map(jobs_run.claim, [f"{tmp_path}/after{number}.claimed"] * 8))
+            wins = list(threads.map(jobs_run.claim, [f"{tmp_path}/after{number}.claimed"] * 8, "abcdefgh"))
         assert sum(wins) == 1
     with s3("runs"):
-        assert [jobs_run.claim("s3://runs/after.claimed") for _ in range(3)] == [True, False, False]
+        assert [jobs_run.claim("s3://runs/after.claimed", cell) for cell in "abca"] == [True, False, False, True]
 
 
 class Records:
@@ -257,7 +256,7 @@ def test_what_comes_after_is_due_until_it_was_sent(cells):
     jobs_run.meet(job, second, FINE)
     for _ in range(2):  # the first was killed before it sent
         assert jobs_run.due(job, second, FINE, in_place=False) == [0]
-    assert [jobs_run.due(job, second, FINE, in_place=True) for _ in range(2)] == [[0], []]
+    assert [jobs_run.due(job, cell, FINE, in_place=True) for cell in (second, first, second)] == [[0], [], [0]]
 
 
 def test_a_cell_that_was_killed_does_not_hold_up_what_comes_after_all(cells):
@@ -280,6 +279,102 @@ def test_a_cell_that_runs_again_has_not_ended(cells):
     for _ in range(2):
         jobs_run.forget(first)
     assert jobs_run.due(job, second, FINE, in_place=False) == []
+
+
+def test_a_step_that_ray_gave_up_for_want_of_room_is_submitted_anew(cells, monkeypatch):
+    job, first, _ = cells
+    step = job.submission(FIRING, "", 0)
+    looks = iter([("PENDING", False), ("FAILED", True), ("PENDING", False), ("RUNNING", False)])
+    did = []
+
+    class Full:
+        def submit(self, name, command, **options):
+            did.append(f"submit {name}")
+            return True
+
+        def submitted(self, name, firing):
+            status, unplaced = next(looks)
+            did.append(status)
+            return [Submitted(step, name, firing, "", "pack", status, "", None, None, unplaced)]
+
+        def forget(self, names):
+            did.extend(f"forget {name}" for name in names)
+
+    monkeypatch.setattr(jobs_run, "Client", Full)
+    monkeypatch.setattr(jobs_run, "LOOK", 0.0)
+    jobs_run.send(job, first, [0])
+    again = [f"forget {step}", f"submit {step}"]
+    assert did == [f"submit {step}", "PENDING", "FAILED", *again, "PENDING", "RUNNING"]
+
+
+KILLED_ONCE = """
+run: pack
+arguments: {data: photos}
+after: [{run: pack, arguments: {data: photos, limit: 20}}]
+notify: {on: [finish], command: 'test -e killed || { touch killed; kill -9 $PPID; }'}
+"""
+
+
+def test_a_firing_that_is_killed_before_what_comes_after_it_goes_on_with_that_and_runs_nothing_twice(tmp_path):
+    """Told of the end of the command, the notification kills the process that is to run what comes after."""
+    photographs(tmp_path / "photos", range(40))
+    write(tmp_path, KILLED_ONCE)
+    words = ["-m", "jobs.run", "tiny.yaml", "--firing", FIRING, "--in-place", "--set", f"cache={tmp_path}/cache"]
+    runs = [python(*words, cwd=tmp_path, HOME=str(tmp_path)) for _ in range(3)]
+    assert [run.returncode for run in runs] == [-signal.SIGKILL, 0, 0], runs[1].stderr
+    commands = [[line for line in run.stdout.splitlines() if line.startswith("$ ")] for run in runs]
+    assert ["--limit 20" in command for (command,) in commands[:2]] == [False, True]
+    assert commands[2] == []
+    assert f"tiny-{FIRING}: was done before, and is not run again" in runs[1].stdout
+    assert "pack after it was done before, and is not run again" in runs[2].stdout
+
+
+class Killed(BaseException):
+    """What a SIGKILL is to the code that it hits."""
+
+
+@pytest.fixture
+def in_place(cells, monkeypatch):
+    """Runs a cell in place; `ends` says of each command how it ends. The limits that were packed."""
+    monkeypatch.setattr(jobs_run, "Client", None)
+
+    def run(cell: str, *ends: int | type[Killed]) -> list[str]:
+        ran, left = [], iter(ends)
+
+        def attempt(words, job, listen):
+            ran.append(words[-1])
+            if (end := next(left)) is Killed:
+                raise Killed
+            return FINE._replace(status=end)
+
+        monkeypatch.setattr(jobs_run, "attempt", attempt)
+        try:
+            statuses.append(jobs_run.main(["tiny.yaml", "--firing", FIRING, "--in-place", "--cell", cell]))
+        except Killed:
+            statuses.append(137)
+        return ran
+
+    statuses: list[int] = []
+    return run, statuses
+
+
+def test_what_comes_after_all_cells_and_is_cut_off_in_place_is_run_again_by_whose_it_was(in_place):
+    run, statuses = in_place
+    assert run("20", 0) == ["20"]
+    assert run("30", 0, Killed) == ["30", "embedded"]
+    assert run("20") == []
+    assert run("30", 1) == ["embedded"]
+    assert run("30", 0) == ["embedded"]
+    assert run("30") == []
+    assert statuses == [0, 137, 0, 1, 0, 0]
+
+
+def test_what_comes_after_all_cells_is_run_in_place_though_the_last_of_them_failed_and_again_once_it_is_done(in_place):
+    run, statuses = in_place
+    assert run("20", 0) == ["20"]
+    assert run("30", 1, 0) == ["30", "embedded"]
+    assert run("30", 0, 0) == ["30", "embedded"], "now there are two to compare"
+    assert statuses == [0, 1, 0]
 
 
 @pytest.mark.slow

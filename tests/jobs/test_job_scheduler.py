@@ -207,6 +207,20 @@ def test_a_failure_that_nobody_could_tell_of_is_told_once(job, tmp_path, told):
     ]
 
 
+@pytest.mark.parametrize("cell", ["RUNNING", "FAILED"])
+def test_a_step_that_found_no_room_is_told_where_no_cell_is_left_to_submit_it_anew(job, tmp_path, told, cell):
+    class Full(Answers):
+        def submitted(self) -> list[Submitted]:
+            gave_up = Submitted("a-1-after1", "a", "1", "", "pack", "FAILED", "no room", None, None, unplaced=True)
+            return [Submitted("a-1", "a", "1", "", "", cell, "killed", None, None), gave_up]
+
+        def logs(self, submission: str) -> str:
+            return ""
+
+    look_for_lost([job("a", "0 0 1 * *")], Full(), State(tmp_path / "state.json"))
+    assert [news.text.split(":")[0] for news in told] == (["a-1", "a-1-after1"] if cell == "FAILED" else [])
+
+
 def test_a_cluster_that_is_away_is_no_end_of_the_looks(job, tmp_path):
     said: list[str] = []
     looks = iter([ConnectionError("no answer"), ConnectionError("no answer"), None, ConnectionError("no answer")])
