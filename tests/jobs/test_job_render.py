@@ -69,31 +69,6 @@ def rendered(job: Job, to: str, **options) -> str:
     return render(job, Arguments(str(job.path), to, set=job.settings, **options))
 
 
-def cron_job_schema() -> dict:
-    """batch/v1 CronJob: its own fields as the Kubernetes API reference lists them, the pod's from KubeRay's schema."""
-    pod = schema_of("rayjobs")["properties"]["spec"]["properties"]["submitterPodTemplate"]
-    text, number, flag = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "boolean"}
-    labels = {"type": "object", "additionalProperties": text}
-    metadata = {"type": "object", "additionalProperties": False, "required": ["name"],
-                "properties": {"name": {**text, "maxLength": 52, "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"},
-                               "namespace": text, "labels": labels, "annotations": labels}}  # fmt: skip
-    run = {"template": pod, "backoffLimit": number, "activeDeadlineSeconds": number, "ttlSecondsAfterFinished": number,
-           "parallelism": number, "completions": number, "suspend": flag}  # fmt: skip
-    own = {
-        "schedule": text, "timeZone": text, "concurrencyPolicy": {"enum": ["Allow", "Forbid", "Replace"]},
-        "startingDeadlineSeconds": number, "successfulJobsHistoryLimit": number, "failedJobsHistoryLimit": number,
-        "suspend": flag, "jobTemplate": record(["spec"], metadata={"type": "object"}, spec=record(["template"], **run)),
-    }  # fmt: skip
-    return record(
-        ["apiVersion", "kind", "metadata", "spec"], apiVersion={"const": "batch/v1"}, kind={"const": "CronJob"},
-        metadata=metadata, spec=record(["schedule", "jobTemplate"], **own),
-    )  # fmt: skip
-
-
-def record(required: list[str], **properties: dict) -> dict:
-    return {"type": "object", "additionalProperties": False, "required": required, "properties": properties}
-
-
 @pytest.fixture(scope="module")
 def ray_cron_job_schema():
     return schema_of("raycronjobs")
@@ -135,14 +110,29 @@ def test_raycronjobs_fit_kuberays_own_schema(job, ray_cron_job_schema):
         jsonschema.Draft202012Validator(ray_cron_job_schema).validate(wrong)
 
 
-def test_a_cronjob_fits_kubernetes_schema(job):
-    document = yaml.safe_load(rendered(job(), "kubernetes"))
-    validator = jsonschema.Draft202012Validator(cron_job_schema())
-    validator.validate(document)
+@pytest.mark.parametrize("version", ["1.27", "1.30", "1.34", "1.37"])
+def test_a_cronjob_fits_kubernetes_own_schema(job, version):
+    kubernetes = pytest.importorskip("kubernetes_validate", reason="Kubernetes' schemas: kubernetes-validate is absent")
+    text = JOB + "environment: {NCCL_DEBUG: WARN}\n"
+    for address in (None, "http://head:8265"):
+        document = yaml.safe_load(rendered(job(text), "kubernetes", address=address))
+        assert kubernetes.validate(document, version, strict=True) == version
     assert document["spec"]["timeZone"] == "Europe/Berlin"
-    document["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["comand"] = []
-    with pytest.raises(jsonschema.ValidationError):
-        validator.validate(document)
+    assert re.fullmatch("[a-z0-9]([-a-z0-9]{,50}[a-z0-9])?", document["metadata"]["name"]), "52 characters at most"
+    pod = document["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    for place, key, value in (
+        (pod["containers"][0], "comand", []),
+        (pod["containers"][0]["resources"], "requests", ["cpu"]),
+        (document["spec"], "timezone", "UTC"),
+        (document["spec"], "startingDeadlineSeconds", "3600"),
+        (document["spec"]["jobTemplate"]["spec"], "backoffLimit", 1.5),
+    ):
+        before = place.get(key)
+        place[key] = value
+        with pytest.raises(jsonschema.ValidationError):
+            kubernetes.validate(document, version, strict=True)
+        place.pop(key) if before is None else place.update({key: before})
+    assert kubernetes.validate(document, version, strict=True) == version
 
 
 @pytest.mark.parametrize("to", ["kubernetes", "raycronjob"])
