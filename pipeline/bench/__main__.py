@@ -1,7 +1,8 @@
 """`python -m pipeline.bench loader`: what the parts cost here, measured against their alternatives.
 
 Every contender runs in a process of its own, under a time limit, several times by turns; its best round counts, since
-whatever else a machine does can only slow a round down.
+whatever else a machine does can only slow a round down. Where a difference of one in a hundred is looked for, the two
+of a round are compared with each other.
 """
 
 import json
@@ -10,14 +11,20 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.bench import engine, loader, photometric, step
+from pipeline.bench import engine, loader, photometric, step, watcher
 from pipeline.bench.contender import Arguments
-from pipeline.bench.measuring import best_rates, describe, draw_photographs, machine, table
+from pipeline.bench.measuring import describe, draw_photographs, machine, rounds, table
 from pipeline.blocks import around, write
 from pipeline.command import guarded
 from pipeline.errors import UserError
 
-BENCHES = {"loader": loader.BENCH, "photometric": photometric.BENCH, "step": step.BENCH, "engine": engine.BENCH}
+BENCHES = {
+    "loader": loader.BENCH,
+    "photometric": photometric.BENCH,
+    "step": step.BENCH,
+    "engine": engine.BENCH,
+    "watcher": watcher.BENCH,
+}
 
 
 def run(arguments: Arguments) -> int:
@@ -42,13 +49,15 @@ def run(arguments: Arguments) -> int:
 
                 path = pack(arguments.data, folder).path
             caption = describe(path) + "; "
-        rates = best_rates(bench, path, arguments)
-    rounds = f"best of {arguments.rounds} rounds" + f" of {arguments.seconds:g} s" * (arguments.bench != "engine")
-    text = table(bench, rates, f"{caption}batches of {arguments.batch_size}, {rounds}; {machine()}.")
+        figures = rounds(bench, path, arguments)
+    counted = f"best of {arguments.rounds} rounds" + f" of {arguments.seconds:g} s" * (bench.limit is None)
+    if bench.paired:
+        counted = f"medians of {arguments.rounds} pairs by turns, in brackets the lowest and the highest"
+    text = table(bench, figures, f"{caption}batches of {arguments.batch_size}, {counted}; {machine()}.")
     print(text)
     if arguments.write:
         write(Path(arguments.write), f"bench:{arguments.bench}", text)
-    return 1 if all(isinstance(figure, str) for figure in rates.values()) else 0
+    return 1 if all(isinstance(figure, str) for figure in figures.values()) else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,7 +16,8 @@ class Arguments:
 
     bench: str
     """loader: JPEG files to views. photometric: views to what the network reads, on this machine's CPU. step: a step of
-    training beside LightlySSL's. engine: whole runs, with Ray and without."""
+    training beside LightlySSL's. engine: whole runs, with Ray and without. watcher: a run, with its checkpoints
+    evaluated beside it and without."""
     data: str | None = None
     """Images to measure with: anything `pipeline.pack` takes; left open: photographs drawn for the purpose."""
     batch_size: int = 32
@@ -26,7 +27,7 @@ class Arguments:
     seconds: float = 5.0
     """How long a round measures."""
     rounds: int = 3
-    """Rounds of each contender; the best counts."""
+    """Rounds of each contender; the best counts, of a watcher the middle one."""
     write: str | None = None
     """A file whose block `<!-- bench:NAME -->` … `<!-- /bench:NAME -->` takes the table."""
     only: str | None = None
@@ -58,10 +59,16 @@ class Contender(NamedTuple):
 
 
 class Bench(NamedTuple):
-    """Contenders for one job, the first of which is the yardstick of the ratios."""
+    """Contenders for one job, the first of which is the yardstick of the ratios.
+
+    limit: seconds that a whole run may take; None where a round takes `--seconds`.
+    paired: ratios are those within a round, for differences smaller than a machine's own from round to round.
+    """
 
     job: str
     contenders: Mapping[str, Measured]
+    limit: float | None = None
+    paired: bool = False
 
 
 def rate(batches: Iterator[int], seconds: float) -> float:

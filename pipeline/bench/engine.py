@@ -35,4 +35,5 @@ BENCH = Bench(
         "ray": Training("Ray Train, one worker", ("--engine", "ray")),
         "ray2": Training("Ray Train, two workers, half the batch and of the cores each", ("--workers", "2")),
     },
+    limit=300,
 )

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 
 from pipeline.bench.contender import Arguments, Bench
 
@@ -14,8 +15,9 @@ STARTING = 120  # seconds a contender may take to import and to compile
 SYNTHETIC = 256  # photographs drawn where no data is given
 
 
-def measured(name: str, path: Path, arguments: Arguments) -> float | str:
-    """Images per second of one contender in a process of its own, or why there is no figure."""
+def measured(name: str, path: Path, arguments: Arguments, limit: float | None = None) -> float | str:
+    """Images per second of one contender in a process of its own, which takes `limit` seconds at most, or why there is
+    no figure."""
     command = [sys.executable, "-m", "pipeline.bench", arguments.bench, "--only", name, "--data", str(path)]
     for option in ("batch_size", "threads", "seconds"):
         if getattr(arguments, option) is not None:
@@ -25,7 +27,7 @@ def measured(name: str, path: Path, arguments: Arguments) -> float | str:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=STARTING + 4 * arguments.seconds, env=environment
+            command, capture_output=True, text=True, timeout=limit or STARTING + 4 * arguments.seconds, env=environment
         )
     except subprocess.TimeoutExpired:
         return "did not end"
@@ -35,20 +37,18 @@ def measured(name: str, path: Path, arguments: Arguments) -> float | str:
     return float(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def best_rates(bench: Bench, path: Path, arguments: Arguments) -> dict[str, float | str]:
-    """The best of all rounds for each contender."""
-    best: dict[str, float | str] = {}
-    contenders = bench.contenders
+def rounds(bench: Bench, path: Path, arguments: Arguments) -> dict[str, list[float] | str]:
+    """The figures of each contender, one to a round, or why it has none; every other round goes backwards."""
+    figures: dict[str, list[float] | str] = {name: [] for name in bench.contenders}
     for turn in range(arguments.rounds):
-        for name in contenders:
-            if isinstance(best.get(name), str):
+        for name in list(bench.contenders)[:: -1 if turn % 2 else 1]:
+            if isinstance(before := figures[name], str):
                 continue  # it failed: once is enough
-            figure = measured(name, path, arguments)
-            before = best.get(name, 0.0)
-            best[name] = figure if isinstance(figure, str) or isinstance(before, str) else max(figure, before)
-            shown = figure if isinstance(figure, str) else f"{figure:.0f} images/s"
-            print(f"round {turn + 1}: {contenders[name].title}: {shown}", file=sys.stderr, flush=True)
-    return best
+            figure = measured(name, path, arguments, bench.limit)
+            figures[name] = figure if isinstance(figure, str) else [*before, figure]
+            shown = figure if isinstance(figure, str) else f"{figure:.1f} images/s"
+            print(f"round {turn + 1}: {bench.contenders[name].title}: {shown}", file=sys.stderr, flush=True)
+    return figures
 
 
 def machine() -> str:
@@ -71,17 +71,22 @@ def machine() -> str:
     return f"{model}, {cores()} core{'s' * (cores() != 1)}; Python {platform.python_version()}, {', '.join(versions)}"
 
 
-def table(bench: Bench, rates: dict[str, float | str], caption: str) -> str:
-    """A Markdown table with the ratio to the first contender."""
-    yardstick = rates[next(iter(bench.contenders))]
+def table(bench: Bench, figures: dict[str, list[float] | str], caption: str) -> str:
+    """A Markdown table with the ratio to the first contender: of the best rounds, or of the rounds in pairs."""
+    yardstick = figures[next(iter(bench.contenders))]
     lines = [f"| {bench.job} | images/s | ratio |", "|---|---:|---:|"]
     for name, contender in bench.contenders.items():
-        figure = rates[name]
-        if isinstance(figure, str):
-            lines.append(f"| {contender.title} | – ({figure}) | – |")
+        own = figures[name]
+        if isinstance(own, str):
+            lines.append(f"| {contender.title} | – ({own}) | – |")
             continue
-        ratio = "–" if isinstance(yardstick, str) else f"{figure / yardstick:.2f}"
-        lines.append(f"| {contender.title} | {figure:,.0f} | {ratio} |")
+        ratio = "–"
+        if bench.paired and own is not yardstick and not isinstance(yardstick, str):
+            ratios = [figure / other for figure, other in zip(own, yardstick)]
+            ratio = f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        elif not isinstance(yardstick, str):
+            ratio = f"{max(own) / max(yardstick):.2f}"
+        lines.append(f"| {contender.title} | {median(own) if bench.paired else max(own):,.0f} | {ratio} |")
     return "\n".join([*lines, "", caption])
 
 

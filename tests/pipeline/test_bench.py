@@ -37,11 +37,34 @@ def test_a_rate_counts_what_is_done_after_the_first_batch():
 
 
 def test_the_table_gives_ratios_to_the_first_contender_and_reasons_for_gaps():
-    text = table(TWO, {"a": 200.0, "b": 1500.0}, "here")
+    text = table(TWO, {"a": [200.0, 150.0], "b": [1400.0, 1500.0]}, "here")
     assert "| the other | 1,500 | 7.50 |" in text
     assert text.endswith("here")
-    assert "| the other | – (did not end) | – |" in table(TWO, {"a": 200.0, "b": "did not end"}, "")
-    assert "| the other | 1,500 | – |" in table(TWO, {"a": "no module", "b": 1500.0}, "")
+    assert "| the other | – (did not end) | – |" in table(TWO, {"a": [200.0], "b": "did not end"}, "")
+    assert "| the other | 1,500 | – |" in table(TWO, {"a": "no module", "b": [1500.0]}, "")
+
+
+def test_pairs_are_compared_round_by_round():
+    """The machine was twice as slow in the second round: nothing of that is in the ratio."""
+    pairs = TWO._replace(paired=True)
+    text = table(pairs, {"a": [200.0, 100.0, 200.0], "b": [199.0, 99.0, 200.0]}, "")
+    assert "| the yardstick | 200 | 1.00 |" in text
+    assert "| the other | 199 | 0.995 (0.990 to 1.000) |" in text
+    assert "| the other | 1,500 | – |" in table(pairs, {"a": "no module", "b": [1500.0]}, "")
+
+
+def test_rounds_go_forwards_and_backwards_by_turns_without_those_that_failed(monkeypatch):
+    asked = []
+
+    def measured(name, path, arguments, limit):
+        asked.append((name, limit))
+        return "did not end" if asked.count(("b", 9.0)) == 3 and name == "b" else float(len(asked))
+
+    monkeypatch.setattr(measuring, "measured", measured)
+    figures = measuring.rounds(TWO._replace(limit=9.0), Path(), Arguments("two", rounds=4))
+    assert "".join(name for name, _ in asked) == "abbaaba"
+    assert figures == {"a": [1.0, 4.0, 5.0, 7.0], "b": "did not end"}
+    assert {limit for _, limit in asked} == {9.0}
 
 
 def test_drawn_photographs_are_jpegs_of_usual_size(photographs):
@@ -81,7 +104,7 @@ def test_each_training_step_works(photographs, name):
 def test_the_block_of_a_file_is_replaced_and_nothing_else(photographs, tmp_path, monkeypatch, capsys):
     readme = tmp_path / "README.md"
     readme.write_text(TEXT)
-    monkeypatch.setattr(measuring, "measured", lambda name, path, arguments: 100.0)
+    monkeypatch.setattr(measuring, "measured", lambda *_: 100.0)
     options = ["--data", str(photographs), "--rounds", "2", "--write", str(readme)]
     for _ in range(2):  # the second time over its own table
         assert main(["loader", *options]) == 0
@@ -107,7 +130,10 @@ def test_a_file_without_markers_is_refused_before_measuring(tmp_path, text, monk
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(["loadr"], "choose one of loader, photometric, step, engine"), (["loader", "--only", "dali"], "torchvision")],
+    [
+        (["loadr"], "choose one of loader, photometric, step, engine, watcher"),
+        (["loader", "--only", "dali"], "torchvision"),
+    ],
 )
 def test_a_wrong_name_is_one_line(options, words, capsys):
     assert main(options) == 2
