@@ -4,7 +4,6 @@ Pretraining's own parser reads the command of every cell, so that what it would 
 """
 
 import contextlib
-import dataclasses
 import io
 import re
 from collections.abc import Mapping
@@ -13,12 +12,13 @@ from typing import Any
 
 import objectives
 from backbones import names
-from jobs.entry_points import TRAINS, options, words
+from jobs.entry_points import TRAINS, entry_points, options, parse, required, words
 from jobs.job import Cell, Job, Step
 from jobs.keys import named
 from jobs.located import Located, Place, nearest
 from pipeline import config, recipes
 from pipeline.errors import UserError
+from pipeline.evaluation import NAMES
 
 
 def check(file: Located, job: Job, *, paths: bool) -> None:
@@ -29,6 +29,7 @@ def check(file: Located, job: Job, *, paths: bool) -> None:
     """
     for cell in job.cells:
         step = job.of(cell)
+        _check_folders(file, step)
         if step.run not in TRAINS:
             _check_options(file, step)
         if paths:
@@ -38,33 +39,58 @@ def check(file: Located, job: Job, *, paths: bool) -> None:
     for i, step in enumerate(job.after):
         if step.run in TRAINS:
             file.fail(("after", i, "run"), f"{step.run} cannot come after a job; make it a job of its own")
+        _check_folders(file, step, ("after", i))
         _check_options(file, step, ("after", i))
         if paths:
             _check_paths(file, step, ("after", i))
 
 
+def _check_folders(file: Located, step: Step, around: Place = ()) -> None:
+    """Whether what stands in braces will be replaced."""
+    for key, value in step.arguments.items():
+        for word in map(str, value if isinstance(value, list) else [value]):
+            where = _place(file, key, value, around)
+            for name in re.findall(r"(?<!\$)\{(\w+)\}", word):
+                if name not in ("run", "runs"):
+                    file.fail(where, f"{key} {word}: nothing is called {{{name}}}; there are {{run}} and {{runs}}")
+                if name == "runs" and not around:
+                    file.fail(where, f"{key} {word}: {{runs}} are there for what comes after; here there is {{run}}")
+                if name == "runs" and word != "{runs}":
+                    file.fail(where, f"{key} {word}: {{runs}} are several words, and stand alone")
+
+
 def _check_options(file: Located, step: Step, around: Place = ()) -> None:
-    """Whether an entry point has the options that are given, and is given those that it needs."""
+    """Whether an entry point has the options that are given, takes their values, and is given those that it needs."""
     if not (known := options(step.run)):
         return
     for key, value in step.arguments.items():
         if key not in known:
             hint = nearest(key, [name for name in known if name != "debug"])
             file.fail(_place(file, key, value, around), f"{step.run} has no option {key!r}{hint}")
-    for key, default in known.items():
-        if default is dataclasses.MISSING and key not in step.arguments:
-            file.fail((*around, "arguments"), f"{step.run} needs the argument {key}")
+    for key in sorted(required(step.run) - set(step.arguments)):
+        file.fail((*around, "arguments"), f"{step.run} needs the argument {key}")
+    protocols = step.arguments.get("protocols", []) if "protocols" in known else []
+    for name in protocols if isinstance(protocols, list) else [protocols]:
+        if name not in NAMES:
+            file.fail(_place(file, "protocols", name, around), f"protocol {name!r}: unknown{nearest(str(name), NAMES)}")
+    _check_values(file, step, step.arguments, around)
 
 
 def _check_paths(file: Located, step: Step, around: Place = ()) -> None:
     for key in ("data", "val_data"):
         value = step.arguments.get(key)
-        if isinstance(value, str) and not _exists(value):
+        _one_value(file, step, key, around)
+        if value is not None and not _exists(str(value)):
             file.fail(
                 _place(file, key, value, around),
                 f"{key} {value}: no such file or folder here; correct it, or where only the cluster's nodes have it "
                 "say data_on: cluster",
             )
+
+
+def _one_value(file: Located, step: Step, key: str, around: Place = ()) -> None:
+    if isinstance(value := step.arguments.get(key), list):
+        file.fail(_place(file, key, around=around), f"{key} {value}: is one value; several go under matrix")
 
 
 def _exists(address: str) -> bool:
@@ -78,6 +104,10 @@ def _check_pretraining(file: Located, step: Step, cell: Cell) -> None:
     for key in ("run", "resume"):
         if key in given:
             file.fail(_place(file, key), f"{key} is the job's own: each firing and cell has a run folder of its name")
+    for key in ("backbone", "objective"):
+        _one_value(file, step, key)
+    if "help" in given:
+        file.fail(_place(file, "help"), "help: no such option of a job")
     try:
         names.resolve(str(given.get("backbone", config.Config.backbone)))
     except names.UnknownBackbone as error:
@@ -88,35 +118,48 @@ def _check_pretraining(file: Located, step: Step, cell: Cell) -> None:
         hint = nearest(objective, objectives.NAMES)
         file.fail(_place(file, "objective", objective), f"objective {objective!r} is not known{hint}")
 
-    message = _refusal(words(step.run, {k: v for k, v in given.items() if k not in ("data", "val_data")}))
+    _check_values(file, step, {k: v for k, v in given.items() if k not in ("data", "val_data")}, cell=cell.name)
+
+
+def _check_values(file: Located, step: Step, given: Mapping[str, Any], around: Place = (), *, cell: str = "") -> None:
+    """Let an entry point's own parser read a command; say what it says with the line it is about."""
+    message = _refusal(step.run, given)
     if message is None:
         return
-    match = re.search(r"--(?:no-)?([a-z][\w.-]*)", message)
-    key = named(match[1]) if match else "run"
-    in_cell = f" (in the cell {cell.name})" if cell.name and not _place(file, key) else ""
-    file.fail(_place(file, key, given.get(key)), message.removeprefix("--") + in_cell)
+    if match := re.match(r"--(?:no-)?([a-z][\w.-]*)", message):
+        key = named(match[1])
+    else:  # the parser names no option: the first one by which it is no longer content
+        keys = sorted(given, key=lambda key: key not in {"objective", *required(step.run)})
+        parts = ({k: given[k] for k in keys[: count + 1]} for count in range(len(keys)))
+        key = next((list(part)[-1] for part in parts if _refusal(step.run, part)), "")
+        message = f"{key} {given[key]}: {_NO_VALUE.format(entry_points()[step.run])}" if key else message
+    place = _place(file, key, given.get(key), around)
+    file.fail(place, message.removeprefix("--") + (f" (in the cell {cell})" if cell and not place else ""))
 
 
-def _refusal(argv: list[str]) -> str | None:
-    """What pretraining's parser has against a command line, in one sentence."""
-    said = io.StringIO()
+_NO_VALUE = "is no value for it; `python -m {} --help` says what is"
+
+
+def _refusal(run: str, given: Mapping[str, Any]) -> str | None:
+    """What an entry point's parser has against arguments, in one sentence."""
+    argv, said = words(run, given, "RUN", ["RUN"]), io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            config.parse(argv)
+            parse(run, argv)
     except UserError as error:
         return str(error)
     except SystemExit:
-        return _told(said.getvalue())
+        return _told(said.getvalue(), entry_points()[run])
     return None
 
 
-def _told(box: str) -> str:
+def _told(box: str, module: str) -> str:
     """The sentence in the box that tyro draws about a mistake."""
     lines = [line.strip("│ ╭╮╰╯─") for line in box.splitlines()]
     text = " ".join(line for line in lines if line)
     match = re.search(r"--([a-z][\w.-]*).*?from \['?(.*?)'?\]", text)
     if match:
-        return f"--{match[1]} {match[2]}: is no value for it; `python -m pipeline.pretrain --help` says what is"
+        return f"--{match[1]} {match[2]}: {_NO_VALUE.format(module)}"
     return re.split(r"Argument helptext|For full helptext", text)[0].strip() or "is refused by the command"
 
 

@@ -38,6 +38,20 @@ def options(run: str) -> dict[str, Any]:
     }
 
 
+def parse(run: str, argv: Sequence[str]) -> object:
+    """Read a command line as an entry point does.
+
+    Raises:
+        UserError, SystemExit: as it does, with what it prints.
+    """
+    if run in TRAINS:
+        return config.parse(argv)
+    import tyro
+
+    kind = getattr(_module(run), "Arguments", None)
+    return kind and tyro.cli(kind, args=list(argv), config=(tyro.conf.PositionalRequiredArgs,) if _bare(run) else ())
+
+
 def words(run: str, arguments: Mapping[str, Any], folder: str = "", folders: Sequence[str] = ()) -> list[str]:
     """Arguments by name as words of the command line, those first that the entry point takes without their names.
 
@@ -76,9 +90,18 @@ def _unnamed(run: str) -> set[str]:
     (mark,) = get_args(tyro.conf.Positional[str])[1:]
     hints = get_type_hints(getattr(module, "Arguments", object), include_extras=True)
     marked = {name for name, hint in hints.items() if mark in getattr(hint, "__metadata__", ())}
-    bare = any(sign in inspect.getsource(module) for sign in ("PositionalRequiredArgs", "from jobs.command import"))
-    required = {name for name, default in options(run).items() if default is dataclasses.MISSING}
-    return marked | required if bare else marked
+    return marked | required(run) if _bare(run) else marked
+
+
+def required(run: str) -> set[str]:
+    """The options that an entry point cannot do without."""
+    return {name for name, default in options(run).items() if default is dataclasses.MISSING}
+
+
+def _bare(run: str) -> bool:
+    """Whether an entry point takes the options that it requires without their names."""
+    source = inspect.getsource(_module(run))
+    return any(sign in source for sign in ("PositionalRequiredArgs", "from jobs.command import"))
 
 
 def _module(run: str) -> ModuleType:

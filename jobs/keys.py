@@ -33,17 +33,25 @@ def read_step(file: Located, place: Place, keys: Sequence[str] = ("run", "argume
     file.known(place, keys)
     run = file.at((*place, "run"))
     entries = entry_points()
-    if not isinstance(run, str):
+    if run is None:
         file.fail((*place, "run"), f"run is missing; there are {', '.join(entries)}")
-    if run not in entries:
-        file.fail((*place, "run"), f"run {run!r}: no such entry point{nearest(run, list(entries))}")
+    if not isinstance(run, str) or run not in entries:
+        file.fail((*place, "run"), f"run {run!r}: no such entry point{nearest(str(run), list(entries))}")
     arguments = file.at((*place, "arguments")) or {}
     if not isinstance(arguments, Mapping):
         file.fail((*place, "arguments"), "arguments must be a mapping of the command's options")
     flat: dict[str, Any] = {}
     for key, value in arguments.items():
+        here = (*place, "arguments", key)
+        if key.startswith("-"):
+            file.fail(here, f"{key}: write {key.lstrip('-')}, without the dashes of the command line")
         inner = {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {key: value}
-        flat |= {named(name): v for name, v in inner.items()}
+        for name, given in inner.items():
+            if named(name) in flat and here not in file.given:
+                file.fail(here, f"{key} is given twice, spelt in two ways; keep one")
+            if given in (None, ""):
+                file.fail(here, f"{name} has no value; give it one, or leave it out")
+            flat[named(name)] = given
     resources = read_resources(file, (*place, "resources"))
     if run in TRAINS and resources:
         if not 1 <= resources.cpus == int(resources.cpus):
@@ -154,13 +162,14 @@ def read_environment(file: Located) -> dict[str, str]:
             file.fail(("environment", key), f"environment {key!r}: is no name of a variable")
         if isinstance(value, Mapping | list) or value is None:
             file.fail(("environment", key), f"environment {key}: must be one value")
-    return {str(key): str(value) for key, value in environment.items()}
+    written = {True: "true", False: "false"}
+    return {str(key): written[v] if isinstance(v, bool) else str(v) for key, v in environment.items()}
 
 
 def read_secrets(file: Located) -> tuple[str, ...]:
     """Names of variables; their values live on the cluster."""
     secrets = file.at(("secrets",)) or []
-    if not isinstance(secrets, list) or not all(_VARIABLE.fullmatch(str(name)) for name in secrets):
+    if not isinstance(secrets, list) or not all(isinstance(s, str) and _VARIABLE.fullmatch(s) for s in secrets):
         file.fail(
             ("secrets",), "secrets must be a list of names of variables, as in [MLFLOW_TRACKING_TOKEN]; no values"
         )
@@ -218,6 +227,6 @@ def duration(file: Located, place: Place) -> float | None:
     if value is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", str(value))
-    if not match:
+    if not match or (not float(match[1]) and place == ("time_limit",)):
         file.fail(place, f"{place[-1]} {value!r}: must be a time such as 90s, 30m, 8h or 2d")
     return float(match[1]) * _SECONDS[match[2]]

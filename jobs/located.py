@@ -37,7 +37,7 @@ class Located:
         if value is None:
             return {}
         if not isinstance(value, Mapping):
-            self.fail(place, f"{place[-1] if place else 'the file'} must be a mapping of {', '.join(keys)}")
+            self.fail(place, f"{_last(place)} must be a mapping of {', '.join(keys)}, as in {keys[0]}: …")
         for key in value:
             if key not in keys:
                 self.fail((*place, key), f"unknown key {key!r}{nearest(str(key), keys)}")
@@ -72,29 +72,47 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(?:true|false)$"), list("tf"))
 
 
-def read(text: str, name: str) -> Located:
+def read(written: bytes, name: str) -> Located:
     """Parse YAML; `name` is what errors call it.
 
     Raises:
-        UserError: no YAML, or a key that is given twice.
+        UserError: no YAML, a key that is given twice or is no word, or a value that holds itself.
     """
-    loader = _Loader(text)
     lines: dict[Place, int] = {(): 1}
+    try:
+        text = written.decode("utf-8-sig")
+        loader = _Loader(text)
+    except UnicodeDecodeError as error:
+        line = written.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{name}:{line}: is no text in UTF-8; save it as that") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, int(error.position)) + 1
+        raise UserError(f"{name}:{line}: holds the character {chr(error.character)!r}; delete it") from None
     try:
         node = loader.get_single_node()
         value = loader.construct_document(node) if node else None
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        star = any(": *" in written for written in text.splitlines()[line - 1 : line])
-        quote = "; put what begins with * in quotes" if star else ""
-        raise UserError(f"{name}:{line}: is not YAML: {error.problem or error.context}{quote}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{name}: is not YAML: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{name}:{_refusal(error, text)}") from None
     finally:
         loader.dispose()
     if node:
         _locate(node, (), lines, name)
     return Located(name, value, lines)
+
+
+def _refusal(error: yaml.MarkedYAMLError, text: str) -> str:
+    """The line that YAML's parser stopped at, what it has against it, where that began, and the way out."""
+    line = error.problem_mark.line + 1 if error.problem_mark else 1
+    said = ", ".join(filter(None, (error.context, error.problem)))
+    began = error.context_mark.line + 1 if error.context_mark else line
+    shown = "".join(text.splitlines()[line - 1 : line])
+    if "'\\t'" in said:
+        way = "; indent with spaces, and put one after a colon"
+    elif ": *" in shown:
+        way = "; put what begins with * in quotes"
+    else:
+        way = f"; it began in line {began}" if began != line else ""
+    return f"{line}: is not YAML: {said}{way}"
 
 
 def plain(text: str) -> Any:
@@ -105,16 +123,31 @@ def plain(text: str) -> Any:
         return text
 
 
-def _locate(node: yaml.Node, place: Place, lines: dict[Place, int], name: str) -> None:
+def _locate(
+    node: yaml.Node, place: Place, lines: dict[Place, int], name: str, around: tuple[yaml.Node, ...] = ()
+) -> None:
+    if node in around:
+        line = node.start_mark.line + 1
+        raise UserError(f"{name}:{line}: {_last(place)} holds itself, by the alias of what it stands in; write it out")
+    around = (*around, node)
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            inner = (*place, key.value)
+            inner, line = (*place, key.value), key.start_mark.line + 1
+            if key.tag.rsplit(":", 1)[1] not in ("str", "merge"):
+                raise UserError(f"{name}:{line}: the key {key.value or '~'} is no word; keys are, as in run: pretrain")
             if inner in lines and key.value != "<<":
-                where = f"in lines {lines[inner]} and {key.start_mark.line + 1}"
-                raise UserError(f"{name}:{key.start_mark.line + 1}: {key.value} is given twice, {where}; keep one")
-            lines[inner] = key.start_mark.line + 1
-            _locate(value, inner, lines, name)
+                where = f"in lines {lines[inner]} and {line}"
+                raise UserError(f"{name}:{line}: {key.value} is given twice, {where}; keep one")
+            lines[inner] = line
+            _locate(value, inner, lines, name, around)
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
             lines[(*place, i)] = value.start_mark.line + 1
-            _locate(value, (*place, i), lines, name)
+            _locate(value, (*place, i), lines, name, around)
+
+
+def _last(place: Place) -> str:
+    """What a place is called: its key, of a list's entry its number too."""
+    if not place:
+        return "the file"
+    return f"entry {place[-1] + 1} of {_last(place[:-1])}" if isinstance(place[-1], int) else place[-1]

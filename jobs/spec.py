@@ -74,7 +74,7 @@ def load(job: str | Path, settings: Sequence[str] = (), *, on_cluster: bool = Fa
     path = find(str(job))
     if not _NAME.fullmatch(path.stem):
         raise UserError(f"{path}: a job is named by its file: up to 40 small letters, digits and hyphens, then .yaml")
-    file = located.read(path.read_text(encoding="utf-8"), str(path))
+    file = located.read(path.read_bytes(), str(path))
     file.known((), KEYS)
     file = _with(file, settings)
     secretless(file)

@@ -123,6 +123,60 @@ def test_a_mistake_is_named_by_file_line_and_way_out(job, right, wrong, line, sa
     assert "\n" not in str(caught.value)
 
 
+PLAIN = "run: pretrain\narguments:\n  data: embedded\n"
+AFTER = f"{PLAIN}after:\n  - run: evaluate\n    arguments:\n      run: "
+FILES = [
+    ("", 1, "run is missing; there are .*pretrain"),
+    ("hello", 1, "the file must be a mapping of run, .*, as in run: …"),
+    ("run:pretrain", 1, "the file must be a mapping of run, "),
+    (b"\x89PNG\r\n\x1a\n\xff", 1, "is no text in UTF-8; save it as that"),
+    ("run: pretrain\n# f\xfcr\n".encode("latin1"), 2, "is no text in UTF-8"),
+    (f"{PLAIN}notify: {{command: 'a\0b'}}\n", 4, r"holds the character '\\x00'; delete it"),
+    ("run: pretrain\narguments:\n\tdata: embedded\n", 3, "is not YAML: .*; indent with spaces, and put one"),
+    ('run: pretrain\narguments:\n  data: "x\n', 4, "is not YAML: .* unexpected end of stream; it began in line 3"),
+    (f"{PLAIN}---\n{PLAIN}", 4, "is not YAML: expected a single document in the stream, but found another"),
+    ("run: pretrain\narguments: &all\n  data: *all\n", 2, "data holds itself, .*; write it out"),
+    (f"{PLAIN}after: &all [*all]\n", 4, "entry 1 of after holds itself"),
+    ("run: !!python/object/apply:os.system [id]", 1, "is not YAML: could not determine a constructor"),
+    (f"{PLAIN}  3: 4\n", 4, "the key 3 is no word; keys are, as in run: pretrain"),
+    (f"{PLAIN}  --epochs: 4\n", 4, "--epochs: write epochs, without the dashes of the command line"),
+    (f"{PLAIN}  lr: 1\n  batch-size: 8\n  batch_size: 16\n", 6, "batch_size is given twice, spelt in two ways"),
+    ("run: [pretrain]", 1, r"run \['pretrain'\]: no such entry point; did you mean pretrain"),
+    ("run: pretrain\narguments:\n  data:\n", 3, "data has no value; give it one, or leave it out"),
+    ("run: pretrain\narguments: {data:photos}\n", 2, "data:photos has no value"),
+    ("run: pretrain\narguments:\n  data: [a, b]\n", 3, r"data \['a', 'b'\]: is one value; several go under matrix"),
+    ("run: pretrain\narguments:\n  data: 5\n", 3, "data 5: no such file or folder here"),
+    (f"{PLAIN}  objective: [dino, mae]\n", 4, r"objective \['dino', 'mae'\]: is one value; several go under matrix"),
+    (f"{PLAIN}  seed: 1\n  compile: maybe\n", 5, "compile maybe: is no value for it; `python -m pipeline.pretrain"),
+    (f"{PLAIN}  epochs: [1, 2]\n", 4, r"epochs \[1, 2\]: is no value for it"),
+    (f"{PLAIN}  help: true\n", 4, "help: no such option"),
+    (f"{PLAIN}secrets: [~]\n", 4, "secrets must be a list of names"),
+    (f"{PLAIN}time_limit: 0s\n", 4, "time_limit '0s': must be a time such as"),
+    (f"{PLAIN}schedule: {{cron: \u0661 1 * * *, time_zone: UTC}}\n", 4, "cron line .* minute .* is none of"),
+    ("run: pack\narguments:\n  data: embedded\n  resize: big\n", 4, "resize big: is no value for it; `python -m pi"),
+    ("run: compare\narguments:\n  runs: '{runs}'\n", 3, r"runs \{runs\}: .* for what comes after; here "),
+    (f"{PLAIN}after: [evaluate]\n", 4, "entry 1 of after must be a mapping of run, arguments, resources"),
+    (f"{AFTER}'{{runn}}'\n", 7, r"run \{runn\}: nothing is called \{runn\}; there are \{run\} and \{runs\}"),
+    (f"{AFTER}'x/{{runs}}'\n", 7, r"run x/\{runs\}: \{runs\} are several words, and stand alone"),
+    (f"{AFTER}'{{run}}'\n      limit: many\n", 8, "limit many: is no value for it; `python -m pipeline.evaluate"),
+    (f"{AFTER}'{{run}}'\n      limit: [1, 2]\n", 8, r"limit \[1, 2\]: is no value for it"),
+    (f"{AFTER}'{{run}}'\n      protocols: [knn, linaer]\n", 8, "protocol 'linaer': unknown; did you mean linear"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "line", "said"), FILES, ids=range(len(FILES)))
+def test_whatever_a_file_holds_its_mistake_is_one_sentence(tmp_path, monkeypatch, text, line, said):
+    monkeypatch.chdir(tmp_path)
+    Path("night.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=rf"^night\.yaml:{line}: {said}") as caught:
+        spec.load("night.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_variable_is_written_as_it_is_in_the_file(job):
+    assert job(PLAIN + "environment: {A: true, B: 'no', C: 0.5}\n").environment == {"A": "true", "B": "no", "C": "0.5"}
+
+
 def test_data_of_the_cluster_is_looked_for_on_the_cluster(job):
     text = GOOD.replace("data: embedded\n", "data: /nowhere/photos\n") + "data_on: cluster\n"
     assert job(text).of(job(text).cells[0]).arguments["data"] == "/nowhere/photos"
