@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
@@ -17,8 +16,8 @@ from job_toys import ROOT, TINY, photographs, python
 
 from jobs import run as jobs_run
 from jobs import spec
-from jobs.cluster import STOPPING, Submitted
-from jobs.job import Cell, Job, Notify, Retry, Step
+from jobs.cluster import Submitted
+from jobs.job import Notify
 from objectives.views import VitalSign
 from pipeline.training.health import Health, Intervention, Unwell
 from tests.s3 import s3
@@ -86,52 +85,6 @@ notify: {{webhook: $HOOK, command: 'echo "$JOB_EVENT $JOB_CELL" >> told'}}
     again = python(*words, "1", cwd=tmp_path, timeout=280, HOOK=heard[0])
     assert again.returncode == 0
     assert "$ python" not in again.stdout, "neither what was done nor what came after it is run again"
-
-
-ONCE = Retry()
-
-
-def outcome_of(program: str, retry: Retry = ONCE, limit: float | None = None) -> jobs_run.Outcome:
-    step, cells = Step("pretrain", {}), (Cell("", {}),)
-    job = Job("j", Path("j.yaml"), step, cells, None, None, {}, (), limit, retry, (), Notify())
-    return jobs_run.attempt(["-c", program], job, lambda line: None)
-
-
-def test_a_failure_is_tried_again_and_a_users_mistake_is_not(tmp_path):
-    log = tmp_path / "log"
-    count = f"open({str(log)!r}, 'a').write('x'); n = len(open({str(log)!r}).read()); import sys; "
-    assert outcome_of(count + "sys.exit(0 if n == 3 else 1)", Retry(2)).status == 0
-    assert log.read_text() == "xxx"
-    log.write_text("")
-    assert outcome_of(count + "sys.exit(2)", Retry(5)).status == 2
-    assert log.read_text() == "x"
-    log.write_text("")
-    assert outcome_of(count + "print('why'); sys.exit(7)", Retry(1)).last == "why"
-    assert log.read_text() == "xx"
-
-
-def test_a_time_limit_asks_first_and_kills_then(monkeypatch):
-    monkeypatch.setattr(jobs_run, "GRACE", 1.0)
-    orderly = outcome_of(
-        "import signal, time; signal.signal(15, lambda *_: exit(143)); print('up', flush=True); time.sleep(60)", limit=3
-    )
-    assert (orderly.status, orderly.why) == (143, "time limit")
-    deaf = outcome_of("import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)", Retry(3), limit=3)
-    assert (deaf.status, deaf.why) == (137, "time limit")
-    assert deaf.seconds < 30
-    assert "SIGKILL" in deaf.last
-
-
-def test_a_command_has_the_time_that_a_stop_promises():
-    assert STOPPING - 20 < jobs_run.GRACE < STOPPING - jobs_run.LINGER
-
-
-def test_what_a_command_leaves_running_does_not_hold_the_job_up():
-    sleeper = "[sys.executable, '-c', 'import time; time.sleep(300)']"
-    program = f"import subprocess, sys; subprocess.Popen({sleeper}); print('done')"
-    started = time.monotonic()
-    assert outcome_of(program).status == 0
-    assert time.monotonic() - started < 60
 
 
 def test_a_failure_is_told_with_its_reason_and_a_missing_secret_is_refused(tmp_path, heard):
