@@ -354,11 +354,13 @@ def slurm(job: Job, arguments: Arguments) -> str:
             f"{job.path}: its cells ask for different numbers of workers, and all tasks of a SLURM array get as many "
             "nodes; render it once for each, with --set workers=…"
         )
+    cpus = math.ceil(takes.cpus) or 1
     options = [
         f"job-name=ssl-{job.name}",
         f"nodes={fewest}" if fewest == most else f"nodes={fewest}-{most}",
         "ntasks-per-node=1",
-        f"cpus-per-task={math.ceil(takes.cpus) or 1}",
+        f"cpus-per-task={cpus}",
+        "exclusive",
     ]
     options += [f"gpus-per-node={math.ceil(takes.gpus)}"] if takes.gpus else []
     options += [f"mem={math.ceil(takes.memory / (1 << 20))}M"] if takes.memory else []
@@ -377,14 +379,18 @@ def slurm(job: Job, arguments: Arguments) -> str:
         + "".join(f"#SBATCH --{option}\n" for option in options)
         + head(job)
         + ("# By its schedule: scrontab, with the cron line above.\n" if job.timetable else "")
+        + "# Exclusive: symmetric-run begins no second Ray on a machine, and ends all that is there (`ray stop`).\n"
         + f"""set -euo pipefail
 cd {shlex.quote(arguments.folder)}
 {plain}{needed}CELLS=({cells})
 PORT=$(({PLAIN_PORT} + ${{SLURM_JOB_ID:-0}} % 1000))
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export RAY_USAGE_STATS_ENABLED=0
-exec srun --export=ALL .venv/bin/ray symmetric-run --address "$HEAD:$PORT" --min-nodes {fewest} -- \\
-    .venv/bin/python {" ".join(words)}
+export PATH="$PWD/.venv/bin:$PATH" RAY_USAGE_STATS_ENABLED=0 RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600
+BEGAN=$(mktemp -u)
+srun --export=ALL ray symmetric-run --address "$HEAD:$PORT" --min-nodes "$SLURM_JOB_NUM_NODES" --num-cpus {cpus} -- \\
+    bash -c 'touch "$0"; exec "$@"' "$BEGAN" python {" ".join(words)}
+# symmetric-run ends with 0 where Ray does not start.
+rm "$BEGAN" 2>/dev/null || {{ echo "nothing ran: Ray did not start, for the reason above" >&2; exit 1; }}
 """
     )
 

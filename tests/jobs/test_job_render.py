@@ -48,6 +48,11 @@ time_limit: 8h
 after:
   - {run: evaluate, arguments: {run: "{run}"}}
 """
+SLURM = """
+srun() { shift; "$@"; }; scontrol() { echo here; }
+ray() { while [ "$1" != -- ]; do shift; done; shift; "$@"; }
+SLURM_JOB_NODELIST=x SLURM_JOB_NUM_NODES=2
+"""
 TARGETS = ("cron", "systemd", "kubernetes", "raycronjob", "slurm")
 
 
@@ -78,7 +83,7 @@ def test_an_elastic_job_asks_for_as_many_machines_as_there_are(job):
     elastic = job(JOB.replace("workers: 2", "workers: 2..4"))
     script = rendered(elastic, "slurm")
     assert "#SBATCH --nodes=2-4\n" in script
-    assert "--min-nodes 2 " in script
+    assert '--min-nodes "$SLURM_JOB_NUM_NODES" ' in script, "symmetric-run waits for just so many"
     first = next(iter(yaml.safe_load_all(rendered(elastic, "raycronjob", volume="photos"))))
     workers = first["spec"]["jobTemplate"]["rayClusterSpec"]["workerGroupSpecs"][0]
     assert (workers["minReplicas"], workers["replicas"], workers["maxReplicas"]) == (2, 4, 4)
@@ -192,22 +197,18 @@ def test_shell_scripts_parse_and_every_word_arrives_as_it_is(job, tmp_path):
         for i, setting in enumerate(settings):
             folder = tmp_path / f"{to} {i} $(x)"
             (folder / ".venv" / "bin").mkdir(parents=True)
-            for name in ("python", "ray"):
-                recorder = folder / ".venv" / "bin" / name
-                recorder.write_text(
-                    f"#!{sys.executable}\nimport json, sys\njson.dump(sys.argv[1:], open('got.json', 'w'))\n"
-                )
-                recorder.chmod(0o755)
+            recorder = folder / ".venv" / "bin" / "python"
+            recorder.write_text(
+                f"#!{sys.executable}\nimport json, sys\njson.dump(sys.argv[1:], open('got.json', 'w'))\n"
+            )
+            recorder.chmod(0o755)
             text = rendered(job(JOB.replace("MLFLOW_TRACKING_TOKEN", "HOME"), setting), to, folder=str(folder))
             if to == "cron":
                 line = text.splitlines()[-1].split(" ", 5)[5]
                 script = re.sub(r"\\%", "%", line)
                 assert not re.search(r"(?<!\\)%", line)
             else:
-                script = (
-                    'srun() { shift; "$@"; }; scontrol() { echo here; }; exec() { "$@"; }; SLURM_JOB_NODELIST=x\n'
-                    + text
-                )
+                script = SLURM + text
                 assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
             done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=30)
             assert done.returncode == 0, done.stderr
@@ -230,15 +231,21 @@ def test_variables_arrive_as_they_are(job, tmp_path):
         got = {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
         assert {name: got[name].replace("$$", "$") for name in values} == values
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    recorder = tmp_path / ".venv" / "bin" / "ray"
+    recorder = tmp_path / ".venv" / "bin" / "python"
     recorder.write_text(f"#!{sys.executable}\nimport json, os\njson.dump(dict(os.environ), open('got.json', 'w'))\n")
     recorder.chmod(0o755)
-    stand_ins = 'srun() { shift; "$@"; }; scontrol() { echo here; }; exec() { "$@"; }; SLURM_JOB_NODELIST=x\n'
-    script = stand_ins + rendered(night, "slurm", folder=str(tmp_path))
+    script = SLURM + rendered(night, "slurm", folder=str(tmp_path))
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
     got = json.loads((tmp_path / "got.json").read_text())
     assert {name: got[name] for name in values} == values
+
+
+def test_a_ray_that_does_not_start_fails_the_script_though_symmetric_run_says_nothing(job, tmp_path):
+    text = rendered(job(JOB.replace("MLFLOW_TRACKING_TOKEN", "HOME")), "slurm", folder=str(tmp_path))
+    script = f"{SLURM}ray() {{ echo Failed to start Ray; }}\n{text}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (1, "nothing ran: Ray did not start, for the reason above\n")
 
 
 def test_kubernetes_and_systemd_words_arrive_as_they_are(job):
