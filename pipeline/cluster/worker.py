@@ -42,8 +42,8 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     heart = Heart(hub, rank, world, RunFolder(job.run))
     driver, facts = settings["driver"], settings["facts"]
     try:
-        val = fetch(job.val, driver, facts[1]) if job.val and rank == 0 else None
-        job = dataclasses.replace(job, train=fetch(job.train, driver, facts[0]), val=val)
+        val = fetch(job.val, driver, facts[1], hub.say.remote) if job.val and rank == 0 else None
+        job = dataclasses.replace(job, train=fetch(job.train, driver, facts[0], hub.say.remote), val=val)
     except UserError as error:
         ray.get(hub.give_up.remote(str(error)))  # the driver ends the run: the other workers wait below
         raise

@@ -123,9 +123,18 @@ def test_a_job_trains_on_nodes_that_share_no_disk_for_the_data(cluster, tmp_path
     assert "raw pixels" in done.stdout
     summary = json.loads((run / "summary.json").read_text())
     assert summary["images_seen"] == 8 * len(losses(run))
-    brought = [path.read_bytes() for path in cluster.other_cache.glob("*.beton")]
     (kept,) = cluster.cache.rglob("train.beton")
-    assert kept.read_bytes() in brought  # beside the validation set, where rank 0 is on that node
+    copies = list(cluster.other_cache.glob("*.beton"))  # of the validation set, too, where rank 0 is on that node
+    assert kept.read_bytes() in [path.read_bytes() for path in copies]
+
+    for path in copies:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    again = submit(cluster, *data, *SMALL, "--epochs", "1", "--run", f"{run}-again")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "is not as it was brought; it is brought anew" in again.stdout
+    assert kept.read_bytes() in [path.read_bytes() for path in copies]
 
 
 def test_a_job_that_is_stopped_saves_and_goes_on(cluster, tmp_path):
