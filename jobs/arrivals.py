@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.firing import FIRING
-from pipeline import config
+from pipeline import asked
 from pipeline.command import guarded
 from pipeline.config import Config
 from pipeline.errors import UserError
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
 
     def command() -> int:
-        configuration = config.parse(argv, "python -m jobs.arrivals")
+        configuration = asked.parse(argv, "python -m jobs.arrivals")
         from pipeline.training.launch import launch  # torch comes with it
 
         prepared = prepare(configuration)

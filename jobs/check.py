@@ -3,8 +3,6 @@
 Pretraining's own parser reads the command of every cell, so that what it would say on the cluster is said here.
 """
 
-import contextlib
-import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +13,9 @@ from backbones import names
 from jobs.entry_points import TRAINS, entry_points, options, parse, required, words
 from jobs.job import Cell, Job, Step
 from jobs.keys import named
-from jobs.located import Located, Place, nearest
+from jobs.located import Located, Place
 from pipeline import config, recipes
+from pipeline.arguments import nearest
 from pipeline.errors import UserError
 from pipeline.evaluation import NAMES
 
@@ -137,30 +136,16 @@ def _check_values(file: Located, step: Step, given: Mapping[str, Any], around: P
     file.fail(place, message.removeprefix("--") + (f" (in the cell {cell})" if cell and not place else ""))
 
 
-_NO_VALUE = "is no value for it; `python -m {} --help` says what is"
+_NO_VALUE = "is no value for it; python -m {} --help says what there is"
 
 
 def _refusal(run: str, given: Mapping[str, Any]) -> str | None:
     """What an entry point's parser has against arguments, in one sentence."""
-    argv, said = words(run, given, "RUN", ["RUN"]), io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            parse(run, argv)
+        parse(run, words(run, given, "RUN", ["RUN"]))
     except UserError as error:
         return str(error)
-    except SystemExit:
-        return _told(said.getvalue(), entry_points()[run])
     return None
-
-
-def _told(box: str, module: str) -> str:
-    """The sentence in the box that tyro draws about a mistake."""
-    lines = [line.strip("│ ╭╮╰╯─") for line in box.splitlines()]
-    text = " ".join(line for line in lines if line)
-    match = re.search(r"--([a-z][\w.-]*).*?from \['?(.*?)'?\]", text)
-    if match:
-        return f"--{match[1]} {match[2]}: {_NO_VALUE.format(module)}"
-    return re.split(r"Argument helptext|For full helptext", text)[0].strip() or "is refused by the command"
 
 
 def _place(file: Located, key: str, value: Any = None, around: Place = ()) -> Place:

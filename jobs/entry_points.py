@@ -5,7 +5,6 @@ Entry points are found in the sources; one is imported when its options are aske
 
 import dataclasses
 import importlib
-import inspect
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -13,7 +12,8 @@ from types import ModuleType
 from typing import Any, get_args, get_type_hints
 
 import pipeline
-from pipeline import config
+from pipeline import asked, config
+from pipeline.arguments import read
 
 OWN = {"arrivals": "jobs.arrivals", "search": "jobs.search", "watch": "jobs.watch"}
 TRAINS = ("pretrain", "arrivals")
@@ -42,14 +42,12 @@ def parse(run: str, argv: Sequence[str]) -> object:
     """Read a command line as an entry point does.
 
     Raises:
-        UserError, SystemExit: as it does, with what it prints.
+        UserError: it refuses that.
     """
     if run in TRAINS:
-        return config.parse(argv)
-    import tyro
-
+        return asked.parse(argv)
     kind = getattr(_module(run), "Arguments", None)
-    return kind and tyro.cli(kind, args=list(argv), config=(tyro.conf.PositionalRequiredArgs,) if _bare(run) else ())
+    return kind and read(kind, argv, f"python -m {entry_points()[run]}")
 
 
 def words(run: str, arguments: Mapping[str, Any], folder: str = "", folders: Sequence[str] = ()) -> list[str]:
@@ -81,27 +79,19 @@ def words(run: str, arguments: Mapping[str, Any], folder: str = "", folders: Seq
 
 
 def _unnamed(run: str) -> set[str]:
-    """The options that an entry point takes without their names: those it marks so, and in most those it requires."""
+    """The options that an entry point takes without their names."""
     if run in TRAINS:
         return set()
-    import tyro
+    from tyro.conf import Positional
 
-    module = _module(run)
-    (mark,) = get_args(tyro.conf.Positional[str])[1:]
-    hints = get_type_hints(getattr(module, "Arguments", object), include_extras=True)
-    marked = {name for name, hint in hints.items() if mark in getattr(hint, "__metadata__", ())}
-    return marked | required(run) if _bare(run) else marked
+    (mark,) = get_args(Positional[str])[1:]
+    hints = get_type_hints(getattr(_module(run), "Arguments", object), include_extras=True)
+    return {name for name, hint in hints.items() if mark in getattr(hint, "__metadata__", ())}
 
 
 def required(run: str) -> set[str]:
     """The options that an entry point cannot do without."""
     return {name for name, default in options(run).items() if default is dataclasses.MISSING}
-
-
-def _bare(run: str) -> bool:
-    """Whether an entry point takes the options that it requires without their names."""
-    source = inspect.getsource(_module(run))
-    return any(sign in source for sign in ("PositionalRequiredArgs", "from jobs.command import"))
 
 
 def _module(run: str) -> ModuleType:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from jobs.entry_points import entry_points, words
-from jobs.located import nearest
 from jobs.schedule import Schedule
 from pipeline import config
+from pipeline.arguments import nearest
 from pipeline.errors import UserError
 
 Overlap = Literal["skip", "wait", "stop", "allow"]

@@ -12,9 +12,10 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
 from jobs.entry_points import TRAINS, entry_points
 from jobs.job import Cell, Event, Missed, Notify, Overlap, Resources, Retry, Step, Timetable, cell_name
-from jobs.located import Located, Place, nearest
+from jobs.located import Located, Place
 from jobs.schedule import Schedule, parse
 from pipeline import config
+from pipeline.arguments import nearest
 from pipeline.errors import UserError
 
 MOST_CELLS = 100

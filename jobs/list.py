@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from jobs.cluster import Client, Submitted
-from jobs.command import command
+from pipeline.command import command
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """YAML whose every value knows its line, so that a mistake can be named by file and line."""
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +7,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from pipeline.arguments import nearest
 from pipeline.errors import UserError
 
 Place = tuple[str | int, ...]
@@ -52,12 +52,6 @@ class Located:
                 return None
             value = value[key]
         return value
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """ "; did you mean …?" or "; there are …"."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
 
 
 class _Loader(yaml.SafeLoader):

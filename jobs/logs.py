@@ -5,15 +5,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tyro.conf import Positional
+
 from jobs.cluster import Client, select
-from jobs.command import command
+from pipeline.command import command
 
 
 @dataclass(frozen=True)
 class Arguments:
     """Show the logs of a job's newest firing, or of one submission."""
 
-    job: str
+    job: Positional[str]
     """A job, or the id of a submission as `python -m jobs.list` shows it."""
     firing: str | None = None
     """Another firing than the newest."""

@@ -20,12 +20,13 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 import yaml
+from tyro.conf import Positional
 
 from jobs import spec
-from jobs.command import command
 from jobs.entry_points import TRAINS
 from jobs.job import Cell, Job, Timetable, cell_name
 from jobs.schedule import DAYS
+from pipeline.command import command
 from pipeline.errors import UserError
 
 PLAIN_PORT = 6379
@@ -35,7 +36,7 @@ PLAIN_PORT = 6379
 class Arguments:
     """Write a job as a file for another scheduler."""
 
-    job: str
+    job: Positional[str]
     """A job file, or the name of one in jobs/."""
     to: Literal["cron", "systemd", "kubernetes", "raycronjob", "slurm"] | None = None
     """What reads it; has to be given."""

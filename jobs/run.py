@@ -23,16 +23,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
+from tyro.conf import Positional
 
 from jobs import notify, spec
 from jobs.attempt import Outcome, attempt
 from jobs.cluster import Client
-from jobs.command import command
 from jobs.entry_points import TRAINS
 from jobs.firing import which_firing
 from jobs.job import Cell, Event, Job
 from jobs.submit import submit_step
 from pipeline import cluster
+from pipeline.command import command
 from pipeline.errors import UserError
 from pipeline.tracking import TAGS_VARIABLE
 
@@ -49,7 +50,7 @@ ALARMS = {
 class Arguments:
     """Run one cell of a job's firing here; `python -m jobs.submit` has a cluster do this."""
 
-    job: str
+    job: Positional[str]
     """A job file, or the name of one in jobs/."""
     firing: str | None = None
     """Which firing: "scheduled" for the newest of its schedule, or one as in 20261124T013000Z; left open: now."""

@@ -27,10 +27,10 @@ from typing import Protocol
 
 from jobs import notify, spec
 from jobs.cluster import Client
-from jobs.command import command
 from jobs.firing import firing_name
 from jobs.job import Job
 from jobs.submit import submit
+from pipeline.command import command
 from pipeline.errors import UserError
 from pipeline.redaction import redact
 

@@ -18,8 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jobs.command import command
+from tyro.conf import Positional
+
 from pipeline import tracking
+from pipeline.command import command
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 class Arguments:
     """Search hyper-parameters of pretraining, ranking runs by RankMe (no labels needed) or by k-NN accuracy."""
 
-    space: tuple[str, ...]
+    space: Positional[tuple[str, ...]]
     """name=low..high (drawn evenly, on a logarithmic scale from a tenfold range on) or name=a,b,c, for any option of
     pretraining."""
     settings: tuple[str, ...] = ()
@@ -47,6 +49,7 @@ class Arguments:
     gpus: float = 0
     """GPUs of a trial."""
     seed: int = 0
+    """Of all that is drawn at random."""
     storage: str | None = None
     """Where trials and the result go; left open: runs/, or in a cluster job ~/ssl-runs."""
     run: str | None = None
@@ -64,12 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(space, shared)
         from jobs import cluster
         from jobs.run import default_storage
-        from pipeline import config
+        from pipeline import asked
         from pipeline.training.launch import data_name
 
         folder = arguments.run or f"{(arguments.storage or default_storage()).rstrip('/')}/search"
         folder = folder if "://" in folder else str(Path(folder).absolute())
-        uri, data = tracking.store_of(folder), data_name(config.parse([*shared, "--engine", "local"]))
+        uri, data = tracking.store_of(folder), data_name(asked.parse([*shared, "--engine", "local"]))
         search = tracking.start_run(
             uri, experiment=data, name=Path(folder).name, tags={"kind": "search", "data": data, "run_folder": folder},
             params=dataclasses.asdict(arguments), dataset=None, config_path=None, run=folder,
@@ -136,21 +139,21 @@ def whole(setting: str) -> str:
 
 def check(space: dict[str, Axis], shared: list[str]) -> None:
     """Have pretraining's own parser read the ends of every axis, so that no trial fails over a word."""
-    from pipeline import config
+    from pipeline import asked
 
     for name, drawn in space.items():
         for value in drawn[1] if drawn[0] == "of" else drawn[1:]:
-            config.parse([*shared, *words(f"{name}={value}"), "--engine", "local"])
+            asked.parse([*shared, *words(f"{name}={value}"), "--engine", "local"])
 
 
 def trial(drawn: dict[str, Any], fixed: dict[str, Any], report: Callable[[dict[str, float]], None], name: str) -> None:
     """One run: trained rung by rung, measured at each."""
-    from pipeline import config
+    from pipeline import asked
 
     os.environ[tracking.TAGS_VARIABLE] = fixed["tags"]
     options = [word for key, value in drawn.items() for word in words(f"{key}={value}")]
     argv = [*fixed["shared"], *options, "--engine", "local", "--run", f"{fixed['folder']}/{name}", "--knn-every", "0"]
-    values = rungs(config.parse(argv), fixed["rungs"], fixed["metric"], fixed["uri"], argv)
+    values = rungs(asked.parse(argv), fixed["rungs"], fixed["metric"], fixed["uri"], argv)
     for rung, value in enumerate(values, start=1):
         report({"value": value, "rung": rung})
 

@@ -35,7 +35,8 @@ from pathlib import Path
 from jobs import keys, located
 from jobs.check import check
 from jobs.job import Job
-from jobs.located import Located, Place, nearest
+from jobs.located import Located, Place
+from pipeline.arguments import nearest
 from pipeline.errors import UserError
 from pipeline.redaction import SECRET_NAME, redact
 

@@ -4,15 +4,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tyro.conf import Positional
+
 from jobs.cluster import STOPPING, Client, select
-from jobs.command import command
+from pipeline.command import command
 
 
 @dataclass(frozen=True)
 class Arguments:
     """Stop a job's newest firing, or one submission. A run leaves a checkpoint, which `submit --again` continues."""
 
-    job: str
+    job: Positional[str]
     """A job, or the id of a submission as `python -m jobs.list` shows it."""
     firing: str | None = None
     """Another firing than the newest."""

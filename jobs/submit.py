@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from tyro.conf import Positional
+
 from jobs import spec
 from jobs.cluster import ENDED, FAILED, Client, Submitted, environment
-from jobs.command import command
 from jobs.entry_points import TRAINS
 from jobs.firing import which_firing
 from jobs.job import Cell, Job, Resources
+from pipeline.command import command
 from pipeline.errors import UserError
 
 
@@ -25,7 +27,7 @@ from pipeline.errors import UserError
 class Arguments:
     """Submit one firing of a job to a Ray cluster. The same firing never runs twice."""
 
-    job: str
+    job: Positional[str]
     """A job file, or the name of one in jobs/."""
     firing: str | None = None
     """Which firing: "scheduled" for the newest of its schedule, or one as in 20261124T013000Z; left open: now."""

@@ -21,8 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tyro.conf import Positional
+
 from jobs.cluster import NoneFree, on_a_spare_worker, step_aside
-from jobs.command import command
+from pipeline.command import command
 from pipeline.errors import UserError
 from pipeline.evaluation import NAMES
 
@@ -37,7 +39,7 @@ TRIES = 3
 class Arguments:
     """Evaluate every new checkpoint on spare workers, until the run has ended."""
 
-    run: str
+    run: Positional[str]
     """A run folder, or a folder of runs, which is watched until stopped."""
     data: str | None = None
     """Labelled images to learn from; left open: the run's own."""

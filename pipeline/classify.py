@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-from pipeline.command import guarded
+from tyro.conf import Positional
+
+from pipeline.command import command
 from pipeline.errors import UserError
 
 
@@ -16,9 +17,9 @@ from pipeline.errors import UserError
 class Arguments:
     """Name every image by a classifier that `pipeline.evaluate` left in its run's folder `classifiers/`."""
 
-    classifier: str
+    classifier: Positional[str]
     """The .safetensors file."""
-    data: str
+    data: Positional[str]
     """The images: any source that pretraining takes; labels are not needed."""
     output: str = "classes.csv"
     """A CSV of every image, its class, and the probability that the classifier gives it."""
@@ -65,22 +66,7 @@ def classify(arguments: Arguments) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, or 1 failed, 2 a user's mistake, 130 Ctrl-C."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-
-    def command() -> int:
-        import tyro
-
-        classify(
-            tyro.cli(
-                Annotated[Arguments, tyro.conf.arg(name="")],
-                args=argv,
-                prog="python -m pipeline.classify",
-                config=(tyro.conf.PositionalRequiredArgs,),
-            )
-        )
-        return 0
-
-    return guarded(command, debug="--debug" in argv)
+    return command(Arguments, "pipeline.classify", classify, argv)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,23 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+from pipeline.arguments import read
 from pipeline.errors import UserError
 from pipeline.redaction import redact
 
 STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+def command(kind: Any, name: str, function: Callable[[Any], int | None], argv: Sequence[str] | None) -> int:
+    """Read a command line (None: this process's) into a dataclass, and call a function with it.
+
+    Returns the exit status: what the function returns, 0 for None, else as of `guarded`.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: function(read(kind, words, f"python -m {name}")) or 0, debug="--debug" in words)
 
 
 def guarded(command: Callable[[], int], *, debug: bool = False) -> int:

@@ -10,10 +10,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from tyro.conf import Positional
 
+from pipeline.arguments import read
 from pipeline.command import guarded, refuse_workers
 from pipeline.errors import UserError
 from pipeline.evaluation import BY_TABLE, COMPARED, NAMES
@@ -32,6 +33,7 @@ class Arguments:
     """Instead of runs, or beside them: backbones to train with every one of --objectives on --data, or none of them
     where --protocols is scratch alone."""
     objectives: tuple[str, ...] = ()
+    """By which they are trained."""
     pretrain: str = ""
     """Further options of pipeline.pretrain for all of them, in quotes: "--epochs 50 --image-size 96"."""
     storage: str = "runs"
@@ -51,6 +53,7 @@ class Arguments:
     epochs: int | None = None
     """For finetune and scratch, which train the whole network, passes over those images; left open: their recipes'."""
     seed: int = 0
+    """Of all that is drawn at random."""
     engine: Literal["ray", "local"] = "ray"
     """ray: missing runs are trained, and features extracted, on the cluster that is there, else in this process;
     local: in this process, without Ray."""
@@ -104,12 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
 
     def command() -> int:
-        import tyro
-
         words = with_value(argv, "--pretrain")
-        arguments = tyro.cli(
-            Annotated[Arguments, tyro.conf.arg(name="")], args=words, prog="python -m pipeline.compare"
-        )
+        arguments = read(Arguments, words, "python -m pipeline.compare")
         refuse(arguments)
         options = asdict(arguments)
         backbones, objectives, pretrain, runs, labels = (

@@ -1,21 +1,15 @@
-"""One run's configuration: what the command line says, what the recipe fills in, what `config.yaml` keeps.
-
-Imports no torch, so that `--help` and every message about a mistake come at once.
-"""
+"""One run's configuration: what there is to ask for, what the recipe fills in, what `config.yaml` keeps."""
 
 import dataclasses
-import difflib
-import inspect
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 import yaml
 
 from backbones import names
 from pipeline import recipes
+from pipeline.arguments import nearest
 from pipeline.errors import UserError
 from pipeline.redaction import hide
 
@@ -63,6 +57,7 @@ class Config:
     drop_path: float | None = None
     """Stochastic depth of the student."""
     seed: int = 0
+    """Of all that is drawn at random."""
     limit: int | None = None
     """Use at most this many training images."""
     workers: int | str = 1
@@ -142,108 +137,6 @@ FREE_ON_RESUME = {
     *("keep_every", "keep_best", "heal"),
     *("tracking", "run", "storage", "cache", "resume", "config", "debug"),
 }
-
-
-def parse(argv: Sequence[str] | None = None, prog: str = "python -m pipeline.pretrain") -> Config:
-    """The configuration that a command line asks for, with the recipe's part still open (None).
-
-    Raises:
-        UserError: an unknown option, objective or backbone, an impossible value, an unreadable `--config`, a `--resume`
-            without a run.
-    """
-    import tyro
-
-    argv = list(sys.argv[1:] if argv is None else argv)
-    saved = Config(objective=recipes.objective_for(_peek(argv, "data") or Config.data))
-    if path := _peek(argv, "config"):
-        saved = dataclasses.replace(load(path), run=None, storage=None)
-    elif run := _peek(argv, "resume"):
-        saved = load(f"{run.rstrip('/')}/config.yaml", "--resume")
-    objective = _peek(argv, "objective") or saved.objective
-    if objective not in recipes.OBJECTIVES:
-        raise UserError(f"--objective {objective}: unknown{_nearest(objective, recipes.OBJECTIVES)}")
-    published = recipes.options_of(objective)
-    kept = saved.options if objective == saved.objective else {}
-    Options: Any = dataclasses.make_dataclass(
-        "Options",
-        [(key, _argument(_kind(value), f"Published: {value}."), kept.get(key)) for key, value in published.items()],
-    )
-    Options.__doc__ = f"Options of {objective}; left open, the recipe's."
-    open_fields = [
-        (f.name, _hidden(f.type) if f.name == "recipe" else _argument(f.type), None)
-        for f in dataclasses.fields(Config)
-        if f.default is None
-    ] + [("workers", Annotated[int | str, tyro.conf.arg(metavar="INT|INT..INT")], 1)]
-    Arguments: Any = dataclasses.make_dataclass(
-        "Arguments",
-        [*open_fields, ("options", Options, field(default_factory=Options))],
-        bases=(Config,),
-        frozen=True,
-    )
-    known = [f.name for f in dataclasses.fields(Config)] + [f"options.{key}" for key in published] + ["help"]
-    _refuse_unknown(argv, known)
-    start = {f.name: getattr(saved, f.name) for f in dataclasses.fields(Config) if f.name != "options"}
-    parsed = tyro.cli(
-        Arguments,
-        args=argv,
-        prog=prog,
-        default=Arguments(**start),
-        description=f"{inspect.cleandoc(str(Config.__doc__))}\n\n{EXAMPLES}",
-    )
-    values = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(Config)}
-    values["options"] = {k: v for k, v in dataclasses.asdict(parsed.options).items() if v is not None}
-    if "teacher" in published:
-        values["options"]["teacher"] = _teacher(values["options"].get("teacher"))
-    config = Config(**values)
-    check(config)
-    return config
-
-
-def check(config: Config) -> None:
-    """Refuse what can be seen to be wrong before anything is loaded.
-
-    Raises:
-        UserError: one sentence that names the option, its value and the way out.
-    """
-    try:
-        names.resolve(config.backbone)
-    except names.UnknownBackbone as error:
-        raise UserError(f"--backbone {error}") from None
-    for name in ("epochs", "batch_size", "image_size", "limit", "accumulate", "keep"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    fewest, most = config.group
-    if fewest < 1:
-        raise UserError(f"--workers {config.workers}: must be at least 1")
-    if fewest > most:
-        raise UserError(f"--workers {config.workers}: the fewest come first, as in {most}..{fewest}")
-    for name in ("lr", "checkpoint_every", "keep_every", "timeout"):
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
-    if config.warmup is not None and not 0 <= config.warmup < 1:
-        raise UserError(f"--warmup {config.warmup}: is a share of the run, from 0 to below 1")
-    if config.batch_size is not None and config.batch_size % (most * config.accumulate):
-        raise UserError(
-            f"--batch-size {config.batch_size}: is global, so it must divide by --workers {most} "
-            f"times --accumulate {config.accumulate}"
-        )
-    if config.engine == "local" and most > 1:
-        raise UserError(f"--workers {config.workers}: --engine local is one process; use --engine ray")
-    for name in ("data", "val_data"):
-        address = getattr(config, name)
-        elsewhere = address and ("://" in address or address.startswith("$") or recipes.generated(address))
-        if address and not elsewhere and not Path(address).exists():
-            raise UserError(f"--{name.replace('_', '-')} {address}: no such file or folder")
-    places = {name: getattr(config, name) for name in ("run", "storage", "resume", "init", "cache")}
-    places |= {f"options.{name}": config.options.get(name) for name in ("teacher", "checkpoint")}
-    for name, address in places.items():
-        if address and "://" in str(address) and hide(address) != address:
-            raise UserError(
-                f"--{name.replace('_', '-')} {hide(address)}: credentials in this address would be written down; give "
-                "them in the environment, as its own tools take them, or in ~/.config/fsspec"
-            )
 
 
 def resolve(config: Config, *, images: int, side: int, classes: int = 0) -> Config:
@@ -369,7 +262,7 @@ def read(text: str, name: str) -> Config:
     known = [f.name for f in dataclasses.fields(Config)]
     for key in plain:
         if key not in known:
-            raise UserError(f"{name}: unknown key {key!r}{_nearest(str(key), known)}")
+            raise UserError(f"{name}: unknown key {key!r}{nearest(str(key), known)}")
     if plain.get("betas"):
         plain["betas"] = tuple(plain["betas"])
     plain["options"] = {k: tuple(v) if isinstance(v, list) else v for k, v in (plain.get("options") or {}).items()}
@@ -389,93 +282,3 @@ def differences(old: Config, new: Config) -> list[str]:
         if before["options"].get(key) != value:
             lines.append(f"--options.{key.replace('_', '-')} {before['options'].get(key)} → {value}")
     return lines
-
-
-EXAMPLES = """Examples:
-  python -m pipeline.pretrain --backbone vit_s16
-  python -m pipeline.pretrain --backbone resnet18 --objective mae --data photos/ --epochs 100
-  ray job submit --working-dir . -- python -m pipeline.pretrain --backbone vit_s16 --data s3://photos --workers 2..8
-  python -m pipeline.pretrain --resume runs/vit_s16-dino-photos-0712"""
-
-
-def _argument(kind: Any, text: str | None = None) -> Any:
-    """An option that may be left open: its help shows the type alone."""
-    import tyro
-
-    kinds = [k for k in get_args(kind) if k is not type(None)] if type(None) in get_args(kind) else [kind]
-    shown = {int: "INT", float: "FLOAT", str: "STR", bool: "{True,False}"}
-    words = " ".join(
-        "{" + ",".join(get_args(k)) + "}"
-        if get_origin(k) is Literal
-        else " ".join("FLOAT" for _ in get_args(k))
-        if get_origin(k) is tuple
-        else shown[k]
-        for k in kinds
-    )
-    return Annotated[kind | None, tyro.conf.arg(metavar=words, help=text, help_behavior_hint="")]
-
-
-def _hidden(kind: Any) -> Any:
-    """An option that the command line does not show."""
-    import tyro
-
-    return Annotated[kind, tyro.conf.Suppress]
-
-
-def _kind(value: Any) -> Any:
-    """The type that the command line reads for an option with this published value."""
-    if value is None:
-        return int
-    if isinstance(value, tuple):
-        return tuple[(float,) * len(value)]  # type: ignore[misc]
-    return type(value)
-
-
-def _peek(argv: Sequence[str], name: str) -> str | None:
-    """The value of `--name value` or `--name=value`, before the real parsing."""
-    for i, word in enumerate(argv):
-        if word == f"--{name}" and i + 1 < len(argv):
-            return argv[i + 1]
-        if word.startswith(f"--{name}="):
-            return word.split("=", 1)[1]
-    return None
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    """ "; did you mean …?" or "; there are …"."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
-
-
-def _teacher(address: str | None) -> str:
-    """A teacher's address, absolute: workers run in other folders.
-
-    Raises:
-        UserError: there is none, or what there is can be no teacher.
-    """
-    if not address:
-        raise UserError(
-            "--options.teacher: left open; name a run folder, a checkpoint, a backbone.safetensors, or a backbone that "
-            "timm has weights for"
-        )
-    if "://" in address:
-        return address
-    if Path(address).exists():
-        return str(Path(address).resolve())
-    try:
-        names.resolve(address.removeprefix("random:"))
-    except names.UnknownBackbone as error:
-        raise UserError(f"--options.teacher {address}: no such run folder or file, and {error}") from None
-    return address
-
-
-def _refuse_unknown(argv: Sequence[str], known: Sequence[str]) -> None:
-    """Name the first unknown `--option` and the one that was probably meant."""
-    for word in argv:
-        if not word.startswith("--") or word == "--":
-            continue
-        name = word[2:].split("=", 1)[0].replace("-", "_")
-        if name not in known and name.removeprefix("no_") not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"did you mean --{near[0].replace('_', '-')}?" if near else "--help lists all options"
-            raise UserError(f"{word.split('=', 1)[0]}: no such option; {hint}")

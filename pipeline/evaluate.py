@@ -4,9 +4,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pipeline.command import guarded, refuse_workers
+from tyro.conf import Positional
+
+from pipeline.command import command, refuse_workers
 from pipeline.errors import UserError
 from pipeline.evaluation import BY_TABLE, DEFAULT, NAMES
 
@@ -15,7 +17,7 @@ from pipeline.evaluation import BY_TABLE, DEFAULT, NAMES
 class Arguments:
     """Measure a trained backbone, by k-NN and linear accuracy or as asked, beside it untrained and raw pixels."""
 
-    run: str
+    run: Positional[str]
     """A run folder, or one of its checkpoints."""
     data: str | None = None
     """Labelled images to learn from; left open: the run's own. Any source that pretraining takes."""
@@ -30,6 +32,7 @@ class Arguments:
     limit: int | None = None
     """Learn from at most this many images."""
     seed: int = 0
+    """Of all that is drawn at random."""
     engine: Literal["ray", "local"] = "ray"
     """ray: features are extracted on the cluster that is there, else in this process; local: in this process, without
     Ray."""
@@ -43,17 +46,8 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, or 1 failed, 2 a user's mistake, 130 Ctrl-C."""
-    argv = list(sys.argv[1:] if argv is None else argv)
 
-    def command() -> int:
-        import tyro
-
-        arguments = tyro.cli(
-            Annotated[Arguments, tyro.conf.arg(name="")],
-            args=argv,
-            prog="python -m pipeline.evaluate",
-            config=(tyro.conf.PositionalRequiredArgs,),
-        )
+    def run(arguments: Arguments) -> None:
         for name in arguments.protocols:
             if name not in NAMES:
                 raise UserError(f"--protocols {name}: unknown; there are {', '.join(NAMES)}")
@@ -65,9 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from pipeline.evaluation.judge import judge  # torch comes with it, after all that can be refused without
 
         judge(**{name: value for name, value in asdict(arguments).items() if name != "debug"})
-        return 0
 
-    return guarded(command, debug="--debug" in argv)
+    return command(Arguments, "pipeline.evaluate", run, argv)
 
 
 if __name__ == "__main__":

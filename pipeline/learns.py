@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Annotated, Any
+from typing import Any
 
 import objectives
 from pipeline import pretrain
 from pipeline.blocks import around, write
-from pipeline.command import guarded
+from pipeline.command import command
 
 BACKBONES = ("resnet20", "vit_ti8")
 SIZE, EPOCHS = 32, 8
@@ -165,14 +165,7 @@ def run(arguments: Arguments) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, or 1 failed, 2 a user's mistake, 130 Ctrl-C, 143 SIGTERM."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-
-    def command() -> int:
-        import tyro
-
-        return run(tyro.cli(Annotated[Arguments, tyro.conf.arg(name="")], args=argv, prog="python -m pipeline.learns"))
-
-    return guarded(command, debug="--debug" in argv)
+    return command(Arguments, "pipeline.learns", run, argv)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.command import guarded
+from pipeline.command import command
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,7 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, or 1 failed, 2 a user's mistake, 130 Ctrl-C."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-
-    def command() -> int:
-        import tyro
-
-        arguments = tyro.cli(Arguments, args=argv, prog="python -m pipeline.pack")
-        report(arguments)
-        return 0
-
-    return guarded(command, debug="--debug" in argv)
+    return command(Arguments, "pipeline.pack", report, argv)
 
 
 def report(arguments: Arguments) -> None:

@@ -4,7 +4,7 @@ import faulthandler
 import sys
 from collections.abc import Sequence
 
-from pipeline import config
+from pipeline import asked
 from pipeline.command import guarded
 
 
@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         faulthandler.enable(sys.__stderr__ or 2)  # a data disk that fails ends the process (SIGBUS): not without a word
-        configuration = config.parse(argv)
+        configuration = asked.parse(argv)
         from pipeline.training.launch import launch  # torch comes with it, after all that can be refused without
 
         return launch(configuration, argv)

@@ -6,9 +6,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pipeline.command import guarded
+from tyro.conf import Positional
+
+from pipeline.command import command
 from pipeline.errors import UserError
 
 
@@ -16,7 +18,7 @@ from pipeline.errors import UserError
 class Arguments:
     """Take again the steps in which a run fell ill, from the state before them, and compare them with what was seen."""
 
-    bundle: str
+    bundle: Positional[str]
     """A file of a run's bundles/ folder."""
     precision: Literal["auto", "bf16", "fp32"] | None = None
     """Compute in another precision than the run did."""
@@ -101,20 +103,7 @@ def alike(one: float, other: float, tolerance: float) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0 reproduced, 3 not reproduced, 1 failed, 2 a user's mistake, 130 Ctrl-C."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-
-    def command() -> int:
-        import tyro
-
-        arguments = tyro.cli(
-            Annotated[Arguments, tyro.conf.arg(name="")],
-            args=argv,
-            prog="python -m pipeline.replay",
-            config=(tyro.conf.PositionalRequiredArgs,),
-        )
-        return 0 if replay(arguments) else 3
-
-    return guarded(command, debug="--debug" in argv)
+    return command(Arguments, "pipeline.replay", lambda arguments: 0 if replay(arguments) else 3, argv)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
+from tyro.conf import Positional
 
 from pipeline.blocks import around, write
-from pipeline.command import guarded
+from pipeline.command import command
 from pipeline.errors import UserError
 
 COLUMNS = ("data", "backbone", "objective", "px", "epochs", "k-NN", "linear")
@@ -21,7 +22,7 @@ SCORES = ("knn_top1", "linear_top1")
 class Arguments:
     """Put finished runs into one Markdown table: accuracy of the trained backbone, of the untrained one, of pixels."""
 
-    runs: tuple[str, ...]
+    runs: Positional[tuple[str, ...]]
     """Run folders."""
     write: str | None = None
     """A file whose block `<!-- results -->` … `<!-- /results -->` takes the table."""
@@ -72,17 +73,8 @@ def table(runs: Sequence[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, or 1 failed, 2 a user's mistake, 130 Ctrl-C."""
-    argv = list(sys.argv[1:] if argv is None else argv)
 
-    def command() -> int:
-        import tyro
-
-        arguments = tyro.cli(
-            Annotated[Arguments, tyro.conf.arg(name="")],
-            args=argv,
-            prog="python -m pipeline.results",
-            config=(tyro.conf.PositionalRequiredArgs,),
-        )
+    def run(arguments: Arguments) -> None:
         if not arguments.runs:
             raise UserError("name at least one run folder")
         if arguments.write:
@@ -91,9 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text)
         if arguments.write:
             write(Path(arguments.write), "results", text)
-        return 0
 
-    return guarded(command, debug="--debug" in argv)
+    return command(Arguments, "pipeline.results", run, argv)
 
 
 if __name__ == "__main__":

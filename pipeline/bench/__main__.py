@@ -15,7 +15,7 @@ from pipeline.bench import engine, loader, photometric, step, watcher
 from pipeline.bench.contender import Arguments
 from pipeline.bench.measuring import describe, draw_photographs, machine, rounds, table
 from pipeline.blocks import around, write
-from pipeline.command import guarded
+from pipeline.command import command
 from pipeline.errors import UserError
 
 BENCHES = {
@@ -62,15 +62,7 @@ def run(arguments: Arguments) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, or 1 failed, 2 a user's mistake, 130 Ctrl-C."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-
-    def command() -> int:
-        import tyro
-
-        config = (tyro.conf.PositionalRequiredArgs,)
-        return run(tyro.cli(Arguments, args=argv, prog="python -m pipeline.bench", config=config))
-
-    return guarded(command, debug="--debug" in argv)
+    return command(Arguments, "pipeline.bench", run, argv)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from tyro.conf import Positional
+
 if TYPE_CHECKING:
     from objectives.views import View
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 class Arguments:
     """Measure a part of the pipeline on this machine: images of the source per second."""
 
-    bench: str
+    bench: Positional[str]
     """loader: JPEG files to views. photometric: views to what the network reads, on this machine's CPU. step: a step of
     training beside LightlySSL's. engine: whole runs, with Ray and without. watcher: a run, with its checkpoints
     evaluated beside it and without."""

@@ -11,6 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline import asked as command_line
 from pipeline import cluster
 from pipeline import config as configuration
 from pipeline.command import stop_signals
@@ -53,7 +54,7 @@ def train_missing(
         run = f"{storage.rstrip('/')}/{name}"
         # All command lines are read before the first hour is spent on one of them.
         words += ["--run", run]
-        asked.append(Candidate(run, configuration.parse([*words, "--storage", storage]), words))
+        asked.append(Candidate(run, command_line.parse([*words, "--storage", storage]), words))
     missing = []
     for one in asked:
         folder = RunFolder(one.run)
@@ -135,7 +136,7 @@ def untrained(backbones: Sequence[str], *, data: str, options: str = "") -> list
         UserError: an impossible option.
     """
     words = ["--objective", "supervised", "--data", data, *shlex.split(options)]
-    return [configuration.parse(["--backbone", backbone, *words]) for backbone in backbones]
+    return [command_line.parse(["--backbone", backbone, *words]) for backbone in backbones]
 
 
 def _refuse_another(folder: RunFolder, config: configuration.Config) -> None:

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import fsspec
+from tyro.conf import Positional
 
-from pipeline.command import guarded
+from pipeline.command import command
 from pipeline.errors import UserError
 from pipeline.redaction import redact
 from pipeline.tracking.spool import Spool, evaluations_of, spool_of, taken
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 class Arguments:
     """Deliver what runs could not tell MLflow while it did not answer, each run in order."""
 
-    runs: tuple[str, ...]
+    runs: Positional[tuple[str, ...]]
     """Run folders, or folders of them."""
     debug: bool = False
     """Show the traceback of an error."""
@@ -33,21 +34,14 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, or 1 where something still waits, 2 a user's mistake."""
-    argv = list(sys.argv[1:] if argv is None else argv)
 
-    def command() -> int:
-        import tyro
-
-        kind = Annotated[Arguments, tyro.conf.arg(name="")]
-        arguments = tyro.cli(
-            kind, args=argv, prog="python -m pipeline.tracking", config=(tyro.conf.PositionalRequiredArgs,)
-        )
+    def send(arguments: Arguments) -> int:
         if not arguments.runs:
             raise UserError("no run is named: give run folders, or folders of them, such as runs/")
         done = [deliver(run) for given in arguments.runs for run in runs_at(given)]
         return 0 if all(done) else 1
 
-    return guarded(command, debug="--debug" in argv)
+    return command(Arguments, "pipeline.tracking", send, argv)
 
 
 def runs_at(address: str) -> list[str]:

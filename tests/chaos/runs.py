@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pipeline import asked
 from pipeline import config as configuration
 from pipeline.data import preparation
 from pipeline.training import measure, worker
@@ -49,7 +50,7 @@ class Row:
 
 def job_of(words: Sequence[str], *, threads: int = 1, rank: int = 0) -> worker.Job:
     """The job of pretraining's command line: its images packed, and by rank 0 its run folder begun."""
-    config = configuration.parse(words)
+    config = asked.parse(words)
     train, val, _ = preparation.prepare(config)
     config = configuration.resolve(config, images=train.images, side=preparation.median_side(train))
     folder = RunFolder(str(config.run))

@@ -7,7 +7,7 @@ import pytest
 from job_toys import TINY, photographs, python
 
 from jobs import arrivals
-from pipeline import config
+from pipeline import asked
 from pipeline.errors import UserError
 
 
@@ -17,7 +17,7 @@ def firing(day: int) -> str:
 
 def prepared(tmp_path, day: int):
     argv = ["--data", str(tmp_path / "photos"), "--run", str(tmp_path / "runs" / f"night-{firing(day)}")]
-    return arrivals.prepare(config.parse(argv))
+    return arrivals.prepare(asked.parse(argv))
 
 
 def finish(tmp_path, day: int) -> None:
@@ -61,11 +61,11 @@ def test_other_jobs_and_cells_are_not_its_own(tmp_path):
 
 def test_what_it_cannot_do_is_said(tmp_path):
     with pytest.raises(UserError, match="must hold the firing"):
-        arrivals.prepare(config.parse(["--run", "runs/mine"]))
+        arrivals.prepare(asked.parse(["--run", "runs/mine"]))
     (tmp_path / "a.csv").write_text("path\nx.png\n")
     argv = ["--data", str(tmp_path / "a.csv"), "--run", str(tmp_path / f"n-{firing(1)}")]
     with pytest.raises(UserError, match="is no folder of images"):
-        arrivals.prepare(config.parse(argv))
+        arrivals.prepare(asked.parse(argv))
 
 
 @pytest.mark.slow

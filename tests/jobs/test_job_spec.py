@@ -6,13 +6,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-import tyro
 from job_toys import ROOT, python
 
 from jobs import spec
 from jobs.entry_points import entry_points
 from jobs.firing import which_firing
 from jobs.job import Job, Resources, Retry, cell_name
+from pipeline.arguments import read
 from pipeline.errors import UserError
 
 GOOD = """\
@@ -147,18 +147,18 @@ FILES = [
     ("run: pretrain\narguments:\n  data: [a, b]\n", 3, r"data \['a', 'b'\]: is one value; several go under matrix"),
     ("run: pretrain\narguments:\n  data: 5\n", 3, "data 5: no such file or folder here"),
     (f"{PLAIN}  objective: [dino, mae]\n", 4, r"objective \['dino', 'mae'\]: is one value; several go under matrix"),
-    (f"{PLAIN}  seed: 1\n  compile: maybe\n", 5, "compile maybe: is no value for it; `python -m pipeline.pretrain"),
+    (f"{PLAIN}  seed: 1\n  compile: maybe\n", 5, "compile maybe: is no value for it; python -m pipeline.pretrain"),
     (f"{PLAIN}  epochs: [1, 2]\n", 4, r"epochs \[1, 2\]: is no value for it"),
     (f"{PLAIN}  help: true\n", 4, "help: no such option"),
     (f"{PLAIN}secrets: [~]\n", 4, "secrets must be a list of names"),
     (f"{PLAIN}time_limit: 0s\n", 4, "time_limit '0s': must be a time such as"),
     (f"{PLAIN}schedule: {{cron: \u0661 1 * * *, time_zone: UTC}}\n", 4, "cron line .* minute .* is none of"),
-    ("run: pack\narguments:\n  data: embedded\n  resize: big\n", 4, "resize big: is no value for it; `python -m pi"),
+    ("run: pack\narguments:\n  data: embedded\n  resize: big\n", 4, "resize big: is no value for it; python -m pi"),
     ("run: compare\narguments:\n  runs: '{runs}'\n", 3, r"runs \{runs\}: .* for what comes after; here "),
     (f"{PLAIN}after: [evaluate]\n", 4, "entry 1 of after must be a mapping of run, arguments, resources"),
     (f"{AFTER}'{{runn}}'\n", 7, r"run \{runn\}: nothing is called \{runn\}; there are \{run\} and \{runs\}"),
     (f"{AFTER}'x/{{runs}}'\n", 7, r"run x/\{runs\}: \{runs\} are several words, and stand alone"),
-    (f"{AFTER}'{{run}}'\n      limit: many\n", 8, "limit many: is no value for it; `python -m pipeline.evaluate"),
+    (f"{AFTER}'{{run}}'\n      limit: many\n", 8, "limit many: is no value for it; python -m pipeline.evaluate"),
     (f"{AFTER}'{{run}}'\n      limit: [1, 2]\n", 8, r"limit \[1, 2\]: is no value for it"),
     (f"{AFTER}'{{run}}'\n      protocols: [knn, linaer]\n", 8, "protocol 'linaer': unknown; did you mean linear"),
 ]  # fmt: skip
@@ -314,8 +314,7 @@ def test_what_comes_after_every_job_is_read_by_its_entry_point_as_it_is_meant(pa
     monkeypatch.chdir(ROOT)
     for step in spec.load(path.stem).after:
         _, name, *words = step.command("/runs/a", ["/runs/a", "/runs/b"])
-        options = (tyro.conf.PositionalRequiredArgs,)
-        read = tyro.cli(importlib.import_module(name).Arguments, args=words, config=options)
+        given = read(importlib.import_module(name).Arguments, words, name)
         folders = {"{run}": "/runs/a", "{runs}": ("/runs/a", "/runs/b")}
         for key, value in step.arguments.items():
-            assert getattr(read, key) == folders.get(value, value)
+            assert getattr(given, key) == folders.get(value, value)

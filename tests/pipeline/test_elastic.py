@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from pipeline import asked
 from pipeline import config as configuration
 from pipeline.data import crops, preparation
 from pipeline.training import worker
@@ -35,7 +36,7 @@ def parts_of_a_run(rank: int, world: int, folder: Path, steps: int | None) -> No
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     arguments = ["--data", str(folder / "photos"), "--cache", str(folder / "cache"), *faults.SMALL]
     arguments += ["--batch-size", str(BATCH), "--epochs", str(EPOCHS), "--workers", "1..2", "--keep", "9"]
-    config = configuration.parse(arguments)
+    config = asked.parse(arguments)
     train, _, _ = preparation.prepare(config)
     config = configuration.resolve(config, images=train.images, side=preparation.median_side(train))
     run = RunFolder(str(folder / "run"))
@@ -58,8 +59,8 @@ def parts_of_a_run(rank: int, world: int, folder: Path, steps: int | None) -> No
         return loader
 
     worker.make_loader = watched
-    asked = iter(range(10**9))
-    links = Links(lambda status: steps is not None and next(asked) + 1 >= steps)
+    statuses = iter(range(10**9))
+    links = Links(lambda status: steps is not None and next(statuses) + 1 >= steps)
     worker.work(worker.Job(config, run.address, train, None, "cpu", 1), links)
     if world > 1:
         dist.barrier()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import config
+from pipeline import asked, config
 from pipeline.data.loader import Batch
 from pipeline.training.health import Care
 from pipeline.training.step import Stepper
@@ -16,8 +16,8 @@ CPU = torch.device("cpu")
 
 def stepper(*argv: str, folder: Path, classes: int = 4) -> Stepper:
     words = ("--objective", "supervised", "--data", str(folder), "--image-size", "32", "--batch-size", "16")
-    asked = config.parse([*words, "--precision", "fp32", *argv])
-    return Stepper(config.resolve(asked, images=640, side=32, classes=classes), CPU)
+    wanted = asked.parse([*words, "--precision", "fp32", *argv])
+    return Stepper(config.resolve(wanted, images=640, side=32, classes=classes), CPU)
 
 
 def batch() -> Batch:

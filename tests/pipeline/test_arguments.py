@@ -1,0 +1,89 @@
+"""The words of a command line: what can be written, what help shows, and one sentence on every mistake."""
+
+from dataclasses import dataclass, field, make_dataclass
+from typing import Any, Literal
+
+import pytest
+from tyro.conf import Positional
+
+from jobs.entry_points import entry_points
+from pipeline.arguments import option, read
+from pipeline.errors import UserError
+from tests.jobs.job_toys import ROOT, python
+
+Group: Any = make_dataclass("Group", [("width", option(int | None, "How wide."), None)])
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Do it."""
+
+    run: Positional[str]
+    """The run,
+    in two lines."""
+    data: str
+    also: Positional[tuple[str, ...]] = ()
+    """Others."""
+    limit: int | None = None
+    seeds: int = 1
+    engine: Literal["ray", "local"] = "ray"
+    names: tuple[str, ...] = ("a", "b")
+    betas: tuple[float, float] | None = None
+    debug: bool = False
+    more: Any = field(default_factory=Group)
+
+
+def given(*words: str) -> Arguments:
+    got: Arguments = read(Arguments, [*words], "python -m it", instead={"more": Group})
+    return got
+
+
+def test_what_is_written_is_read() -> None:
+    words = ("r", "x", "y", "--data=d", "--limit", "3", "--betas", "0.5", "1", "--no-debug", "--more.width", "7")
+    expected = Arguments("r", "d", ("x", "y"), limit=3, betas=(0.5, 1.0), more=Group(7))
+    assert given(*words, "--names", "a", "b") == expected
+    assert given("r", "--data", "d") == Arguments("r", "d")
+
+
+def test_help_shows_what_may_be_written_and_no_line_that_is_broken(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        given("--help")
+    assert not end.value.code
+    shown = capsys.readouterr().out
+    for words in ("RUN ", "ALSO ...", "The run, in two lines. (required)", "--limit INT", "--betas FLOAT FLOAT",
+                  "--engine {ray,local}", "--more.width INT", "(default: a b)", "--debug, --no-debug"):  # fmt: skip
+        assert words in shown
+    assert "None" not in shown
+    assert "(default: )" not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("r --data d --limt 3", "--limt: no such option; did you mean --limit?"),
+        ("r --data d --more.wdth=3", "--more.wdth: no such option; did you mean --more.width?"),
+        ("r --data d --zzz", "--zzz: no such option; --help lists all options"),
+        ("r --data d --limit three", "--limit three: is no value for it; python -m it --help says what there is"),
+        ("r --data d --seeds x", "--seeds x: is no value for it"),
+        ("r --data d --betas 1", "--betas 1: is no value for it"),
+        ("r --data d --limit", "--limit: needs a value"),
+        ("r --data d --engine rya", "--engine rya: is none of ray, local"),
+        ("r", "--data: has to be given"),
+        ("--data d", "RUN: has to be given"),
+        ("r --data d -x", "-x: is not understood"),
+    ],
+)
+def test_a_mistake_is_one_sentence(words: str, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        given(*words.split())
+    assert str(caught.value).startswith(sentence)
+    assert "\n" not in str(caught.value)
+
+
+JOBS = [f"jobs.{name}" for name in ("submit", "list", "logs", "stop", "scheduler", "render", "run")]
+
+
+@pytest.mark.parametrize("name", [*entry_points().values(), *JOBS])
+def test_every_entry_point_says_a_mistake_in_one_line_and_ends_with_status_2(name: str) -> None:
+    done = python("-m", name, "--debgu", cwd=ROOT)
+    assert (done.returncode, done.stderr) == (2, "error: --debgu: no such option; did you mean --debug?\n"), name
