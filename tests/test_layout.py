@@ -71,8 +71,8 @@ def test_ssl_stays_pythons_own() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["backbones", "backbones.names", "objectives", "objectives.views", "pipeline.config", "pipeline.asked", "pipeline.recipes",
-     "pipeline.tracking", "pipeline.pretrain", "pipeline.evaluate", "pipeline.compare"],
+    ["backbones", "backbones.names", "objectives", "objectives.views", "pipeline.config", "pipeline.asked",
+     "pipeline.recipes", "pipeline.tracking", "pipeline.pretrain", "pipeline.evaluate", "pipeline.compare"],
 )  # fmt: skip
 def test_command_line_waits_for_no_heavy_import(module: str) -> None:
     heavy = {"torch", "timm", "torchvision", "ray", "mlflow", "ffcv", "numba", "cv2", "pandas", "pyarrow"}

@@ -18,7 +18,8 @@ from job_toys import python, schema_of
 
 from jobs import spec
 from jobs.job import Job, Timetable
-from jobs.render import Arguments, calendars, render
+from jobs.render import Arguments, render
+from jobs.render.systemd import calendars
 from jobs.schedule import Schedule, parse
 from pipeline.errors import UserError
 

@@ -24,7 +24,8 @@ import yaml
 from PIL import Image
 
 import backbones
-from jobs import render, submit
+from jobs import submit
+from jobs.render.__main__ import main as render
 from objectives import gram, pretrained
 from pipeline import compare, evaluate, pack, pretrain
 from pipeline.errors import UserError
@@ -344,7 +345,7 @@ def test_jobs_take_no_secret_and_name_variables_that_hold_them(tmp_path, capfd, 
     job = tmp_path / "cwd" / "jobs" / "one.yaml"
     job.write_text(text.replace("DATA", "$PHOTOS") + "secrets: [PHOTOS]\n")
     monkeypatch.setenv("PHOTOS", f"https://me:{SECRET}@host/photos.tar")
-    commands = [(submit.main, ["--dry-run"]), *((render.main, ["--to", kind]) for kind in ("cron", "slurm"))]
+    commands = [(submit.main, ["--dry-run"]), *((render, ["--to", kind]) for kind in ("cron", "slurm"))]
     for data in (
         f"https://me:{SECRET}@host/x.tar",
         f"https://host/x.tar?sig={SECRET}",

@@ -1,0 +1,41 @@
+"""`python -m jobs.render JOB --to …`: a job as a file that another scheduler takes.
+
+    cron          a line for crontab
+    systemd       a .service and a .timer, one after the other, each under its name
+    kubernetes    a CronJob whose pod submits the firing to a cluster that is there (RAY_ADDRESS)
+    raycronjob    KubeRay's RayCronJob (KubeRay >= 1.6, alpha), one to a cell: a cluster is made for each firing
+    slurm         a script for sbatch: an array of the cells, each with a cluster of its own (`ray symmetric-run`)
+
+cron, systemd and Kubernetes submit `--firing scheduled`: the newest firing of the schedule, under the id that anyone
+else would give it. Every word of a command is quoted for what reads it. Secrets are names, never values.
+"""
+
+from collections.abc import Callable, Mapping
+
+from jobs.job import Job
+from jobs.render import cron, kubernetes, raycronjob, slurm, systemd
+from jobs.render.file import Arguments
+from pipeline.errors import UserError
+
+TARGETS: Mapping[str, Callable[[Job, Arguments], str]] = {
+    "cron": cron.render, "systemd": systemd.render, "kubernetes": kubernetes.render,
+    "raycronjob": raycronjob.render, "slurm": slurm.render,
+}  # fmt: skip
+
+
+def render(job: Job, arguments: Arguments) -> str:
+    """The file's text.
+
+    Raises:
+        UserError: the job has no schedule, or the target cannot express something in it.
+    """
+    if arguments.to is None:
+        raise UserError(f"--to: say what reads the file: {', '.join(TARGETS)}")
+    if arguments.to != "slurm" and job.timetable is None:
+        raise UserError(
+            f"{job.path}: has no schedule, which {arguments.to} needs; give it one: schedule: {{cron, time_zone}}"
+        )
+    for text in (*job.settings, arguments.folder, str(job.path), arguments.address or "", arguments.image):
+        if "\n" in text or "\r" in text or "\0" in text:
+            raise UserError(f"{text!r}: holds the end of a line, which a rendered file cannot; leave it out")
+    return TARGETS[arguments.to](job, arguments)

@@ -1,0 +1,20 @@
+"""A line for crontab."""
+
+import shlex
+
+from jobs.job import Job
+from jobs.render.file import Arguments, head, submission
+
+
+def render(job: Job, arguments: Arguments) -> str:
+    """The line, in its time zone. cron ends a command at an unescaped %, so each is escaped."""
+    assert job.timetable is not None
+    schedule = job.timetable.schedule
+    folder = shlex.quote(arguments.folder)
+    shell = f"cd {folder} && exec {shlex.join(['.venv/bin/python', *submission(job, arguments)])}"
+    return (
+        head(job)
+        + "# Debian's cron reads no CRON_TZ: there, the machine's own time zone must be this one.\n"
+        + f"CRON_TZ={schedule.zone.key}\n"
+        + f"{schedule.cron.line} {shell.replace('%', chr(92) + '%')}\n"
+    )

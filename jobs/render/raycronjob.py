@@ -1,0 +1,105 @@
+"""KubeRay's RayCronJob: a cluster is made for each firing."""
+
+import math
+import re
+import shlex
+from typing import Any
+
+from jobs.entry_points import TRAINS
+from jobs.job import Cell, Job, cell_name
+from jobs.render.file import Arguments, gap, head
+from jobs.render.kubernetes import labels, text, variables
+from pipeline.errors import UserError
+
+
+def render(job: Job, arguments: Arguments) -> str:
+    """A RayCronJob for every cell. What comes after runs in the cell's own cluster, which ends with it."""
+    assert job.timetable is not None
+    together = [step.run for step in job.after if step.once]
+    if together and len(job.cells) > 1 and not arguments.volume:
+        raise UserError(
+            f"{job.path}: {together[0]} comes after all cells, which need a volume that they share; give --volume CLAIM"
+        )
+    notes = head(job) + gap(job.timetable, "KubeRay")
+    if job.timetable.overlap != "allow":
+        notes += f"# RayCronJob cannot do overlap: {job.timetable.overlap}; firings may run side by side.\n"
+    documents = []
+    for cell in job.cells:
+        name = kubernetes_name(job.name, cell.name)
+        words = ["python", "-m", "jobs.run", str(job.path), "--firing", "scheduled", "--in-place"]
+        words += ["--cell", cell.name] if cell.name else []
+        words += ["--set", *job.settings] if job.settings else []
+        template: dict[str, Any] = {
+            "entrypoint": shlex.join(words),
+            "shutdownAfterJobFinishes": True,
+            "ttlSecondsAfterFinished": 600,
+            "backoffLimit": 0,
+            "submissionMode": "K8sJobMode",
+            "rayClusterSpec": ray_cluster(job, cell, arguments),
+        }
+        if job.time_limit:  # jobs.run keeps the limit itself, and leaves a checkpoint; this one is for when it hangs
+            template["activeDeadlineSeconds"] = math.ceil(job.time_limit * 1.1 + 1800)
+        documents.append(
+            {
+                "apiVersion": "ray.io/v1",
+                "kind": "RayCronJob",
+                "metadata": {"name": name, "labels": labels(job)},
+                "spec": {
+                    "schedule": job.timetable.schedule.cron.line,
+                    "timeZone": job.timetable.schedule.zone.key,
+                    "jobTemplate": template,
+                },
+            }
+        )
+    return notes + "---\n".join(map(text, documents))
+
+
+def ray_cluster(job: Job, cell: Cell, arguments: Arguments) -> dict[str, Any]:
+    """A cluster for one firing of a cell: a head that drives, and the workers that train, where there are any."""
+    trains = job.step.run in TRAINS
+    takes = job.step.takes
+    env = variables({}, job)
+
+    def pod(name: str, cpus: float, gpus: float, memory: int) -> dict[str, Any]:
+        amounts = {"cpu": _cpu(cpus), "memory": str(memory or int(max(1, cpus) * (4 << 30)))}
+        amounts |= {"nvidia.com/gpu": str(math.ceil(gpus))} if gpus else {}
+        container: dict[str, Any] = {
+            "name": name, "image": arguments.image, "env": env,
+            "resources": {"requests": amounts, "limits": amounts},
+            "volumeMounts": [{"name": "memory", "mountPath": "/dev/shm"}],
+        }  # fmt: skip
+        volumes: list[dict[str, Any]] = [{"name": "memory", "emptyDir": {"medium": "Memory"}}]
+        if arguments.volume:
+            container["volumeMounts"].append({"name": "data", "mountPath": "/data"})
+            volumes.append({"name": "data", "persistentVolumeClaim": {"claimName": arguments.volume}})
+        return {"spec": {"containers": [container], "volumes": volumes}}
+
+    head_takes = (2, 0, 8 << 30) if trains else (takes.cpus, takes.gpus, takes.memory)
+    cluster: dict[str, Any] = {
+        "headGroupSpec": {
+            # KubeRay's operator submits over the pod network, so the head listens beyond loopback.
+            "rayStartParams": {"dashboard-host": "0.0.0.0"} | ({"num-cpus": "0"} if trains else {}),
+            "template": pod("ray-head", *head_takes),
+        }
+    }
+    if trains:
+        fewest, most = job.group(cell)
+        cluster["workerGroupSpecs"] = [
+            {
+                "groupName": "train", "replicas": most, "minReplicas": fewest, "maxReplicas": most,
+                "rayStartParams": {}, "template": pod("ray-worker", takes.cpus, takes.gpus, takes.memory),
+            }
+        ]  # fmt: skip
+    return cluster
+
+
+def kubernetes_name(job: str, cell: str) -> str:
+    """A name that Kubernetes takes, within the 52 characters that leave room for what it appends."""
+    safe = re.sub(r"[^a-z0-9]+", "-", f"ssl-{job}-{cell}".lower()).strip("-")
+    if len(safe) <= 47 and safe == f"ssl-{job}-{cell}".rstrip("-"):
+        return safe
+    return f"{safe[:38].rstrip('-')}-{cell_name([job + '/' + cell])[-8:]}"
+
+
+def _cpu(cpus: float) -> str:
+    return f"{cpus:g}" if cpus == int(cpus) else f"{cpus * 1000:.0f}m"
