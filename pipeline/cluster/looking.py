@@ -94,7 +94,7 @@ def shared_out(
     parts: list[dict[str, Pass]] = []
     running: list[Any] = []
     numbers = iter(range(shares))
-    with progress_bar("extracting features of", "images") as progress:
+    with progress_bar("extracting features", "images") as progress:
         try:
             while len(parts) < shares:
                 for k in islice(numbers, workers - len(running)):

@@ -1,6 +1,8 @@
 """From what the command line says of data to packed sets, with a progress bar while they are packed."""
 
 import contextlib
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -56,8 +58,23 @@ def median_side(packed: Packed) -> int:
 
 
 @contextlib.contextmanager
-def progress_bar(doing: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar that appears with the first call (files or other units done, in all)."""
+def progress_bar(doing: str, unit: str, every: float = 20.0) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar that appears with the first call (files or other units done, in all); in a log lines.
+
+    Args:
+        every: seconds between two of those, and before the first.
+    """
+    if not sys.stderr.isatty():
+        last = time.monotonic()
+
+        def line(done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last >= every:
+                last = time.monotonic()
+                print(f"{doing}: {done:,} of {total:,} {unit}", file=sys.stderr, flush=True)
+
+        yield line
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -36,8 +36,8 @@ def introduce(job: Job, folder: RunFolder, engine: str, note: str, uri: str) -> 
         "train": f"{train.images:,} images, {len(train.classes) or 'no'} classes"
         + (f", {train.rejected_count:,} files left out (rejected.csv)" if train.rejected_count else ""),
         "val": f"{val.images:,} images" + (f" ({note})" if note else "") if val else "none: accuracy is not measured",
-        "length": f"{config.epochs} epochs at batch {config.batch_size}, {config.image_size} px, "
-        f"{config.optimiser} at learning rate {config.lr:.2g}",
+        "length": f"{config.epochs} epoch{'s' * (config.epochs != 1)} at batch {config.batch_size}, "
+        f"{config.image_size} px, {config.optimiser} at learning rate {config.lr:.2g}",
         "engine": engine,
         "tracking": redact(uri) + (f", its files in {files}" if files else ""),
     }

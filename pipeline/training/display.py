@@ -35,19 +35,18 @@ class Status:
     messages: list[str] = field(default_factory=list)
 
     def line(self) -> str:
-        """The status in one line."""
+        """The status in one line, the foremost first: a narrow terminal shows its beginning."""
         parts = [f"epoch {self.epochs * self.seen / self.planned:.1f}/{self.epochs}"]
         if self.images_per_second > 0:
             left = (self.planned - self.seen) / self.images_per_second
             parts += [
                 f"{self.images_per_second:.0f} images/s",
-                f"waiting for data {self.data_wait:.0%}",
+                f"{timedelta(seconds=round(left))} left",
                 f"loss {self.loss:.4f}",
+                *([f"k-NN {self.knn[0]:.1%}"] if self.knn else []),
+                f"waiting for data {self.data_wait:.0%}",
             ]
             parts += [f"{name} {value:.2f}{'!' if name in self.alarms else ''}" for name, value in self.signs.items()]
-            if self.knn:
-                parts.append(f"k-NN {self.knn[0]:.1%}")
-            parts.append(f"{timedelta(seconds=round(left))} left")
         return " · ".join(parts)
 
 
@@ -95,11 +94,13 @@ class Display:
     def _draw(self, status: Status) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+        from rich.table import Column
 
         if self._bar is None:
+            rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
             self._bar = Progress(
-                BarColumn(bar_width=20), TaskProgressColumn(), TextColumn("{task.description}"),
-                console=Console(stderr=True), refresh_per_second=4,
+                BarColumn(bar_width=20), TaskProgressColumn(), TextColumn("{task.description}", table_column=rest),
+                console=Console(stderr=True), refresh_per_second=4, expand=True,
             )  # fmt: skip
             self._bar.start()
             self._task = self._bar.add_task("", total=status.planned)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from pipeline.data.preparation import progress_bar
 from pipeline.training import display
 from pipeline.training.display import Display, Status
 
@@ -14,8 +15,8 @@ STATUS = Status(
     signs={"teacher_entropy": 0.88, "feature_spread": 0.012}, alarms=["feature_spread"], knn=(0.4567, 400),
 )  # fmt: skip
 LINE = (
-    "epoch 1.0/4 · 60 images/s · waiting for data 3% · loss 5.4321 · teacher_entropy 0.88 · feature_spread 0.01! · "
-    "k-NN 45.7% · 0:00:25 left"
+    "epoch 1.0/4 · 60 images/s · 0:00:25 left · loss 5.4321 · k-NN 45.7% · waiting for data 3% · "
+    "teacher_entropy 0.88 · feature_spread 0.01!"
 )
 
 
@@ -54,21 +55,52 @@ def test_messages_are_said_once(capsys):
     assert capsys.readouterr().out == "warning: feature_spread\n"
 
 
-def test_a_terminal_gets_one_live_line_and_messages_above_it(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
+    def plain(self) -> str:
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.getvalue())
+
+
+def terminal_of(monkeypatch, columns: int) -> Terminal:
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    return terminal
+
+
+def test_a_terminal_gets_one_live_line_and_messages_above_it(monkeypatch):
+    terminal = terminal_of(monkeypatch, 200)
     monkeypatch.setattr(sys, "stdout", log := io.StringIO())
     shown = Display()
     shown.show(STATUS)
     shown.say("a checkpoint is damaged")
     shown.show(STATUS)
     shown.close(STATUS)
-    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
-    assert "25% " + LINE in text
-    assert text.count("a checkpoint is damaged\n") == 1
+    assert "25% " + LINE in terminal.plain()
+    assert terminal.plain().count("a checkpoint is damaged\n") == 1
     assert log.getvalue() == ""
+
+
+def test_a_narrow_terminal_shows_the_foremost(monkeypatch):
+    terminal = terminal_of(monkeypatch, 108)
+    shown = Display()
+    shown.show(STATUS)
+    shown.close(STATUS)
+    assert f" 25% {LINE[:81]}…" in terminal.plain()
+
+
+def test_packing_has_a_bar_on_a_terminal_and_a_line_now_and_then_in_a_log(monkeypatch):
+    terminal = terminal_of(monkeypatch, 200)
+    for stream in (terminal, log := io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with progress_bar("packing", "files", every=0) as progress:
+            progress(1_000, 4_000)
+    assert "packing" in terminal.plain()
+    assert "1000/4000 files" in terminal.plain()
+    assert log.getvalue() == "packing: 1,000 of 4,000 files\n"
+    monkeypatch.setattr(sys, "stderr", log := io.StringIO())
+    with progress_bar("packing", "files") as progress:
+        progress(1_000, 4_000)
+    assert log.getvalue() == ""  # what is soon done needs no line
