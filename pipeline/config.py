@@ -159,9 +159,10 @@ def resolve(config: Config, *, images: int, side: int, classes: int = 0) -> Conf
     batch = min(batch, images)
     batch -= batch % parts
     if batch < 1:
+        few = "1 image is" if images == 1 else f"{images} images are"
         raise UserError(
-            f"--data {config.data}: {images} images are too few for {config.group[1]} workers "
-            f"times {config.accumulate} accumulated parts"
+            f"--data {config.data}: {few} too few for --workers {config.workers} and --accumulate {config.accumulate}, "
+            "each part of whose batch needs one"
         )
     filled = {key: value for key, value in _values(recipe, batch).items() if getattr(config, key) is None}
     options = dict(recipe.options) | config.options

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -135,10 +136,15 @@ def test_a_run_leaves_all_that_is_promised(command, tmp_path, capsys, backbone, 
     assert {child.data.tags["protocol"] for child in children} == set(asked)
 
 
-def test_the_loading_line_that_a_run_prints_works(command, tmp_path, capsys):
+def test_a_run_begins_with_ten_lines_and_the_lines_that_it_ends_with_work(command, tmp_path, capsys):
     run = tmp_path / "runs" / "one"
     assert pretrain.main(command("--backbone", "vit_ti8", "--epochs", "1", "--run", str(run), *DINO)) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("load "))
+    said = capsys.readouterr().out
+    assert len(said[: said.index("[")].splitlines()) <= 10  # to the first line of progress
+    line = next(line for line in said.splitlines() if line.startswith("evaluate "))
+    assert shlex.split(line)[1:4] == ["python", "-m", "pipeline.evaluate"]
+    assert evaluate.main([*shlex.split(line)[4:], "--engine", "local", "--cache", str(tmp_path / "cache")]) == 0
+    line = next(line for line in said.splitlines() if line.startswith("load "))
     names: dict = {}
     exec(line.removeprefix("load").strip(), names)
     import torch
@@ -255,6 +261,22 @@ def test_a_batch_larger_than_the_data_is_made_to_fit_and_said(command, tmp_path,
     assert pretrain.main(words) == 0
     images = json.loads((tmp_path / "runs" / "one" / "summary.json").read_text())["images_seen"]
     assert f"--batch-size 512 does not fit {images} training images: {images} is used" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--engine", "ray", "--workers", "2"), "1 image is too few for --workers 2 and --accumulate 1"),
+        (("--engine", "ray", "--workers", "1..4"), "1 image is too few for --workers 1..4 and --accumulate 1"),
+        (("--accumulate", "2"), "1 image is too few for --workers 1 and --accumulate 2"),
+    ],
+)
+def test_too_few_images_are_one_line_before_anything_begins(command, tmp_path, capsys, words, sentence):
+    run = tmp_path / "runs" / "one"
+    assert pretrain.main(command("--backbone", "lenet5", "--limit", "1", "--run", str(run), *DINO, *words)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert sentence in line
+    assert not run.exists()
 
 
 def test_a_run_without_labels_measures_nothing_and_says_so(command, tmp_path):
