@@ -22,9 +22,11 @@ from functools import cached_property
 
 import fsspec
 
-from pipeline.data.archives import TABLE_SUFFIXES, TAR_SUFFIXES, ParquetSource, TableSource, TarSource
 from pipeline.data.listing import Item, Payload, Source, is_image_name, labels_from_folders, reason_to_skip
+from pipeline.data.parquet import ParquetSource
 from pipeline.data.remote import fetch, is_local, locate, version
+from pipeline.data.table import TABLE_SUFFIXES, TableSource
+from pipeline.data.tar import TAR_SUFFIXES, TarSource
 from pipeline.data.workers import Extent
 from pipeline.errors import UserError
 from pipeline.redaction import bare
@@ -65,18 +67,22 @@ def _open_folder(address: str, files: fsspec.AbstractFileSystem, path: str) -> S
     return folder
 
 
-class LocalFolder(Source):
+class _Folder(Source):
+    """Files below a folder, in the order of their names."""
+
+    def identity(self) -> Iterator[str]:
+        return (f"{item.key} {item.size} {item.version}" for item in self.items if not item.skip)
+
+    def labels(self, wanted: Sequence[int]) -> list[str | None]:
+        return labels_from_folders([self.items[index].key for index in wanted])
+
+
+class LocalFolder(_Folder):
     """A folder of this machine. Links are followed, each real folder once; only regular files are opened."""
 
     def __init__(self, address: str, root: str) -> None:
         super().__init__(address)
         self.root = root
-
-    def identity(self) -> Iterator[str]:
-        return _identity(self.items)
-
-    def labels(self, wanted: Sequence[int]) -> list[str | None]:
-        return labels_from_folders([self.items[index].key for index in wanted])
 
     def payloads(self, wanted: Sequence[int]) -> Iterator[tuple[int, Payload]]:
         for index in wanted:
@@ -126,18 +132,12 @@ def _item(entry: os.DirEntry[str], prefix: str) -> Item:
     return Item(key, facts.st_size, str(facts.st_mtime_ns), skip=skip)
 
 
-class RemoteFolder(Source):
+class RemoteFolder(_Folder):
     """A folder of a remote place."""
 
     def __init__(self, address: str, files: fsspec.AbstractFileSystem, root: str) -> None:
         super().__init__(address)
         self.files, self.root = files, root.rstrip("/")
-
-    def identity(self) -> Iterator[str]:
-        return _identity(self.items)
-
-    def labels(self, wanted: Sequence[int]) -> list[str | None]:
-        return labels_from_folders([self.items[index].key for index in wanted])
 
     def payloads(self, wanted: Sequence[int]) -> Iterator[tuple[int, Payload]]:
         return fetch(self.files, ((index, f"{self.root}/{self.items[index].key}") for index in wanted))
@@ -150,7 +150,3 @@ class RemoteFolder(Source):
             if key and not key.endswith("/"):
                 found.append(Item(key, int(info.get("size") or 0), version(info), skip=reason_to_skip(key)))
         return sorted(found)
-
-
-def _identity(items: Sequence[Item]) -> Iterator[str]:
-    return (f"{item.key} {item.size} {item.version}" for item in items if not item.skip)

@@ -23,7 +23,8 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.data.decode import HEAD, MAX_PIXELS, DecodedImage, NotAnImage, Rejected, check_is_image, decode
+from pipeline.data.decode import MAX_PIXELS, DecodedImage, decode
+from pipeline.data.magic import HEAD, NotAnImage, Rejected, check_is_image
 
 SECONDS_PER_FILE = 60
 MEMORY = 6 << 30  # bytes of address space of one child

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.data import decode as decoding
-from pipeline.data.decode import DecodedImage, NotAnImage, Rejected, decode
+from pipeline.data.decode import DecodedImage, decode
+from pipeline.data.magic import NotAnImage, Rejected
 from pipeline.data.workers import Decoders, Extent, Outcome, Task, Unreadable
 
 

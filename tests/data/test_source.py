@@ -1,62 +1,23 @@
-"""Sources: what is listed, in which order, with which labels and parts, and what is read, here and remote."""
+"""Folders, remote places and mistakes: what is listed, with which labels and parts, and what is read."""
 
-import csv
-import io
-import json
 import os
 import socket
-import tarfile
 from pathlib import Path
 
 import fsspec
-import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from pipeline.data import remote
 from pipeline.data.beton import BetonReader
-from pipeline.data.listing import Source, labels_from_folders
+from pipeline.data.listing import labels_from_folders
 from pipeline.data.pack import open_split, pack
 from pipeline.data.packed import read_names
 from pipeline.data.source import open_source
-from pipeline.data.workers import Extent, Unreadable
+from pipeline.data.workers import Unreadable
 from pipeline.errors import UserError
+from tests.data.source_toys import jpeg, read, tar, write
 from tests.s3 import s3
-
-
-def jpeg(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 255, (3, 4, 3), np.uint8)
-    Image.fromarray(pixels).resize((24, 20)).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def write(root: Path, names: list[str]) -> dict[str, bytes]:
-    contents = {name: jpeg(number) for number, name in enumerate(names)}
-    for name, content in contents.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content)
-    return contents
-
-
-def read(source: Source) -> dict[str, tuple[str | None, bytes]]:
-    """{key: (label, bytes)} of everything wanted."""
-    wanted = source.wanted()
-    labels = dict(zip(wanted, source.labels(wanted)))
-    found = {}
-    for index, payload in source.payloads(wanted):
-        if isinstance(payload, Extent):
-            with open(payload.path, "rb") as file:
-                file.seek(payload.start)
-                payload = file.read(payload.size)
-        found[source.items[index].key] = labels[index], payload
-    return found
-
-
-# ------------------------------------------------------------------------------------------------------------- folders
 
 
 def test_a_folder_of_any_depth_is_listed_in_order(tmp_path):
@@ -177,211 +138,6 @@ def test_all_parts_share_one_list_of_classes(tmp_path):
     train, val, _ = open_split(str(tmp_path / "set"), None, tmp_path / "cache")
     assert train.classes == val.classes == ("0", "2", "4", "6", "8", "10")
     assert BetonReader(val.path).metadata["label"].tolist() == [2, 2, 4, 4]
-
-
-# ---------------------------------------------------------------------------------------------------------------- tar
-
-
-def tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
-    with tarfile.open(path, mode) as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
-
-
-@pytest.mark.parametrize(
-    ("suffix", "mode"), [(".tar", "w"), (".tar.gz", "w:gz"), (".tgz", "w:gz"), (".tar.xz", "w:xz")]
-)
-def test_a_tar_is_read_in_its_own_order(tmp_path, suffix, mode):
-    members = {f"./set/{c}/{i}.jpg": jpeg(i) for i in range(3) for c in "ba"}
-    members["set/b/notes.txt"] = b"hello"
-    source = open_source(str(tar(tmp_path / f"photos{suffix}", members, mode)))
-    keys = [item.key for item in source.items if not item.skip]
-    assert keys == [name[2:] for name in members if name.endswith("jpg")]
-    assert read(source) == {n[2:]: (n[6], c) for n, c in members.items() if n.endswith("jpg")}
-    assert [item.skip for item in source.items if item.key.endswith("txt")] == ["not an image: by its name (.txt)"]
-
-
-def test_a_tar_never_reaches_outside(tmp_path):
-    path = tmp_path / "evil.tar"
-    with tarfile.open(path, "w") as archive:
-        for name in ("../../outside.jpg", "/absolute.jpg", "good.jpg"):
-            info = tarfile.TarInfo(name)
-            info.size = len(jpeg(0))
-            archive.addfile(info, io.BytesIO(jpeg(0)))
-        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
-            info = tarfile.TarInfo(f"link{ord(kind)}.jpg")
-            info.type, info.linkname = kind, "/etc/passwd"
-            archive.addfile(info)
-    before = set(tmp_path.rglob("*"))
-    source = open_source(str(path))
-    assert list(read(source)) == ["outside.jpg", "absolute.jpg", "good.jpg"]
-    assert sum("not a regular file" in item.skip for item in source.items) == 4
-    assert set(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize(
-    ("companion", "label"),
-    [
-        ("cls", lambda c: c.encode()),
-        ("json", lambda c: json.dumps({"label": c, "caption": "x"}).encode()),
-        ("txt", lambda c: c.encode()),
-    ],
-)
-@pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_webdataset_companions_are_labels(tmp_path, companion, label, mode):
-    members = {}
-    for i in range(8):
-        members[f"{i:06}.jpg"] = jpeg(i)
-        members[f"{i:06}.{companion}"] = label("cat" if i % 2 else "dog")
-    source = open_source(str(tar(tmp_path / ("a.tar" if mode == "w" else "a.tar.gz"), members, mode)))
-    found = read(source)
-    assert [label for label, _ in found.values()] == ["dog", "cat"] * 4
-    assert len(source.items) == 8
-
-
-def test_captions_are_no_labels(tmp_path):
-    members = {f"{i}.{kind}": content for i in range(8) for kind, content in (("jpg", jpeg(i)), ("txt", b"a %d" % i))}
-    assert {label for label, _ in read(open_source(str(tar(tmp_path / "a.tar", members)))).values()} == {None}
-
-
-def test_a_folder_of_shards_and_their_division(tmp_path):
-    for part in ("train", "val"):
-        for n in range(2):
-            tar(tmp_path / f"{part}-{n:03}.tar", {f"{c}/{part}{n}.jpg": jpeg(n) for c in "ab"})
-    source = open_source(str(tmp_path))
-    parts = source.parts()
-    assert [source.items[i].key for i in parts["val"]] == [
-        f"val-{n:03}.tar/{c}/val{n}.jpg" for n in range(2) for c in "ab"
-    ]
-    assert source.labels(parts["val"]) == ["a", "b", "a", "b"]
-    train, val, _ = open_split(str(tmp_path), None, tmp_path / "cache")
-    assert (train.images, val.images, train.classes) == (4, 4, ("a", "b"))
-
-
-@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
-def test_a_damaged_archive_is_a_sentence(tmp_path, suffix):
-    members = {f"{i}.jpg": os.urandom(20_000) for i in range(9)}
-    whole = tar(tmp_path / f"a{suffix}", members, "w:gz" if "gz" in suffix else "w").read_bytes()
-    (tmp_path / f"cut{suffix}").write_bytes(whole[: len(whole) // 2 - 300])
-    (tmp_path / f"no{suffix}").write_bytes(b"junk" * 1000)
-    for name in ("cut", "no"):
-        with pytest.raises(UserError, match=rf"{name}{suffix}: a damaged archive"):
-            read(open_source(str(tmp_path / f"{name}{suffix}")))
-
-
-# ------------------------------------------------------------------------------------------------------------- parquet
-
-
-def test_parquet_images_in_every_shape(tmp_path):
-    contents = [jpeg(i) for i in range(150)]
-    (tmp_path / "files").mkdir()
-    for i, content in enumerate(contents):
-        (tmp_path / "files" / f"{i}.jpg").write_bytes(content)
-    labels = [f"c{i % 3}" for i in range(150)]
-    shapes = {
-        "bytes": {"id": range(150), "jpg": contents, "label": labels},
-        "struct": {"image": [{"bytes": c, "path": None} for c in contents], "label": labels},
-        "struct_path": {"image": [{"bytes": None, "path": f"files/{i}.jpg"} for i in range(150)], "label": labels},
-        "path": {"file_name": [f"files/{i}.jpg" for i in range(150)], "label": labels},
-        "unnamed": {"text": labels, "blob": contents, "label": labels},
-    }
-    for name, columns in shapes.items():
-        schema = None
-        if name == "struct_path":  # pyarrow would take a column of None for one of no type
-            image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-            schema = pa.schema([("image", image), ("label", pa.string())])
-        table = pa.table({k: list(v) for k, v in columns.items()}, schema=schema)
-        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=64)
-        found = read(open_source(str(tmp_path / f"{name}.parquet")))
-        assert list(found) == [f"{name}.parquet/{i}" for i in range(150)], name
-        assert list(found.values()) == list(zip(labels, contents)), name
-
-
-def test_only_wanted_rows_are_read_and_an_empty_one_is_named(tmp_path):
-    images = [{"bytes": jpeg(i), "path": None} for i in range(200)]
-    images[70] = None
-    pq.write_table(pa.table({"image": images}), tmp_path / "a.parquet", row_group_size=50)
-    source = open_source(str(tmp_path / "a.parquet"))
-    wanted = [3, 49, 50, 70, 199]
-    found = dict(source.payloads(wanted))
-    assert list(found) == wanted
-    assert found[70] == Unreadable("empty: no image in this row")
-    assert all(found[i] == jpeg(i) for i in wanted if i != 70)
-
-
-def test_hugging_face_names_its_classes_and_parts(tmp_path):
-    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["ant", "bee"]}}
-    metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
-    (tmp_path / "data").mkdir()
-    for part, rows in (("train", 6), ("validation", 4)):
-        table = pa.table(
-            {"image": [{"bytes": jpeg(i), "path": ""} for i in range(rows)], "label": [0, 1] * (rows // 2)}
-        )
-        path = tmp_path / "data" / f"{part}-00000-of-00001.parquet"
-        pq.write_table(table.replace_schema_metadata(metadata), path)
-    train, val, note = open_split(str(tmp_path), None, tmp_path / "cache")
-    assert (train.images, val.images, note) == (6, 4, "its own validation part")
-    assert train.classes == ("ant", "bee")
-
-
-def test_integer_labels_keep_their_order_and_minus_one_is_none(tmp_path):
-    pd.DataFrame({"image": [jpeg(i) for i in range(14)], "label": [*range(12), -1, 3]}).to_parquet(
-        tmp_path / "a.parquet"
-    )
-    packed = pack(str(tmp_path / "a.parquet"), tmp_path / "cache")
-    assert BetonReader(packed.path).metadata["label"].tolist() == [*range(12), -1, 3]
-    assert packed.classes == tuple(map(str, range(12)))
-
-
-def test_a_parquet_without_images_is_a_sentence(tmp_path):
-    pd.DataFrame({"a": [1], "b": ["x"]}).to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="no column of images among a, b"):
-        read(open_source(str(tmp_path / "a.parquet")))
-    (tmp_path / "b.parquet").write_bytes(b"junk" * 100)
-    with pytest.raises(UserError, match=r"b\.parquet: a parquet file that cannot be read"):
-        read(open_source(str(tmp_path / "b.parquet")))
-
-
-# -------------------------------------------------------------------------------------------------------------- tables
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "path,label\nx/1.jpg,cat\nx/2.jpg,dog\n",
-        "Label;id;File_Name\ncat;7;x/1.jpg\ndog;8;x/2.jpg\n",
-        "x/1.jpg\tcat\r\nx/2.jpg\tdog\r\n",
-        '﻿image,class\n"x/1.jpg",cat\n\n"x/2.jpg",dog',
-    ],
-)
-def test_a_table_of_paths_and_labels(tmp_path, text):
-    contents = write(tmp_path, ["x/1.jpg", "x/2.jpg"])
-    (tmp_path / "list.csv").write_text(text, encoding="utf-8")
-    found = read(open_source(str(tmp_path / "list.csv")))
-    assert found == {"x/1.jpg": ("cat", contents["x/1.jpg"]), "x/2.jpg": ("dog", contents["x/2.jpg"])}
-
-
-def test_a_table_whose_files_are_missing_says_so(tmp_path):
-    write(tmp_path, ["1.jpg", "2.jpg"])
-    (tmp_path / "list.csv").write_text("path\n1.jpg\n2.jpg\ngone.jpg\n")
-    packed = pack(str(tmp_path / "list.csv"), tmp_path / "cache")
-    assert (packed.images, packed.classes) == (2, ())
-    with packed.rejected.open(newline="") as file:
-        assert [*csv.DictReader(file)] == [{"path": "gone.jpg", "reason": "unreadable: No such file or directory"}]
-    (tmp_path / "list.csv").write_text("who,what\na,b\n")
-    with pytest.raises(UserError, match="no column of paths among who, what"):
-        read(open_source(str(tmp_path / "list.csv")))
-
-
-def test_a_table_changes_its_identity_with_its_files(tmp_path):
-    write(tmp_path, ["1.jpg"])
-    (tmp_path / "list.csv").write_text("path\n1.jpg\n")
-    before = list(open_source(str(tmp_path / "list.csv")).identity())
-    (tmp_path / "1.jpg").write_bytes(jpeg(9) + b"more")
-    assert list(open_source(str(tmp_path / "list.csv")).identity()) != before
 
 
 # ------------------------------------------------------------------------------------------------------ remote places
