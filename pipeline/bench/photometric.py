@@ -7,6 +7,9 @@ from typing import Any
 from pipeline.bench.contender import Arguments, Bench, Contender, threads, views
 from pipeline.errors import UserError
 
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Mean and deviation of the channels, by which all contenders normalise."""
+
 
 def _uint8_views(arguments: Arguments) -> list[Any]:
     import torch
@@ -18,6 +21,12 @@ def _uint8_views(arguments: Arguments) -> list[Any]:
         image = torch.nn.functional.interpolate(coarse, view.size, mode="bicubic").clamp(0, 1) * 255
         made.append(image.to(torch.uint8).contiguous(memory_format=torch.channels_last))
     return made
+
+
+def _colours() -> Iterator[tuple[Any, int]]:
+    """The photometric changes of each view, and the side of the window that its blur looks at."""
+    for view in views(photometric=True):
+        yield view.photometric, int(view.size[0] * 0.1) // 2 * 2 + 1
 
 
 def photometrics(compiled: bool) -> Callable[[Path, Arguments], Iterator[int]]:
@@ -51,13 +60,11 @@ def torchvision_photometrics(path: Path, arguments: Arguments) -> Iterator[int]:
     torch.set_num_threads(threads(arguments))
     images = _uint8_views(arguments)
     recipes = []
-    for view in views(photometric=True):
-        p, side = view.photometric, int(view.size[0] * 0.1) // 2 * 2 + 1
-        assert p is not None
+    for p, side in _colours():
         jitter = T.ColorJitter(p.brightness, p.contrast, p.saturation, p.hue)
         blur = T.RandomApply([T.GaussianBlur(side, p.blur_sigma)], p.blur_p)
         solarize = T.RandomSolarize(128 / 255, p.solarize_p)
-        last = T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        last = T.Normalize(*IMAGENET)
         steps = [T.ToDtype(torch.float32, scale=True), T.RandomApply([jitter], p.jitter_p)]
         recipes.append(T.Compose([*steps, T.RandomGrayscale(p.gray_p), blur, solarize, last]))
     while True:
@@ -79,16 +86,14 @@ def kornia_photometrics(path: Path, arguments: Arguments) -> Iterator[int]:
     torch.set_num_threads(threads(arguments))
     images = _uint8_views(arguments)
     recipes = []
-    for view in views(photometric=True):
-        p, side = view.photometric, int(view.size[0] * 0.1) // 2 * 2 + 1
-        assert p is not None
+    for p, side in _colours():
         recipes.append(
             K.AugmentationSequential(
                 K.ColorJitter(p.brightness, p.contrast, p.saturation, p.hue, p=p.jitter_p),
                 K.RandomGrayscale(p=p.gray_p),
                 K.RandomGaussianBlur((side, side), p.blur_sigma, p=p.blur_p),
                 K.RandomSolarize(0.0, 0.0, p=p.solarize_p),
-                K.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+                K.Normalize(*IMAGENET),
             )
         )
     while True:

@@ -29,29 +29,37 @@ MOST_HELD_OUT = 10_000
 
 
 @dataclass(frozen=True)
-class LinearProbe:
-    """A trained linear classifier and the standardisation in front of it.
+class Standardised:
+    """A linear classifier and the standardisation in front of it.
 
     mean, deviation  [D], of the training features
     weight, bias     [D, C], [C]
-    lr               the learning rate that was chosen
-    by_lr            accuracy on the held-out slice of the training set for every learning rate tried
     """
 
     mean: Tensor
     deviation: Tensor
     weight: Tensor
     bias: Tensor
-    lr: float
-    by_lr: dict[float, float]
 
     def predict(self, features: Tensor) -> Tensor:
         """The class [M] of features [M, D]."""
-        return (standardise(features, self.mean, self.deviation) @ self.weight + self.bias).argmax(dim=1)
+        return (standardise(features, self.mean, self.deviation).to(self.weight) @ self.weight + self.bias).argmax(1)
 
     def head(self) -> nn.Linear:
         """The same classifier as one layer, of features as they are."""
         return folded(self.mean, self.deviation, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class LinearProbe(Standardised):
+    """A classifier trained by descent.
+
+    lr      the learning rate that was chosen
+    by_lr   accuracy on the held-out slice of the training set for every learning rate tried
+    """
+
+    lr: float
+    by_lr: dict[float, float]
 
 
 def linear_probe(

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.evaluation.accuracy import headline
 from pipeline.evaluation.feature_set import FeatureSet, Found
-from pipeline.evaluation.linear import folded, moments, standardise
+from pipeline.evaluation.linear import Standardised, moments, standardise
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 HELD_OUT = 0.2
@@ -24,23 +24,10 @@ ITERATIONS = 300
 
 
 @dataclass(frozen=True)
-class Logistic:
-    """A linear classifier and the standardisation in front of it: mean, deviation [D], weight [D, C], bias [C], and the
-    inverse penalty c it was trained with."""
+class Logistic(Standardised):
+    """A classifier trained with the inverse penalty `c`."""
 
-    mean: Tensor
-    deviation: Tensor
-    weight: Tensor
-    bias: Tensor
     c: float
-
-    def predict(self, features: Tensor) -> Tensor:
-        """The class [M] of features [M, D]."""
-        return (standardise(features, self.mean, self.deviation).to(self.weight) @ self.weight + self.bias).argmax(1)
-
-    def head(self) -> nn.Linear:
-        """The same classifier as one layer, of features as they are."""
-        return folded(self.mean, self.deviation, self.weight, self.bias)
 
 
 def logistic(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, Found] | None:

@@ -15,7 +15,7 @@ VITAL_SIGNS = (
 
 
 def cosines(x: Tensor, y: Tensor) -> Tensor:
-    """Cosine similarities [M, N] of the rows of x [M, D] and y [N, D], at least in float32 under any autocast."""
+    """Cosine similarities [..., N] of x [..., D] with the rows of y [N, D], at least in float32 under any autocast."""
     with torch.autocast(x.device.type, enabled=False):
         return F.normalize(full_precision(x), dim=-1) @ F.normalize(full_precision(y), dim=-1).T
 

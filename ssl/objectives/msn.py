@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from objectives.contract import Objective, pair
+from objectives.contrast import cosines
 from objectives.distributed import gather, world_size
 from objectives.heads import mlp
 from objectives.masks import random_cells, visible_count
@@ -31,12 +31,6 @@ VITAL_SIGNS = (
     VitalSign("mean_entropy", 0.2, 1.0, "few prototypes take every image"),
     VitalSign("feature_spread", 0.05, 1.0, "the backbone gives every image the same features"),
 )
-
-
-def similarities(z: Tensor, prototypes: Tensor) -> Tensor:
-    """Cosines [..., K] of embeddings [..., d] with K prototypes [K, d]."""
-    with torch.autocast(z.device.type, enabled=False):
-        return F.normalize(full_precision(z), dim=-1) @ F.normalize(full_precision(prototypes), dim=-1).T
 
 
 @torch.no_grad()
@@ -163,9 +157,9 @@ class MSN(Objective):
         z_target, _ = self.teacher([target])
         z, pooled = self.student(anchors, visible=visible)
         with torch.no_grad():
-            scores = similarities(z_target[0], self.prototypes)
+            scores = cosines(z_target[0], self.prototypes)
         targets = sharpened(scores, self.temp, self.sharpening, self.sinkhorn)
-        log_p = (similarities(z, self.prototypes) / self.temp).log_softmax(dim=-1)
+        log_p = (cosines(z, self.prototypes) / self.temp).log_softmax(dim=-1)
         cross_entropy, regulariser = msn_loss(log_p, targets)
         width = math.log(len(self.prototypes))
         return cross_entropy + self.me_max * regulariser, {

@@ -52,6 +52,12 @@ def relative(ours: Tensor, theirs: np.ndarray | Tensor | float) -> float:
     return ((ours.detach().double() - theirs).abs().max() / theirs.abs().max()).item()
 
 
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Of a vector, in its own precision."""
+    e = np.exp(scores - scores.max())
+    return e / e.sum()
+
+
 def random_views(objective: Objective, batch: int = 6, seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     channels = objective.backbone.in_channels
@@ -83,7 +89,7 @@ def continues_exactly(make: Callable[[], Objective]) -> None:
     losses = [step(objective, optimiser, i) for i in range(3, 6)]
     again, optimiser = fresh()
     with torch.no_grad():
-        for tensor in (*again.parameters(), *again.buffers()):
+        for tensor in again.state_dict().values():
             tensor.zero_()
     again.load_state_dict(saved[0])
     optimiser.load_state_dict(saved[1])
@@ -104,7 +110,8 @@ def learns_with_every_parameter(objective: Objective) -> None:
     assert {sign.name for sign in objective.vital_signs} <= set(scalars)
 
 
-def is_near_itself_in_bf16(objective: Objective) -> None:
+def is_near_itself_in_bf16(objective: Objective, share: float = 0.05) -> None:
+    """Under autocast the loss is float32 and off by less than a `share` of itself, gradients are finite."""
     views = random_views(objective)
     torch.manual_seed(0)
     exact, _ = objective(views, 0.5)
@@ -112,7 +119,7 @@ def is_near_itself_in_bf16(objective: Objective) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss, scalars = objective(views, 0.5)
     assert loss.dtype == torch.float32
-    assert abs(loss - exact) < 0.05 * max(1, abs(exact))
+    assert abs(loss - exact) < share * max(1, abs(exact))
     loss.backward()
     assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
     assert all(s.isfinite() for s in scalars.values())
@@ -127,6 +134,23 @@ def takes_any_images(make: Callable[..., Objective]) -> None:
         loss, _ = objective(random_views(objective, batch=3), 0.0)
         loss.backward()
         assert loss.isfinite()
+
+
+def takes_a_shape(objective: Objective, batch: int) -> None:
+    """The channels and the size that it was made for, and a batch of one."""
+    loss, scalars = objective(random_views(objective, batch), 0.0)
+    assert loss.isfinite()
+    assert all(s.isfinite() and not s.requires_grad for s in scalars.values())
+
+
+def keeps_what_all_keep(make: Callable[..., Objective]) -> None:
+    """What holds for every objective that compares the images of a batch."""
+    learns_with_every_parameter(make())
+    continues_exactly(make)
+    is_near_itself_in_bf16(make())
+    evaluation_moves_nothing(make())
+    takes_any_images(make)
+    refuses_a_single_image(make())
 
 
 def evaluation_moves_nothing(objective: Objective) -> None:

@@ -3,8 +3,10 @@
 import copy
 
 import numpy as np
+import objective_checks as check
 import pytest
 import torch
+from objective_checks import relative
 from objective_toys import knn, sick, toy_images, train
 from tiny_backbones import TINY, tiny_vit
 from torch import Tensor
@@ -19,11 +21,6 @@ SMALL: dict = {"mask_ratio": 0.5, "ema_start": 0.98, "ema_end": 0.99}
 def small(kind: str = "vit", image_size: object = 32, in_channels: int = 3, **options: object) -> Data2Vec:
     torch.manual_seed(0)
     return Data2Vec(TINY[kind](in_channels), image_size=image_size, **{**SMALL, **options})
-
-
-def relative(ours: Tensor, theirs: np.ndarray | Tensor | float) -> float:
-    theirs = torch.as_tensor(theirs, dtype=torch.float64)
-    return ((ours.double() - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def standardise(x: np.ndarray) -> np.ndarray:
@@ -137,10 +134,7 @@ def test_every_trainable_parameter_gets_a_gradient_and_is_optimised_once(kind: s
 @pytest.mark.parametrize("kind", TINY)
 @pytest.mark.parametrize(("channels", "size", "batch"), [(1, 32, 1), (12, (16, 40), 2)])
 def test_channels_shapes_and_a_single_image(kind: str, channels: int, size: object, batch: int) -> None:
-    objective = small(kind, size, channels)
-    loss, scalars = objective([torch.randn(batch, channels, *objective.views[0].size)], 0.0)
-    assert loss.isfinite()
-    assert all(s.isfinite() and not s.requires_grad for s in scalars.values())
+    check.takes_a_shape(small(kind, size, channels), batch)
 
 
 @pytest.mark.parametrize(("size", "ratio"), [(8, 0.6), (16, 0.9), (16, 0.1)])
@@ -155,29 +149,12 @@ def test_no_target_layers_at_all_gets_a_sentence() -> None:
 
 
 def test_bf16_autocast_gives_a_float32_loss_near_the_exact_one() -> None:
-    objective = small()
-    images = torch.randn(4, 3, 32, 32)
-    losses = []
-    for enabled in (False, True):
-        torch.manual_seed(1)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            losses.append(objective([images], 0.5)[0])
-    assert losses[1].dtype == torch.float32
-    assert abs(losses[1] - losses[0]) < 0.02 * losses[0]
+    check.is_near_itself_in_bf16(small(), share=0.02)
 
 
 @pytest.mark.parametrize("kind", TINY)
 def test_a_state_dict_is_the_whole_state(kind: str) -> None:
-    images = torch.randn(4, 3, 32, 32)
-    objective = small(kind)
-    train(objective, images, steps=2, batch_size=4)
-    again = Data2Vec(TINY[kind](), image_size=32, **SMALL)
-    again.load_state_dict(copy.deepcopy(objective.state_dict()))
-    losses = []
-    for one in (objective, again):
-        torch.manual_seed(1)
-        losses.append(one([images], 0.3)[0])
-    assert torch.equal(*losses)
+    check.continues_exactly(lambda: small(kind))
 
 
 @pytest.mark.slow

@@ -5,8 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
+from objective_checks import random_views, relative, softmax
 from objective_toys import ToyBackbone, sick, toy_images, train
-from torch import Tensor, nn
+from torch import nn
 
 import objectives
 from objectives.dino import DINO, dino_loss, teacher_signs
@@ -28,17 +29,8 @@ def small(**options: object) -> DINO:
     return DINO(ToyBackbone(), image_size=32, **{**SMALL, **options})
 
 
-def random_views(objective: DINO, batch: int = 4, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch, 3, *view.size, generator=generator) for view in objective.views]
-
-
 def paper(student: np.ndarray, teacher: np.ndarray, centre: np.ndarray, tau_s: float, tau_t: float):
     """Loss (eq. 1 to 3, averaged over pairs and images), its gradient to the student, the batch centre (eq. 4)."""
-
-    def softmax(z: np.ndarray) -> np.ndarray:
-        e = np.exp(z - z.max())
-        return e / e.sum()
 
     n_views, batch, _ = student.shape
     n_pairs = len(teacher) * (n_views - 1)
@@ -52,11 +44,6 @@ def paper(student: np.ndarray, teacher: np.ndarray, centre: np.ndarray, tau_s: f
                     loss -= (p_t * np.log(p_s)).sum() / (n_pairs * batch)
                     gradient[y, b] += (p_s - p_t) / tau_s / (n_pairs * batch)
     return loss, gradient, teacher.reshape(-1, teacher.shape[-1]).mean(0)
-
-
-def relative(ours: Tensor, theirs: np.ndarray | Tensor | float) -> float:
-    theirs = torch.as_tensor(theirs, dtype=torch.float64)
-    return ((ours.double() - theirs).abs().max() / theirs.abs().max()).item()
 
 
 @pytest.mark.parametrize(("n_views", "batch", "k"), [(2, 3, 16), (6, 5, 64), (10, 2, 1024)])
@@ -102,7 +89,7 @@ def test_gradient_equals_finite_differences() -> None:
 def test_a_whole_step_equals_the_papers() -> None:
     """Networks, temperature, momentum and centre as the objective wires them, against the equations."""
     objective = small(teacher_temp=0.07, teacher_temp_start=0.04, teacher_temp_warmup=0.5).double()
-    views = [view.double() for view in random_views(objective)]
+    views = [view.double() for view in random_views(objective, 4)]
     with torch.no_grad():
         for weight in objective.teacher.parameters():
             weight.add_(0.1 * torch.randn_like(weight))
@@ -208,7 +195,7 @@ def test_scores_are_cosines_and_heads_match_the_published_shape() -> None:
     objective = DINO(ToyBackbone(), image_size=32, out_dim=512)
     shapes = [tuple(p.shape) for p in objective.student.head.projector.parameters()]
     assert shapes == [(2048, 32), (2048,), (2048, 2048), (2048,), (256, 2048), (256,)]
-    scores, _ = objective.student(random_views(objective))
+    scores, _ = objective.student(random_views(objective, 4))
     assert scores.shape == (10, 4, 512)
     assert scores.abs().max() <= 1 + 1e-6
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from masked_toy import MaskedToy
+from objective_checks import random_views, relative
 from objective_toys import knn, sick, toy_images, train
 from torch import Tensor
 
@@ -40,16 +41,6 @@ VARIANTS = [{}, {"separate_heads": True, "centring": "sinkhorn"}]
 def small(image_size: object = 32, in_channels: int = 3, **options: object) -> DINOv2:
     torch.manual_seed(0)
     return DINOv2(MaskedToy(in_channels=in_channels), image_size=image_size, **{**SMALL, **options})
-
-
-def random_views(objective: DINOv2, batch: int = 4, seed: int = 0, channels: int = 3) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch, channels, *view.size, generator=generator) for view in objective.views]
-
-
-def relative(ours: Tensor, theirs: np.ndarray | Tensor | float) -> float:
-    theirs = torch.as_tensor(theirs, dtype=torch.float64)
-    return ((ours.double() - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def paper_koleo(features: np.ndarray, eps: float = 1e-8) -> tuple[float, np.ndarray]:
@@ -122,7 +113,7 @@ def balanced(scores: np.ndarray, temperature: float) -> np.ndarray:
 def test_a_whole_step_equals_the_papers(centring: str, separate: bool) -> None:
     """Which head scores what, which targets, KoLeo on which features and weighted how, in float64."""
     objective = small(centring=centring, separate_heads=separate, teacher_temp_warmup=0.5).double()
-    views = [view.double() for view in random_views(objective)]
+    views = [view.double() for view in random_views(objective, 4)]
     masks = torch.rand(8, 16) < 0.4
     masks[2] = False
     objective.masks = lambda images: masks
@@ -166,7 +157,7 @@ def test_without_its_own_parts_it_is_ibot() -> None:
     theirs = IBOT(MaskedToy(), image_size=32, **shared)
     masks = torch.rand(8, 16) < 0.3
     ours.masks = theirs.masks = lambda images: masks
-    assert torch.equal(ours(random_views(ours), 0.1)[0], theirs(random_views(theirs), 0.1)[0])
+    assert torch.equal(ours(random_views(ours, 4), 0.1)[0], theirs(random_views(theirs, 4), 0.1)[0])
 
 
 def test_exactly_half_of_the_images_are_masked_with_ratios_spread_evenly() -> None:
@@ -238,7 +229,7 @@ def test_every_trainable_parameter_gets_a_gradient_in_every_step(options: dict, 
 @pytest.mark.parametrize("options", VARIANTS)
 def test_sizes_and_channels(image_size: object, channels: int, batch: int, options: dict) -> None:
     objective = small(image_size, channels, **options)
-    assert objective(random_views(objective, batch, channels=channels), 0.0)[0].isfinite()
+    assert objective(random_views(objective, batch), 0.0)[0].isfinite()
 
 
 def test_one_image_is_enough_without_koleo() -> None:

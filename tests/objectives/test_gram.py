@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 import yaml
 from masked_toy import MaskedToy
+from objective_checks import random_views, relative
 from objective_toys import sick, toy_images, train
-from torch import Tensor
 
 import backbones
 import objectives
@@ -58,16 +58,6 @@ def run(tmp_path: Path) -> str:
 def anchored(run: str, **options: object) -> GramAnchoring:
     torch.manual_seed(1)
     return GramAnchoring(MaskedToy(), image_size=32, checkpoint=run, **{**SMALL, **options})
-
-
-def random_views(objective: Objective, batch: int = 4, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch, 3, *view.size, generator=generator) for view in objective.views]
-
-
-def relative(ours: Tensor, theirs: np.ndarray | Tensor | float) -> float:
-    theirs = torch.as_tensor(theirs, dtype=torch.float64)
-    return ((ours.double() - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def paper(student: np.ndarray, teacher: np.ndarray) -> tuple[float, np.ndarray]:
@@ -142,7 +132,7 @@ def test_a_whole_step_equals_the_papers(run: str, resolution: float) -> None:
     side = int(32 * resolution)
     assert [v.size for v in objective.views[:2]] == [(side, side)] * 2
     assert [v.photometric.blur_sigma for v in objective.views[:2]] == [(0.1 * resolution, 2 * resolution)] * 2
-    views = [v.double() for v in random_views(objective)]
+    views = [v.double() for v in random_views(objective, 4)]
     masks = torch.rand(8, 16) < 0.3
     objective.base.masks = lambda images: masks
     large = torch.cat(views[:2])

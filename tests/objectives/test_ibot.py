@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from masked_toy import MaskedToy
+from objective_checks import random_views, relative, softmax
 from objective_toys import knn, sick, toy_images, train
-from torch import Tensor
 
 import backbones
 import objectives
@@ -28,21 +28,6 @@ HEALTHY = {**SMALL, "head_norm": "batch", "teacher_temp": 0.02, "teacher_temp_st
 def small(image_size: object = 32, in_channels: int = 3, **options: object) -> IBOT:
     torch.manual_seed(0)
     return IBOT(MaskedToy(in_channels=in_channels), image_size=image_size, **{**SMALL, **options})
-
-
-def random_views(objective: IBOT, batch: int = 4, seed: int = 0, channels: int = 3) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch, channels, *view.size, generator=generator) for view in objective.views]
-
-
-def relative(ours: Tensor, theirs: np.ndarray | Tensor | float) -> float:
-    theirs = torch.as_tensor(theirs, dtype=torch.float64)
-    return ((ours.double() - theirs).abs().max() / theirs.abs().max()).item()
-
-
-def softmax(z: np.ndarray) -> np.ndarray:
-    e = np.exp(z - z.max())
-    return e / e.sum()
 
 
 def paper_cells(student: np.ndarray, teacher: np.ndarray, masks: np.ndarray, centre: np.ndarray, ts: float, tt: float):
@@ -116,7 +101,7 @@ def test_gradient_equals_finite_differences() -> None:
 def test_a_whole_step_equals_the_papers() -> None:
     """What is masked for whom, one head for both, temperatures, weights and two centres, against the equations."""
     objective = small(teacher_temp_start=0.04, teacher_temp_warmup=0.5, cell_weight=0.7).double()
-    views = [view.double() for view in random_views(objective)]
+    views = [view.double() for view in random_views(objective, 4)]
     masks = torch.rand(8, 16) < 0.4
     masks[2] = False
     objective.masks = lambda images: masks
@@ -173,7 +158,7 @@ def test_what_is_masked_reaches_the_student_only_as_a_target() -> None:
     objective = small().eval()
     torch.manual_seed(1)
     masks = objective.masks(8)
-    views = random_views(objective)
+    views = random_views(objective, 4)
     pixels = masks.view(8, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
     other = torch.where(pixels, torch.randn(8, 3, 32, 32), torch.cat(views[:2]))
     chosen = masks.flatten().nonzero()[:, 0]
@@ -210,7 +195,7 @@ def test_prototypes_wait_while_frozen() -> None:
 @pytest.mark.parametrize(("image_size", "channels", "batch"), [((16, 40), 3, 2), (32, 1, 2), (32, 12, 2), (32, 3, 1)])
 def test_sizes_channels_and_a_batch_of_one(image_size: object, channels: int, batch: int) -> None:
     objective = small(image_size, channels)
-    loss, scalars = objective(random_views(objective, batch, channels=channels), 0.0)
+    loss, scalars = objective(random_views(objective, batch), 0.0)
     assert loss.isfinite()
     assert all(s.isfinite() for s in scalars.values())
 

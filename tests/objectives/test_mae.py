@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from objective_checks import relative
 from objective_toys import ToyBackbone, sick, toy_images, train
 from torch import Tensor
 
@@ -17,11 +18,6 @@ SMALL = {"decoder_width": 64, "decoder_depth": 2, "decoder_heads": 4}
 def small(image_size: object = 32, **options: object) -> MAE:
     torch.manual_seed(0)
     return MAE(ToyBackbone(), image_size=image_size, **{**SMALL, **options})
-
-
-def relative(ours: Tensor, theirs: np.ndarray | Tensor | float) -> float:
-    theirs = torch.as_tensor(theirs, dtype=torch.float64)
-    return ((ours.double() - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def paper_targets(image: np.ndarray, patch: int) -> np.ndarray:

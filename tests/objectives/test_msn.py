@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from masked_toy import MaskedToy
+from objective_checks import random_views, relative, softmax
 from objective_toys import knn, sick, toy_images, train
-from torch import Tensor
 
 import backbones
 import objectives
-from objectives.msn import MSN, msn_loss, sharpened, similarities
+from objectives.contrast import cosines
+from objectives.msn import MSN, msn_loss, sharpened
 
 SMALL = {
     "n_prototypes": 16,
@@ -37,21 +38,6 @@ HEALTHY = {
 def small(image_size: object = 32, in_channels: int = 3, **options: object) -> MSN:
     torch.manual_seed(0)
     return MSN(MaskedToy(in_channels=in_channels), image_size=image_size, **{**SMALL, **options})
-
-
-def random_views(objective: MSN, batch: int = 4, seed: int = 0, channels: int = 3) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch, channels, *view.size, generator=generator) for view in objective.views]
-
-
-def relative(ours: Tensor, theirs: np.ndarray | Tensor | float) -> float:
-    theirs = torch.as_tensor(theirs, dtype=torch.float64)
-    return ((ours.double() - theirs).abs().max() / theirs.abs().max()).item()
-
-
-def softmax(z: np.ndarray) -> np.ndarray:
-    e = np.exp(z - z.max())
-    return e / e.sum()
 
 
 def paper_targets(scores: np.ndarray, temp: float, sharpening: float, sinkhorn: int) -> np.ndarray:
@@ -107,8 +93,8 @@ def test_it_equals_lightlys(sinkhorn: int) -> None:
     theirs_in = [x.detach().clone().requires_grad_() for x in ours_in]
     target = torch.randn(5, 16)
     theirs = lightly(theirs_in[0], target, theirs_in[1], target_sharpen_temperature=0.25)
-    targets = sharpened(similarities(target, ours_in[1].detach()), 0.1, 0.25, sinkhorn)
-    log_p = (similarities(ours_in[0].view(3, 5, 16), ours_in[1]) / 0.1).log_softmax(-1)
+    targets = sharpened(cosines(target, ours_in[1].detach()), 0.1, 0.25, sinkhorn)
+    log_p = (cosines(ours_in[0].view(3, 5, 16), ours_in[1]) / 0.1).log_softmax(-1)
     cross_entropy, me_max = msn_loss(log_p, targets)
     ours = cross_entropy + 0.7 * me_max
     ours.backward()
@@ -122,14 +108,14 @@ def test_gradient_equals_finite_differences() -> None:
     torch.manual_seed(0)
     p = torch.randn(3, 5, dtype=torch.float64).softmax(-1)
     z, prototypes = (torch.randn(*s, 4, dtype=torch.float64, requires_grad=True) for s in ((2, 3), (5,)))
-    terms = lambda z, w: sum(msn_loss((similarities(z, w) / 0.1).log_softmax(-1), p))  # noqa: E731
+    terms = lambda z, w: sum(msn_loss((cosines(z, w) / 0.1).log_softmax(-1), p))  # noqa: E731
     assert torch.autograd.gradcheck(terms, (z, prototypes))
 
 
 def test_a_whole_step_equals_the_papers() -> None:
     """Which view goes where, what is dropped, prototypes and temperatures, against the equations in float64."""
     objective = small(me_max=0.5, head_norm="none").double()
-    views = [view.double() for view in random_views(objective)]
+    views = [view.double() for view in random_views(objective, 4)]
     with torch.no_grad():
         for weight in objective.teacher.parameters():
             weight.add_(0.1 * torch.randn_like(weight))
@@ -170,7 +156,7 @@ def test_published_settings() -> None:
 
 def test_dropped_pixels_reach_nothing() -> None:
     objective = small()
-    views = random_views(objective)
+    views = random_views(objective, 4)
     torch.manual_seed(5)
     kept = torch.zeros(4, 16, dtype=torch.bool).scatter(1, torch.rand(4, 16).argsort(1)[:, :13], True)
     pixels = kept.view(4, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
@@ -197,7 +183,7 @@ def test_every_trainable_parameter_gets_a_gradient_and_prototypes_do_not_decay()
 @pytest.mark.parametrize(("image_size", "channels", "batch"), [((16, 40), 3, 2), (32, 1, 2), (32, 12, 3)])
 def test_sizes_and_channels(image_size: object, channels: int, batch: int) -> None:
     objective = small(image_size, channels)
-    loss, scalars = objective(random_views(objective, batch, channels=channels), 0.0)
+    loss, scalars = objective(random_views(objective, batch), 0.0)
     assert loss.isfinite()
     assert all(s.isfinite() and not s.requires_grad for s in scalars.values())
 

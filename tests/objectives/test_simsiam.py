@@ -95,12 +95,7 @@ def test_the_predictor_alone_keeps_its_learning_rate() -> None:
 
 
 def test_what_every_objective_keeps() -> None:
-    check.learns_with_every_parameter(small())
-    check.continues_exactly(small)
-    check.is_near_itself_in_bf16(small())
-    check.evaluation_moves_nothing(small())
-    check.refuses_a_single_image(small())
-    check.takes_any_images(small)
+    check.keeps_what_all_keep(small)
     assert isinstance(objectives.create("simsiam", ToyBackbone(), image_size=32, **SMALL), SimSiam)
 
 
