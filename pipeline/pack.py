@@ -64,8 +64,11 @@ def report(arguments: Arguments) -> None:
         print(f"{name:>9}  {packed.images:,} images, {classes}, {size:,.1f} MB in {packed.path}")
         if facts.get("duplicates"):
             print(f"{'':>9}  {facts['duplicates']:,} are exact copies of others")
-        for warning, count in Counter(text for _, text in facts.get("warnings", ())).items():
-            print(f"{'':>9}  {count:,} look wrong: {warning}")
+        kinds: dict[str, list[str]] = {}
+        for _, text in facts.get("warnings", ()):
+            kinds.setdefault(text.split(":")[0], []).append(text)
+        for kind, texts in kinds.items():
+            print(f"{'':>9}  {len(texts):,} look wrong: {texts[0] if len(set(texts)) == 1 else kind}")
     print(f"{'split':>9}  {note}")
     if train.rejected:
         with train.rejected.open(newline="", encoding="utf-8", errors="surrogateescape") as file:

@@ -1,5 +1,7 @@
 """`python -m objectives`: every objective, what family it is of, the views it asks for, and its paper."""
 
+import argparse
+import sys
 from collections import Counter
 from typing import Any
 
@@ -9,6 +11,9 @@ from rich.table import Table
 import backbones
 import objectives
 from objectives.views import View
+
+LOG_WIDTH = 120
+"""Of the table where there is no terminal to fit it to."""
 
 
 def describe(views: tuple[View, ...]) -> str:
@@ -26,6 +31,7 @@ NEEDED: dict[str, dict[str, Any]] = {"distillation": {"teacher": "random:vit_ti1
 
 def main() -> None:
     """Print the table, with the published defaults on a ViT at 224 pixels."""
+    argparse.ArgumentParser(prog="python -m objectives", description="List the objectives.").parse_args()
     table = Table("name", "family", "views at 224 pixels", "vital signs", "paper", box=None, padding=(0, 2, 1, 0))
     for name in objectives.NAMES:
         cls = objectives.objective(name)
@@ -38,7 +44,7 @@ def main() -> None:
         made = objectives.create(name, backbone, image_size=224, **options)
         signs = "\n".join(sign.name for sign in made.vital_signs)
         table.add_row(name, cls.family, describe(made.views), signs, cls.paper.replace(", ", "\n"))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else LOG_WIDTH).print(table)
 
 
 if __name__ == "__main__":
