@@ -11,8 +11,8 @@ import fsspec
 import torch
 from torch import Tensor
 
-from pipeline.data.pack import ordered
 from pipeline.data.packed import Packed, read_names
+from pipeline.data.parts import ordered
 from pipeline.data.remote import given
 from pipeline.errors import UserError
 from pipeline.evaluation.protocols import PROTOCOLS

@@ -18,6 +18,7 @@ from PIL import Image
 
 from pipeline import pack as command
 from pipeline.data import pack as packing
+from pipeline.data import parts
 from pipeline.data.beton import BetonReader
 from pipeline.data.pack import open_split
 from pipeline.data.packed import read_facts, read_names
@@ -53,7 +54,7 @@ def test_a_folder_keeps_its_jpeg_bytes_and_labels(photos, tmp_path):
 
 def test_the_second_time_nothing_is_decoded(photos, tmp_path, monkeypatch):
     first = open_split(str(photos), None, tmp_path / "cache")
-    monkeypatch.setattr(packing, "Decoders", None)
+    monkeypatch.setattr(parts, "Decoders", None)
     assert open_split(str(photos), None, tmp_path / "cache") == first
     draw(photos / "class0" / "new.jpg", 99)
     with pytest.raises(TypeError):
