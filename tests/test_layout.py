@@ -72,7 +72,9 @@ def test_ssl_stays_pythons_own() -> None:
 @pytest.mark.parametrize(
     "module",
     ["backbones", "backbones.names", "objectives", "objectives.views", "pipeline.config", "pipeline.asked",
-     "pipeline.recipes", "pipeline.tracking", "pipeline.pretrain", "pipeline.evaluate", "pipeline.compare"],
+     "pipeline.recipes", "pipeline.tracking", "pipeline.pretrain", "pipeline.evaluate", "pipeline.compare",
+     "pipeline.pack", "pipeline.classify", "pipeline.replay", "pipeline.results", "pipeline.learns",
+     "pipeline.bench.__main__", "pipeline.tracking.__main__", "jobs.submit", "jobs.scheduler", "jobs.render.__main__"],
 )  # fmt: skip
 def test_command_line_waits_for_no_heavy_import(module: str) -> None:
     heavy = {"torch", "timm", "torchvision", "ray", "mlflow", "ffcv", "numba", "cv2", "pandas", "pyarrow"}

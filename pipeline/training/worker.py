@@ -118,6 +118,7 @@ class Training:
 
         Raises:
             Unwell: the run has fallen ill.
+            UserError: the objective cannot learn from such a batch.
         """
         batches = Batches(self.loader, self.recorder.say if self.recorder else print)
         if 0 < self.seen < self.planned and not self.stop:
@@ -139,7 +140,10 @@ class Training:
             waited = time.perf_counter() - started
             self.seen = min(seen + self.step_images, self.planned)  # of another group's steps a part may be left
             if not self.care.skips(seen):
-                values, lr = self.stepper(batch, seen, self.planned, self.care)
+                try:
+                    values, lr = self.stepper(batch, seen, self.planned, self.care)
+                except ValueError as error:  # an objective's word on a batch from which it cannot learn
+                    raise UserError(f"--batch-size {self.config.batch_size}: {error}") from error
                 means, self.stop, self.due = self.agree(values)
                 self.row = {"images": self.seen, **means, "lr": lr}
                 self.health.check(self.row, self.seen)

@@ -263,6 +263,16 @@ def test_a_batch_larger_than_the_data_is_made_to_fit_and_said(command, tmp_path,
     assert f"--batch-size 512 does not fit {images} training images: {images} is used" in capsys.readouterr().out
 
 
+def test_a_batch_that_an_objective_cannot_learn_from_is_one_line(command, tmp_path, capsys):
+    asked = ("--objective", "simclr", "--backbone", "lenet5", "--limit", "1", "--run", str(tmp_path / "runs" / "one"))
+    assert pretrain.main(command(*asked)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        line
+        == "error: --batch-size 1: SimCLR contrasts images with each other, a batch of 1 has no other; take at least 2"
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
