@@ -13,30 +13,21 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from PIL import Image
 
 from pipeline.cluster.driver import _cause, _refusal
 from pipeline.training.run_folder import RunFolder
+from tests.pipeline.small_runs import SMALL, draw, losses
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
-SMALL = [
-    *("--loader", "opencv", "--image-size", "16", "--batch-size", "8", "--knn-every", "0", "--precision", "fp32"),
-    *("--options.local-views", "1", "--options.local-size", "8", "--options.out-dim", "16", "--backbone", "vit_ti8"),
-    *("--options.hidden-dim", "16", "--epochs", "2"),
-]
+WORDS = [*SMALL, "--epochs", "2"]
 
 ISOLATED: dict[str, str] = {}
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    generator = np.random.default_rng(0)
-    for i in range(48):
-        (folder / "ab"[i % 2]).mkdir(exist_ok=True)
-        Image.fromarray(generator.integers(0, 255, (20, 20, 3), np.uint8)).save(folder / "ab"[i % 2] / f"{i}.png")
-    return folder
+    return draw(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,7 +45,7 @@ def begin(photos: Path, run: Path, *words: str) -> subprocess.Popen:
     environment |= ISOLATED
     common = ["--data", str(photos), "--cache", str(photos.parent / "cache"), "--storage", str(run.parent)]
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.pretrain", *common, *SMALL, "--run", str(run), *words],
+        [sys.executable, "-m", "pipeline.pretrain", *common, *WORDS, "--run", str(run), *words],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=run.parent,
     )  # fmt: skip
 
@@ -63,10 +54,6 @@ def pretrain(photos: Path, run: Path, *words: str) -> subprocess.CompletedProces
     begun = begin(photos, run, *words)
     out, err = begun.communicate(timeout=380)
     return subprocess.CompletedProcess(begun.args, begun.returncode, out, err)
-
-
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_two_workers_train_as_one_process_does(photos, tmp_path):

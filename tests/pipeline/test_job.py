@@ -11,18 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pytest
-from PIL import Image
+
+from tests.pipeline.small_runs import SMALL, draw, losses
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY = Path(sys.executable).with_name("ray")
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
-SMALL = [
-    *("--loader", "opencv", "--image-size", "16", "--batch-size", "8", "--knn-every", "0", "--precision", "fp32"),
-    *("--options.local-views", "1", "--options.local-size", "8", "--options.out-dim", "16", "--backbone", "vit_ti8"),
-    *("--options.hidden-dim", "16", "--workers", "2"),
-]
+WORDS = [*SMALL, "--workers", "2"]
 
 
 class Cluster(NamedTuple):
@@ -54,10 +50,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
     base = tmp_path_factory.mktemp("cluster")
     photos, cache, other = base / "photos", base / "cache", base / "other"
     cache.mkdir()
-    generator = np.random.default_rng(0)
-    for i in range(48):
-        (photos / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(generator.integers(0, 255, (20, 20, 3), np.uint8)).save(photos / "ab"[i % 2] / f"{i}.png")
+    draw(photos)
     port, dashboard = free_port(), free_port()
     environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "PYTHONPATH")}
     environment |= {"PATH": f"{RAY.parent}:{environment['PATH']}", "HOME": str(base), "SSL_NODE_CACHE": str(other)}
@@ -110,14 +103,10 @@ def submit(cluster: Cluster, *words: str, wait: bool = True) -> subprocess.Compl
     return ray_job(cluster, "submit", *here, "--", "python", "-m", "pipeline.pretrain", *words)
 
 
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_a_job_trains_on_nodes_that_share_no_disk_for_the_data(cluster, tmp_path):
     run = tmp_path / "runs" / "job"
     data = ["--data", str(cluster.photos), "--cache", str(cluster.cache), "--storage", str(run.parent)]
-    done = submit(cluster, *data, *SMALL, "--epochs", "2", "--run", str(run))
+    done = submit(cluster, *data, *WORDS, "--epochs", "2", "--run", str(run))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 workers on cpu" in done.stdout
     assert "raw pixels" in done.stdout
@@ -131,7 +120,7 @@ def test_a_job_trains_on_nodes_that_share_no_disk_for_the_data(cluster, tmp_path
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-    again = submit(cluster, *data, *SMALL, "--epochs", "1", "--run", f"{run}-again")
+    again = submit(cluster, *data, *WORDS, "--epochs", "1", "--run", f"{run}-again")
     assert again.returncode == 0, again.stdout + again.stderr
     assert "is not as it was brought; it is brought anew" in again.stdout
     assert kept.read_bytes() in [path.read_bytes() for path in copies]
@@ -140,7 +129,7 @@ def test_a_job_trains_on_nodes_that_share_no_disk_for_the_data(cluster, tmp_path
 def test_a_job_that_is_stopped_saves_and_goes_on(cluster, tmp_path):
     run = tmp_path / "runs" / "long"
     data = ["--data", str(cluster.photos), "--cache", str(cluster.cache), "--storage", str(run.parent)]
-    begun = submit(cluster, *data, *SMALL, "--epochs", "100000", "--run", str(run), wait=False)
+    begun = submit(cluster, *data, *WORDS, "--epochs", "100000", "--run", str(run), wait=False)
     assert begun.returncode == 0, begun.stderr
     wait_for("step", lambda: (run / "metrics.jsonl").exists() and len(losses(run)) > 3)
     assert ray_job(cluster, "stop", "long").returncode == 0
@@ -161,7 +150,7 @@ def test_a_job_that_is_stopped_saves_and_goes_on(cluster, tmp_path):
 
 def test_an_installed_project_needs_no_working_folder_and_keeps_its_runs_in_the_home_folder(cluster):
     data = ["--data", str(cluster.photos), "--cache", str(cluster.cache)]
-    command = ["python", "-m", "pipeline.pretrain", *data, *SMALL, "--epochs", "1"]
+    command = ["python", "-m", "pipeline.pretrain", *data, *WORDS, "--epochs", "1"]
     done = ray_job(cluster, "submit", "--", *command)
     assert done.returncode == 0, done.stdout + done.stderr
     home = Path(cluster.environment["HOME"], "ssl-runs")

@@ -7,14 +7,13 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from pipeline import cluster
 from pipeline.data import preparation
 from pipeline.report import candidates
 from tests.chaos.cluster_faults import ROOT, Machines
+from tests.pipeline.small_runs import draw
 
 BACKBONES = ("lenet5", "resnet20", "vit_ti8", "alexnet")
 
@@ -82,11 +81,7 @@ def test_ctrl_c_stops_those_that_train_and_begins_no_other(trainer: Path) -> Non
 def test_missing_runs_are_trained_on_both_machines_of_a_cluster(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    photos, storage = tmp_path / "photos", str(tmp_path / "runs")
-    generator = np.random.default_rng(0)
-    for i in range(24):
-        (photos / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(generator.integers(0, 255, (20, 20, 3), np.uint8)).save(photos / "ab"[i % 2] / f"{i}.png")
+    photos, storage = draw(tmp_path / "photos", 24), str(tmp_path / "runs")
     options = (
         f"--loader opencv --image-size 16 --batch-size 8 --epochs 1 --knn-every 0 --precision fp32 --cache {tmp_path} "
         "--options.decoder-width 16 --options.decoder-depth 1 --options.decoder-heads 2"
