@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from backbones import names
 from pipeline import recipes
 from pipeline.arguments import nearest, option, read
-from pipeline.config import Config, load
+from pipeline.config import Config, load, of_run
 from pipeline.errors import UserError
 from pipeline.redaction import hide
 
@@ -37,7 +37,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "python -m pipeline.pre
     if path := _peek(argv, "config"):
         saved = dataclasses.replace(load(path), run=None, storage=None)
     elif run := _peek(argv, "resume"):
-        saved = load(f"{run.rstrip('/')}/config.yaml", "--resume")
+        saved = of_run(run)
     objective = _peek(argv, "objective") or saved.objective
     if objective not in recipes.OBJECTIVES:
         raise UserError(f"--objective {objective}: unknown{nearest(objective, recipes.OBJECTIVES)}")

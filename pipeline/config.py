@@ -1,6 +1,8 @@
 """One run's configuration: what there is to ask for, what the recipe fills in, what `config.yaml` keeps."""
 
 import dataclasses
+import re
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -131,6 +133,8 @@ class Config:
         return int(self.epochs or 0) * (images // batch) * batch
 
 
+SEAL = "# the lines above have the checksum "
+
 # Options that say how or where to compute, not what: they may change when a run continues.
 FREE_ON_RESUME = {
     *("workers", "timeout", "engine", "compile", "loader", "knn_every", "checkpoint_every", "keep"),
@@ -230,22 +234,61 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
-def load(path: str | Path, option: str = "--config") -> Config:
-    """Read a `config.yaml`, here or at any fsspec address; `option` is what asked for it, for errors.
+def sealed(config: Config) -> str:
+    """As `dump`, for a run folder: with a checksum (CRC-32), by which damage is found out."""
+    text = dump(config)
+    return f"{text}{SEAL}{zlib.crc32(text.encode()):08x}\n"
+
+
+def of_run(address: str) -> Config:
+    """The configuration of a run; where its `config.yaml` is damaged, that of its newest checkpoint, written anew.
 
     Raises:
-        UserError: a missing file, no YAML, or a key that no option has.
+        UserError: it is damaged, or missing, and there is no checkpoint.
+    """
+    path = f"{address.rstrip('/')}/config.yaml"
+    try:
+        return load(path, "--resume", sealed=True)
+    except (UserError, FileNotFoundError) as error:
+        from pipeline.training.mending import configuration_again  # torch comes with it
+
+        return configuration_again(address, str(error) if isinstance(error, UserError) else f"{path}: is not there")
+
+
+def load(path: str | Path, option: str = "--config", *, sealed: bool = False) -> Config:
+    """Read a `config.yaml`, here or at any fsspec address.
+
+    Args:
+        option: what asked for it, for errors.
+        sealed: it is to be as a run wrote it.
+
+    Raises:
+        UserError: a missing file, no YAML, a key that no option has, or a file that is not as it was written.
     """
     address = str(path)
     if "://" in address:
         from pipeline.data import remote  # OpenCV comes with it
 
         files, place, _ = remote.locate(address)
-        return read(files.cat_file(place).decode(), address)
-    try:
-        return read(Path(path).read_text(), address)
-    except OSError as error:
-        raise UserError(f"{option} {address}: {error.strerror}") from None
+        content = files.cat_file(place)
+    else:
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise UserError(f"{option} {address}: {error.strerror}") from None
+    text = content.decode(errors="replace")
+    if sealed:
+        refuse_damaged(text, address)
+    return read(text, address)
+
+
+def refuse_damaged(text: str, name: str) -> None:
+    """Raise `UserError` for a `config.yaml` that lacks its end, or is not as its checksum says it was written."""
+    body, seal, checksum = text.rpartition(SEAL)
+    if seal and checksum.strip() != f"{zlib.crc32(body.encode()):08x}":
+        raise UserError(f"{name}: is not as it was written (its checksum is wrong)")
+    if not re.search(r"^recipe: ", text, re.M):  # the last key
+        raise UserError(f"{name}: has lost its end")
 
 
 def read(text: str, name: str) -> Config:

@@ -122,7 +122,8 @@ def fit(job: "Job", tracking: tuple[str, str], display: Display, stop: threading
                 kept = (folder.checkpoints() or [0])[-1]
             except Exception as error:
                 raise RuntimeError(f"stopped without a worker; {_continues(folder)}") from error
-            return {"stopped": True, "unrecorded": False, "images_seen": kept, "checkpoint_images": kept}
+            facts_known = {"images_seen": kept, "checkpoint_images": kept, "run": folder.address}
+            return {"stopped": True, "unrecorded": False, "away": "", **facts_known}
         elif not told and (news.starts > 1 or room(each) < fewest):
             told = True
             display.say(_waits(fewest, each))

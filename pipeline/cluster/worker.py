@@ -1,7 +1,6 @@
 """In every worker: the training loop with its links to the hub, and the heart that beats beside it."""
 
 import dataclasses
-import json
 import os
 import socket
 import threading
@@ -75,7 +74,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         heart.close()
         if tracker:
             tracker.close()
-    if rank == 0 and result["stopped"] and heart.leaving != "stop" and not result["unrecorded"]:
+    if rank == 0 and result["stopped"] and heart.leaving in ("resize", "preemption") and not result["unrecorded"]:
         ray.get(hub.left.remote())
         raise Left(heart.leaving)
     return result
@@ -151,7 +150,6 @@ class Heart:
 
 def _reached(folder: "RunFolder") -> int:
     """Images to which the metrics file has come, beyond the newest checkpoint too."""
-    if not folder.exists("metrics.jsonl"):
-        return 0
-    rows = [line for line in folder.read("metrics.jsonl").decode().splitlines() if line.endswith("}")]
-    return int(json.loads(rows[-1])["images"]) if rows else 0
+    from pipeline.training.run_folder import MetricsFile
+
+    return max((int(row["images"]) for row in MetricsFile.rows_of(folder)[0]), default=0)

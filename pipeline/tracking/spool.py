@@ -133,9 +133,11 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     """The entries in a file, which need not exist."""
     if not path.is_file():
         return
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         with suppress(ValueError):  # a process killed while writing leaves half a line at the end
-            yield json.loads(line)
+            entry = json.loads(line)
+            if isinstance(entry, dict):
+                yield entry
 
 
 @contextmanager

@@ -124,7 +124,7 @@ def unreachable(uri: str, error: Exception) -> bool:
 
 def hopeless(error: Exception) -> bool:
     """Whether this very entry can never be stored, so that it must not hold up those behind it."""
-    return isinstance(error, FileNotFoundError | TypeError) or _code(error) in REFUSED
+    return isinstance(error, FileNotFoundError | TypeError | KeyError) or _code(error) in REFUSED
 
 
 def _code(error: Exception) -> str:

@@ -7,9 +7,10 @@ anything is taken from it. No worker's thread waits for another in a collective:
 """
 
 import contextlib
+import errno
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Event
@@ -21,8 +22,11 @@ from objectives.checkpoint import mapped
 from pipeline.errors import OUT_OF_MEMORY, UserError
 from pipeline.training.run_folder import RunFolder
 from pipeline.training.shares import Share, on_cpu
+from pipeline.training.storage import everyone
 
 INDEX = "checkpoints/index.json"
+KNOWN: dict[str, type] = {"well": bool, "knn_top1": float}  # of a checkpoint: in the index, and in itself
+FULL = (errno.ENOSPC, errno.EDQUOT)
 STARVED = 2  # writes in a row without memory for them, after which a process is better ended
 PATIENCE = 30.0  # seconds that the run itself waits for parts to appear: file servers may be late to show them
 POLL = 0.2  # seconds between two looks for them
@@ -54,10 +58,21 @@ class Keep:
         if self.every:
             intervals = [int(n / self.every) for n in found]
             spared |= {n for n, now, before in zip(found, intervals, [0, *intervals]) if now > before}
-        measured = {n: facts[n]["knn_top1"] for n in found if "knn_top1" in facts.get(n, {})}
-        if self.best and measured:
-            spared.add(max(measured, key=lambda n: (measured[n], n)))
-        return spared
+        return spared | set(_best(found, facts) if self.best else [])
+
+
+def expendable(found: list[int], facts: dict[int, dict[str, Any]]) -> list[int]:
+    """Those of the checkpoints `found` that are given up on a full disk, in that order: the oldest first, the best one
+    last, the newest that was well never."""
+    well = [n for n in found if facts.get(n, {}).get("well", True)]
+    best = _best(found, facts)
+    return sorted(set(found) - set((well or found)[-1:]), key=lambda n: (n in best, n))
+
+
+def _best(found: list[int], facts: dict[int, dict[str, Any]]) -> list[int]:
+    """The one with the highest online k-NN accuracy, if that was measured of any."""
+    measured = {n: facts[n]["knn_top1"] for n in found if "knn_top1" in facts.get(n, {})}
+    return [max(measured, key=lambda n: (measured[n], n))] if measured else []
 
 
 class Checkpoints:
@@ -124,11 +139,15 @@ class Checkpoints:
         if dist.is_initialized() and dist.get_world_size() > 1:
             if self.rank:
                 self.wait()
-            troubles: list[str | None] = [None] * dist.get_world_size()
-            dist.all_gather_object(troubles, self.trouble if self.rank else None)
+            troubles = everyone(self.trouble if self.rank else None)
             self._lost = next((f"worker {rank}: {why}" for rank, why in enumerate(troubles) if why), None)
         self.wait()
         self.held += time.perf_counter() - started
+
+    @property
+    def known(self) -> list[int]:
+        """Images seen at each checkpoint that was written, or found at the start; the folder itself may not answer."""
+        return sorted(self._facts)
 
     def drop_after(self, seen: int) -> None:
         """Remove those of more than `seen` images: training goes another way from there."""
@@ -137,8 +156,7 @@ class Checkpoints:
             if later > seen:
                 self.folder.remove_checkpoint(later)
                 self._facts.pop(later, None)
-        with contextlib.suppress(OSError):  # a full disk: the next checkpoint writes it
-            self._index()
+        self._index()
 
     def _write(
         self, seen: int, rest: dict[str, Any], share: Share | None, part: dict[Any, Any], facts: dict[str, Any]
@@ -148,28 +166,43 @@ class Checkpoints:
                 self._put(seen, lambda: self.folder.save_state(f"checkpoints/{share.file}", part))
             if self.rank == 0:
                 self._await(share)
-                self._put(seen, lambda: self.folder.save_checkpoint(seen, rest))
+                self._put(seen, lambda: self.folder.save_checkpoint(seen, {**rest, "facts": facts}))
                 self._facts[seen] = facts
+                self._clean(seen)
                 self._index()
-                self._clean(self.keep.spared(self.folder.checkpoints(), self._facts), seen)
             self.trouble, self._starved = None, 0
         except Exception as error:
-            why = str(error) or type(error).__name__
+            system = next(
+                (one for one in _chain(error) if isinstance(one, OSError)), error
+            )  # torch's words are its own
+            why = str(system) or type(system).__name__
             starved = not isinstance(error, Unfinished) and OUT_OF_MEMORY.search(f"{type(error).__name__}: {why}")
             self._starved = self._starved + 1 if starved else 0
-            kept = max(self._facts, default=None)  # the folder itself may not answer
+            kept = max(self.known, default=None)
             good = f"the last good one is at {kept:,} images" if kept is not None else "there is none yet"
             self.trouble = why if self.rank else f"no checkpoint could be written at {seen:,} images ({why}); {good}"
 
     def _put(self, seen: int, write: Callable[[], object]) -> None:
-        """Write, if need be after all but the newest good checkpoint have made room: the disk may be full."""
-        try:
-            write()
-        except (OSError, RuntimeError):
-            facts = read_facts(self.folder) if self.rank else self._facts
-            if not self._clean(Keep(last=1, best=False).spared(self.folder.checkpoints(), facts), seen):
-                raise
-            write()
+        """Write; on a full disk, and there alone, after others have made room, one at a time until it suffices."""
+        while True:
+            try:
+                write()
+                return
+            except (OSError, RuntimeError) as error:
+                full = any(isinstance(one, OSError) and one.errno in FULL for one in _chain(error))
+                if not full or not self._make_room(seen):
+                    raise
+
+    def _make_room(self, seen: int) -> bool:
+        """Remove what came of no checkpoint before `seen` images, else one that is expendable; whether there is any."""
+        if self.folder.remove_strays(seen):
+            return True
+        facts = read_facts(self.folder) if self.rank else self._facts
+        given_up = expendable(self.folder.checkpoints(), facts)[:1]
+        for n in given_up:
+            self.folder.remove_checkpoint(n)
+            self._facts.pop(n, None)
+        return bool(given_up)
 
     def _await(self, share: Share | None) -> None:
         """Wait until every part is there."""
@@ -185,21 +218,41 @@ class Checkpoints:
     def _index(self) -> None:
         found = set(self.folder.checkpoints())
         self._facts = {n: facts for n, facts in self._facts.items() if n in found}
-        self.folder.write_json(INDEX, {str(n): facts for n, facts in sorted(self._facts.items())})
+        with contextlib.suppress(OSError):  # a full disk: the next checkpoint writes it
+            self.folder.write_json(INDEX, {str(n): facts for n, facts in sorted(self._facts.items())})
 
-    def _clean(self, spared: set[int], seen: int) -> bool:
-        """Remove all but the spared ones, and what came of none before `seen` images; whether there was any."""
-        surplus = [n for n in self.folder.checkpoints() if n not in spared]
-        for n in surplus:
+    def _clean(self, seen: int) -> None:
+        """Remove all that are not to be kept, and what came of none before `seen` images."""
+        found = self.folder.checkpoints()
+        for n in set(found) - self.keep.spared(found, self._facts):
             self.folder.remove_checkpoint(n)
-        return bool(self.folder.remove_strays(seen) + len(surplus))
+        self.folder.remove_strays(seen)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, the one in whose handling it arose, and so on."""
+    while error:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def read_facts(folder: RunFolder) -> dict[int, dict[str, Any]]:
-    """What is known of each checkpoint, by images seen: `well`, `knn_top1`."""
+    """What is known of each checkpoint, by images seen: `well`, `knn_top1`.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
     if not folder.exists(INDEX):
         return {}
-    return {int(n): facts for n, facts in json.loads(folder.read(INDEX)).items()}
+    index = json.loads(folder.read(INDEX))
+    if not isinstance(index, dict):
+        raise ValueError("no object")
+    for facts in index.values():
+        if not isinstance(facts, dict) or any(
+            not isinstance(value, KNOWN.get(key, ())) for key, value in facts.items()
+        ):
+            raise ValueError("no facts of a checkpoint")
+    return {int(n): facts for n, facts in index.items()}
 
 
 def newest(folder: RunFolder, *, well: bool = False) -> tuple[int, dict[str, Any] | None, list[str]]:
@@ -213,10 +266,10 @@ def newest(folder: RunFolder, *, well: bool = False) -> tuple[int, dict[str, Any
     Raises:
         UserError: every checkpoint is damaged.
     """
-    facts = read_facts(folder)
+    facts = read_facts(folder) if well else {}
     said: list[str] = []
     for seen in reversed(folder.checkpoints()):
-        if well and not facts.get(seen, {}).get("well", True):
+        if well and not (facts[seen] if seen in facts else folder.facts_of(seen)).get("well", True):
             continue
         try:
             return seen, folder.load_checkpoint(seen), said

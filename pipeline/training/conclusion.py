@@ -16,11 +16,13 @@ from pipeline.device import device_name
 from pipeline.evaluation.measures import MEASURES
 from pipeline.redaction import redact
 from pipeline.training.run_folder import RunFolder
+from pipeline.training.storage import patiently
 from pipeline.training.worker import Job
 
 LOG_WIDTH = 120
 """Of the table where there is no terminal to fit it to."""
 
+INTERNAL = ("stopped", "unrecorded", "away", "run")  # of what comes back from the training, for the driver alone
 VERSIONS = ("torch", "timm", "ray", "mlflow", "ffcv", "numpy")
 
 
@@ -60,11 +62,11 @@ def conclude(
     tracker.log({k: v for k, v in final.items() if isinstance(v, int | float)}, result["images_seen"])
     tracker.flush()
     if not tracker.pending and tracker.run_id != run_id:
-        folder.write("mlflow_run_id", tracker.run_id)
+        patiently(lambda: folder.write("mlflow_run_id", tracker.run_id), folder)
     summary = {
         "backbone": config.backbone,
         "objective": config.objective,
-        **{key: value for key, value in result.items() if key not in ("stopped", "unrecorded")},
+        **{key: value for key, value in result.items() if key not in INTERNAL},
         "rejected": job.train.rejected_count,
         "mlflow_run_id": None if tracker.pending else tracker.run_id,
         "config": folder.path("config.yaml"),
@@ -85,7 +87,7 @@ def conclude(
             "alarms",
         )
         summary |= {key: before[key] for key in kept if key in before}
-    folder.write_json("summary.json", summary)
+    patiently(lambda: folder.write_json("summary.json", summary), folder)
     tracker.log_artifact(folder.path("summary.json"))
     weights, made = folder.path("backbone.safetensors"), {"create": "backbones.create", **result["backbone_config"]}
     lines = usage(folder, summary["timm"])

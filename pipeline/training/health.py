@@ -9,9 +9,11 @@ import contextlib
 import json
 import math
 import statistics
+import zlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from objectives.views import VitalSign
 from pipeline.training.run_folder import RunFolder
@@ -91,10 +93,36 @@ class Care:
 
     @classmethod
     def read(cls, folder: RunFolder) -> "Care":
-        """The interventions that a run folder lists."""
+        """The interventions that a run folder lists.
+
+        Raises:
+            ValueError: the list is damaged.
+        """
         if not folder.exists("interventions.json"):
             return cls([])
-        return cls([Intervention(**one) for one in json.loads(folder.read("interventions.json"))])
+        return cls.of(json.loads(folder.read("interventions.json")))
+
+    @classmethod
+    def of(cls, listed: list[dict[str, Any]]) -> "Care":
+        """The interventions of such a list.
+
+        Raises:
+            ValueError: it is none, or an entry is not as it was written.
+        """
+        try:
+            done = [Intervention(**{key: value for key, value in one.items() if key != "checksum"}) for one in listed]
+        except (AttributeError, TypeError) as error:
+            raise ValueError("no list of interventions") from error
+        care = cls(done)
+        if any(now["checksum"] != one.get("checksum", now["checksum"]) for now, one in zip(care.listed, listed)):
+            raise ValueError("an entry is not as it was written")
+        return care
+
+    @property
+    def listed(self) -> list[dict[str, Any]]:
+        """The interventions as plain data, each with a checksum (CRC-32)."""
+        plain = [asdict(one) for one in self.done]
+        return [{**one, "checksum": f"{zlib.crc32(json.dumps(one).encode()):08x}"} for one in plain]
 
     def skips(self, seen: int) -> bool:
         """Whether the batch that comes after `seen` images is left out."""
@@ -125,7 +153,7 @@ class Care:
 
     def write(self, folder: RunFolder) -> None:
         """Keep the list with the run; one rank does."""
-        folder.write_json("interventions.json", [asdict(one) for one in self.done])
+        folder.write_json("interventions.json", self.listed)
 
 
 @dataclass

@@ -22,9 +22,9 @@ from pipeline.device import kind
 from pipeline.errors import UserError
 from pipeline.redaction import bare, redact
 from pipeline.training import conclusion
-from pipeline.training.checkpoints import newest
 from pipeline.training.display import Display, Status
 from pipeline.training.links import Links
+from pipeline.training.mending import mend
 from pipeline.training.run_folder import RunFolder
 from pipeline.training.worker import Job, work
 
@@ -80,7 +80,7 @@ def launch(config: Config, argv: Sequence[str]) -> int:
                 "repeat its options, or give another --run"
             )
         folder.remove("mlflow_run_id")  # its start failed: it begins anew, in MLflow too
-    _, state, said = newest(folder)
+    state, said = mend(folder)
     for sentence in said:
         print(sentence, flush=True)
     refuse_other_images(state, train, folder.address)
@@ -105,14 +105,19 @@ def launch(config: Config, argv: Sequence[str]) -> int:
         if result["unrecorded"]:
             away = f"{tracking.Tracker.PATIENCE / 60:g} minutes"
             print(f"--tracking required: MLflow at {redact(uri)} has been away for {away}", file=sys.stderr)
+        if result["away"]:
+            print(redact(result["away"]), file=sys.stderr)
+        kept = RunFolder(result["run"])
+        if kept.address != folder.address and kept.exists("config.yaml"):  # on this machine
+            kept.write("mlflow_run_id", run_id)
         saved = result["checkpoint_images"]
         without = "" if saved == result["images_seen"] else "out one here: the last is"
         print(
             f"stopped with{without or ' a checkpoint'} at {saved:,} images; this continues it:\n"
-            f"  python -m pipeline.pretrain --resume {shlex.quote(folder.address)}",
+            f"  python -m pipeline.pretrain --resume {shlex.quote(kept.address)}",
             flush=True,
         )
-        return STOPPED[stop.cause] if stop.cause else int(result["unrecorded"])
+        return STOPPED[stop.cause] if stop.cause else int(result["unrecorded"] or bool(result["away"]))
     conclusion.conclude(job, folder, result, uri, run_id, time.monotonic() - started)
     return 0
 
@@ -120,9 +125,7 @@ def launch(config: Config, argv: Sequence[str]) -> int:
 def load_earlier(address: str) -> Config | None:
     """The configuration of the run at an address, None where there is no run."""
     folder = RunFolder(address)
-    if not folder.exists("config.yaml"):
-        return None
-    return configuration.read(folder.read("config.yaml").decode(), folder.path("config.yaml"))
+    return configuration.of_run(address) if folder.exists("config.yaml") or folder.checkpoints() else None
 
 
 def refuse_other_images(state: Mapping[str, Any] | None, train: Packed, address: str) -> None:
@@ -159,7 +162,7 @@ def fresh_name(config: Config) -> str:
 def begin(job: Job, folder: RunFolder, uri: str, argv: Sequence[str]) -> str:
     """Write what the run folder starts with and open the MLflow run, or the earlier one again; returns its id."""
     config, train = job.config, job.train
-    folder.write("config.yaml", configuration.dump(config))
+    folder.write("config.yaml", configuration.sealed(config))
     if train.rejected:
         folder.write("rejected.csv", train.rejected.read_bytes())
     if folder.exists("mlflow_run_id"):

@@ -99,10 +99,9 @@ class OnlineKnn:
 
 
 def finish(
-    config: Config, folder: RunFolder, backbone: Backbone, train: Packed, val: Packed | None, device: torch.device
+    config: Config, backbone: Backbone, train: Packed, val: Packed | None, device: torch.device
 ) -> dict[str, Any]:
-    """Export the backbone and measure it beside the untrained one and raw pixels; this part of `summary.json`."""
-    export(backbone, folder)
+    """Measure the backbone beside the untrained one and raw pixels; this part of `summary.json`."""
     scores, _ = evaluation.with_floors(
         backbone, floors.untrained(backbone.config, config.seed).to(device), train, val,
         image_size=int(config.image_size or 0), device=device, seed=config.seed, precision=precision_of(config, device),

@@ -46,15 +46,19 @@ class Recorder:
         self._window: list[tuple[float, float, float, int]] = []
         self._saved_at = time.monotonic()
         folder.tidy()
-        self.rewind(seen)
+        self.file = MetricsFile(folder, until=seen)
+        self._stand(seen)
         for row in self.file.rows():  # a process that was killed may have kept some from the tracking server
             self._log(row, {})
 
     def rewind(self, seen: int) -> None:
         """Forget what was recorded after `seen` images."""
-        self.file = MetricsFile(self.folder, until=seen)
+        self.file.cut(seen)
         if seen < self.status.seen:
             self.links.rewind(seen)
+        self._stand(seen)
+
+    def _stand(self, seen: int) -> None:
         self.status.seen = seen
         rows = [row for row in self.file.rows() if "loss" in row]
         if rows:
@@ -133,16 +137,24 @@ class Recorder:
         """Write what was recorded; on a full disk, or where storage does not answer, it waits for the next time."""
         started = time.perf_counter()
         try:
-            if self._care:
-                self._care.write(self.folder)
-                self._care = None
-            self.file.flush()
-            self._waiting = False
+            self.settle()
         except Exception as error:  # each kind of storage has its own
             if not self._waiting:
                 self.say(f"warning: what was recorded could not be written ({error}); it waits in memory")
             self._waiting = True
         self.checkpoints.held += time.perf_counter() - started
+
+    def settle(self) -> None:
+        """Write what was recorded.
+
+        Raises:
+            Exception: it cannot be written, and stays in memory.
+        """
+        if self._care:
+            self._care.write(self.folder)
+            self._care = None
+        self.file.flush()
+        self._waiting = False
 
     def complain(self) -> None:
         """Say once that checkpoints cannot be written, and once that they can again."""

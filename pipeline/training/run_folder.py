@@ -160,13 +160,21 @@ class RunFolder:
         Raises:
             UserError: it, or a part of it, is torn, damaged, missing or foreign.
         """
-        return self._load(f"checkpoints/{images_seen:012d}.pt", str(images_seen))
+        return self._load(f"checkpoints/{images_seen:012d}.pt", str(images_seen))[0]
+
+    def facts_of(self, images_seen: int) -> dict[str, Any]:
+        """What the checkpoint at that many images knows of itself; nothing if it is damaged."""
+        try:
+            return self._load(f"checkpoints/{images_seen:012d}.pt", str(images_seen))[1]
+        except UserError:
+            return {}
 
     def load_state(self, name: str) -> dict[str, Any]:
         """What `save_state` wrote, or a checkpoint by its file, likewise."""
-        return self._load(name, self.path(name))
+        return self._load(name, self.path(name))[0]
 
-    def _load(self, name: str, called: str) -> dict[str, Any]:
+    def _load(self, name: str, called: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A state, and the index's facts beside it."""
         folder, file = posixpath.split(name)
         try:
             state = checkpoint.read(file, lambda beside: self.read(posixpath.join(folder, beside)))
@@ -174,7 +182,7 @@ class RunFolder:
             raise UserError(f"checkpoint {called}: cannot be read ({error})") from None
         if not isinstance(state, dict) or "objective" not in state or "config" not in state:
             raise UserError(f"checkpoint {called}: is none of ours (it has no objective and config)")
-        return state
+        return state, state.pop("facts", {})
 
 
 class MetricsFile:
@@ -187,21 +195,37 @@ class MetricsFile:
 
     def __init__(self, folder: RunFolder, until: int) -> None:
         self.folder = folder
-        self.lines: list[str] = []
         self._behind = False  # whether the disk took less than was added
         self.lines = [json.dumps(row) for row in self.read(folder, until)]
+        self.cut(until)
+
+    @property
+    def content(self) -> str:
+        """All lines."""
+        return "".join(line + "\n" for line in self.lines)
+
+    def cut(self, until: int) -> None:
+        """Forget the rows after so many images."""
+        self.lines = [line for line in self.lines if json.loads(line)["images"] <= until]
         try:
-            folder.write("metrics.jsonl", "".join(line + "\n" for line in self.lines))
+            self.folder.write("metrics.jsonl", self.content)
+            self._behind = False
         except Exception:  # a full disk, storage that is away: the next flush tries again
             self._behind = True
 
     @staticmethod
     def read(folder: RunFolder, until: int) -> list[dict[str, Any]]:
-        """The rows that a run folder holds, up to `until` images seen; a line that was cut off is none."""
+        """The rows that a run folder holds, up to `until` images seen."""
+        return [row for row in MetricsFile.rows_of(folder)[0] if row["images"] <= until]
+
+    @staticmethod
+    def rows_of(folder: RunFolder) -> tuple[list[dict[str, Any]], int]:
+        """The rows that a run folder holds, and how many lines are none; the last does not count if it was cut off."""
         if not folder.exists("metrics.jsonl"):
-            return []
-        lines = folder.read("metrics.jsonl").decode().splitlines()
-        return [row for line in lines if line.endswith("}") and (row := json.loads(line))["images"] <= until]
+            return [], 0
+        *lines, last = folder.read("metrics.jsonl").decode(errors="replace").split("\n")
+        rows = [_row(line) for line in lines]
+        return [row for row in [*rows, _row(last)] if row], sum(row is None for row in rows)
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows so far."""
@@ -227,5 +251,15 @@ class MetricsFile:
             with open(f"{self.folder.root}/metrics.jsonl", "a") as file:
                 os.fsync(file.fileno())
         else:
-            self.folder.write("metrics.jsonl", "".join(line + "\n" for line in self.lines))
+            self.folder.write("metrics.jsonl", self.content)
             self._behind = False
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """A line of metrics; None where it is none."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    numbers = isinstance(row, dict) and all(isinstance(value, int | float) for value in row.values())
+    return row if numbers and "images" in row else None

@@ -4,11 +4,12 @@ The same function runs alone (`--engine local`) and on every Ray Train worker.
 """
 
 import dataclasses
+import socket
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,9 @@ from pipeline.training.recorder import Recorder
 from pipeline.training.run_folder import MetricsFile, RunFolder
 from pipeline.training.shares import share
 from pipeline.training.step import Stepper, step_seed
+from pipeline.training.storage import StorageAway, everyone, keep_here, patiently
 
+T = TypeVar("T")
 RELOADS = 3  # times in a row that a loader which failed is begun anew
 
 
@@ -57,6 +60,7 @@ def work(job: Job, links: Links) -> dict[str, Any]:
 
     Raises:
         FloatingPointError: the run fell ill, and all that is tried then was tried, or `--no-heal` forbids it.
+        StorageAway: the run folder does not answer, where training cannot begin or go back without it.
         UserError: the run folder cannot be reached from here, or the data does not fit the configuration.
     """
     training = Training(job, links)
@@ -80,7 +84,7 @@ class Training:
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.device = device_of(job.device)
         torch.set_num_threads(job.threads)
-        if self.rank == 0 and not self.folder.exists("config.yaml"):
+        if not patiently(lambda: self.rank or self.folder.exists("config.yaml"), self.folder):
             raise UserError(
                 f"{self.folder.address}: the nodes do not share it; give --storage an address that all can reach"
             )
@@ -98,16 +102,16 @@ class Training:
         self.row: dict[str, float] = {}
         self.bundle: Intervention | None = None
         self.ill_rows: list[dict[str, float]] = []
+        self.recorder: Recorder | None = None
 
         self.seen, said = self.restore()
-        self.care = Care.read(self.folder)
+        self.care = self.patiently(lambda: Care.read(self.folder))
         self.health = Health(
             self.stepper.objective.vital_signs, self.step_images, float(config.warmup or 0.0) * self.planned,
             heal=config.heal,
         )  # fmt: skip
         self.knn = measure.OnlineKnn(config, self.train_set, self.val_set, self.device, self.planned)
         self.recall()
-        self.recorder: Recorder | None = None
         if self.rank == 0:
             self.recorder = Recorder(self.folder, config, links, self.health, seen=self.seen, planned=self.planned,
                                      batch_size=self.step_images, said=said)  # fmt: skip
@@ -185,43 +189,91 @@ class Training:
             if top1 is not None:
                 self.recorder.knn(top1, self.seen)
         last = self.seen >= self.planned or self.stop
-        if not (last or self.due):
-            return
-        token = [uuid.uuid4().hex[:8] if self.recorder and (last or self.recorder.checkpoint_due()) else ""]
+        if last or self.due:
+            self.checkpoint(last or bool(self.recorder and self.recorder.checkpoint_due()))
+
+    def checkpoint(self, due: bool) -> None:
+        """Begin to write a checkpoint, each rank its share of it, if it is `due` to rank 0."""
+        token = [uuid.uuid4().hex[:8] if due else ""]  # names the attempt
         if self.world > 1:
             dist.broadcast_object_list(token)
-        if token[0]:
-            self.checkpoint(token[0])
-
-    def checkpoint(self, token: str) -> None:
-        """Begin to write a checkpoint, each rank its share of it; `token` names the attempt on all of them."""
+        if not token[0]:
+            return
         self.checkpoints.settle()
         state = self.snapshot()
         buffers = [name for name, _ in self.stepper.objective.named_buffers()]
-        part = share(state, self.seen, token, self.rank, self.world, buffers)
+        part = share(state, self.seen, token[0], self.rank, self.world, buffers)
         if self.recorder:
             self.recorder.checkpoint(state, part)
         elif part:
             self.checkpoints.save(self.seen, state, part)
 
     def finish(self) -> dict[str, Any]:
-        """What the run came to, on rank 0; at its end its backbone is exported and measured."""
+        """What the run came to, on rank 0; at its end its backbone is exported and measured.
+
+        Where storage does not take the end of it, in time, or at once when asked to stop, the run is kept here.
+        """
         self.loader.close()
         self.checkpoints.settle()
+        if self.recorder:
+            self.recorder.complain()
+        kept, away = self.folder, ""
+        try:
+            found = self.patiently(self.write_end)
+        except StorageAway as error:
+            kept, found, away = *self.kept_here(), error.why
         if self.recorder is None:
             return {}
-        self.recorder.complain()
-        self.recorder.flush()
-        self.links.exchange(self.recorder.status)
-        kept = self.folder.checkpoints()
-        result = {**self.recorder.summary(), "stopped": self.stop, "loader": self.loader.backend,
-                  "checkpoint": self.folder.path(f"checkpoints/{kept[-1]:012d}.pt") if kept else None,
-                  "checkpoint_images": kept[-1] if kept else 0, "interventions": len(self.care.done),
+        self.tell()
+        result = {**self.recorder.summary(), "stopped": self.stop or bool(away), "loader": self.loader.backend,
+                  "checkpoint": kept.path(f"checkpoints/{found:012d}.pt") if found else None,
+                  "checkpoint_images": found, "interventions": len(self.care.done), "run": kept.address, "away": away,
                   "peak_memory": peak_memory(self.device)}  # fmt: skip
-        if not self.stop:
-            result |= measure.finish(self.config, self.folder, self.stepper.objective.backbone, self.train_set,
-                                     self.val_set, self.device)  # fmt: skip
+        if not result["stopped"]:
+            result |= measure.finish(self.config, self.stepper.objective.backbone, self.train_set, self.val_set,
+                                     self.device)  # fmt: skip
         return result
+
+    def write_end(self) -> int:
+        """Have in the run folder what it lacks of the run until here; returns the images at its newest checkpoint."""
+        if any(everyone(self.checkpoints.trouble)) and not self.stop:
+            self.checkpoint(True)
+            self.checkpoints.settle()
+        if self.checkpoints.trouble:
+            raise OSError(self.checkpoints.trouble)
+        if self.recorder is None:
+            return 0
+        self.recorder.settle()
+        if not self.stop:
+            measure.export(self.stepper.objective.backbone, self.folder)
+        return max(self.folder.checkpoints(), default=0)
+
+    def kept_here(self) -> tuple[RunFolder, int]:
+        """A run folder on this machine in place of one that is away, and the images at its newest checkpoint; where
+        this machine takes nothing either, the one that is away."""
+        if self.recorder:
+            try:
+                kept = keep_here(self.folder, self.config, self.care, self.recorder.file.content, self.snapshot())
+            except Exception as error:
+                self.recorder.say(f"warning: nor can it be kept on this machine ({error})")
+            else:
+                self.recorder.say(f"warning: {self.folder.address} is away: the run is kept in {kept.address} on "
+                                  f"{socket.gethostname()}")  # fmt: skip
+                return kept, self.seen
+        return self.folder, max(self.checkpoints.known, default=0)
+
+    def tell(self, *sentences: str) -> bool:
+        """Tell the user at once; whether the run is asked to stop."""
+        if self.recorder is None:
+            if self.rank == 0:
+                print(*sentences, sep="\n", flush=True)
+            return False
+        self.recorder.say(*sentences)
+        return self.recorder.asked_to_stop()
+
+    def patiently(self, attempt: Callable[[], T]) -> T:
+        """What `attempt` returns, on all ranks together, as soon as storage answers all of them."""
+        return patiently(attempt, self.folder, self.tell)
 
     def close(self) -> None:
         """End what runs beside the training."""
@@ -235,23 +287,14 @@ class Training:
             Images seen, and sentences on damaged checkpoints that were passed over.
 
         Raises:
+            StorageAway: the run folder does not answer.
             UserError: every checkpoint is damaged.
         """
-        seen, state, trouble = 0, None, None
-        said: list[str] = []
-        if self.rank == 0:
-            try:
-                seen, state, said = newest(self.folder, well=well)
-            except UserError as error:
-                trouble = str(error)
-        if self.world > 1:
-            told: list[Any] = [seen, trouble]
-            dist.broadcast_object_list(told)
-            seen, trouble = told
-            if self.rank and seen:
-                state = self.folder.load_checkpoint(seen)
-        if trouble:
-            raise UserError(trouble)
+        none: tuple[int, dict[str, Any] | None, list[str]] = (0, None, [])
+        seen, state, said = self.patiently(lambda: newest(self.folder, well=well) if self.rank == 0 else none)
+        seen = everyone(seen)[0]
+        if seen and self.world > 1:
+            state = self.patiently(lambda: self.folder.load_checkpoint(seen) if self.rank else state)
         if state is None:
             self.stepper.begin(anew=self.seen > 0)
             self.loader.load_state({"epoch": 0, "position": 0})
@@ -262,8 +305,8 @@ class Training:
 
     def recall(self) -> None:
         """Bring the judge of health and the online k-NN to where training stands."""
-        rows = MetricsFile.read(self.folder, until=self.seen)
-        self.health.recall([row for row in rows if "loss" in row])
+        rows = self.patiently(lambda: MetricsFile.read(self.folder, until=self.seen))
+        self.health.recall([row for row in rows if {"loss", "grad_norm"} <= row.keys()])
         self.knn.recall(rows)
 
     def heal(self, unwell: Unwell) -> None:
@@ -273,6 +316,7 @@ class Training:
 
         Raises:
             FloatingPointError: everything has been tried, or `--no-heal` forbids it.
+            StorageAway: the checkpoint cannot be had.
         """
         self.checkpoints.settle()
         if self.recorder:
@@ -291,7 +335,8 @@ class Training:
         self.recall()
         if self.recorder:
             self.recorder.treated(self.care)
-            self.checkpoints.drop_after(back)
+        self.patiently(lambda: self.checkpoints.drop_after(back) if self.recorder else None)
+        if self.recorder:
             self.recorder.rewind(back)
             self.recorder.say(*said, chosen.line())
 
@@ -323,7 +368,7 @@ class Training:
         train = {"fingerprint": self.train_set.fingerprint, "images": self.train_set.images,
                  "classes": len(self.train_set.classes)}  # fmt: skip
         return {**self.stepper.state(), "loader": self.loader.state(), "images_seen": self.seen, "train": train,
-                "config": configuration.dump(self.config)}  # fmt: skip
+                "interventions": self.care.listed, "config": configuration.dump(self.config)}  # fmt: skip
 
 
 class Batches:

@@ -1,5 +1,9 @@
 """Checkpoints written beside the training: what stays, what a fault leaves, what is found when they are read."""
 
+import contextlib
+import errno
+import os
+import subprocess
 import threading
 
 import pytest
@@ -91,6 +95,75 @@ def test_a_disk_that_is_full_costs_nothing_but_the_new_checkpoint(folder, monkey
     checkpoints.wait()
     assert checkpoints.trouble is None
     assert newest(folder)[0] == 320
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A disk of 8 MiB of its own."""
+    if os.geteuid() != 0:
+        pytest.skip("a small disk to fill takes root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("no disk can be mounted here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_on_a_full_disk_the_oldest_are_given_up_then_the_best_and_the_last_good_one_never(small):
+    folder = RunFolder(str(small / "run"))
+    checkpoints = Checkpoints(folder, Keep(last=9))
+
+    def save(seen, size, **facts):
+        checkpoints.save(seen, {**state(seen), "optimiser": torch.zeros(int(size * (1 << 18)))}, **facts)
+        checkpoints.wait()
+        return checkpoints.trouble, folder.checkpoints()
+
+    for seen, knn in ((64, 0.1), (128, 0.5), (192, 0.2), (256, 0.3)):
+        save(seen, 1, well=True, knn_top1=knn)
+    assert save(320, 1, well=False) == (None, [64, 128, 192, 256, 320])
+    with open(small / "ballast", "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(b"x" * 4096):
+            pass
+    assert save(384, 0.9, well=False) == (None, [128, 192, 256, 320, 384])
+    assert save(448, 0.9, well=False) == (None, [128, 256, 320, 384, 448])
+    assert save(512, 2.5, well=False) == (None, [128, 256, 512])
+    assert save(576, 3.2, well=False) == (None, [256, 576])
+    trouble, kept = save(640, 7, well=True)
+    assert kept == [256]
+    assert "at 640 images ([Errno 28] No space left on device); the last good one is at 256 images" in trouble
+    assert folder.load_checkpoint(256)["objective"]["w"][0] == 256
+    (small / "ballast").unlink()
+    assert save(704, 1, well=True) == (None, [256, 704])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "Input/output error"), PermissionError(errno.EACCES, "Permission denied"),
+        RuntimeError("PytorchStreamWriter failed writing file"), PermissionError("Access Denied by the bucket"),
+        OSError(errno.EFBIG, "File too large"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_written_for_another_reason_costs_no_checkpoint(folder, monkeypatch, error):
+    checkpoints = Checkpoints(folder, Keep(last=3))
+    for seen in (64, 128, 192):
+        checkpoints.save(seen, state(seen), well=True)
+    checkpoints.wait()
+
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(RunFolder, "save_checkpoint", refuse)
+    checkpoints.save(256, state(256), well=True)
+    checkpoints.wait()
+    monkeypatch.undo()
+    assert str(error) in checkpoints.trouble
+    assert folder.checkpoints() == [64, 128, 192]
+    checkpoints.save(320, state(320), well=True)
+    checkpoints.wait()
+    assert checkpoints.trouble is None
+    assert folder.checkpoints() == [128, 192, 320]
 
 
 def test_a_server_that_does_not_answer_at_all_ends_nothing(folder, monkeypatch):

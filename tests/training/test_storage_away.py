@@ -3,13 +3,21 @@
 import errno
 import json
 import os
+import signal
 import time
 
+import fsspec
+import pytest
+
+from pipeline import pretrain
+from pipeline.training import storage
+from pipeline.training.health import Health
 from pipeline.training.recorder import Recorder
 from pipeline.training.run_folder import MetricsFile, RunFolder
 from pipeline.training.worker import Training
 from tests.chaos.local_faults import poisoned
 from tests.chaos.runs import BATCH, Place, assert_same_run
+from tests.s3 import Server, s3
 
 
 class Away(Exception):
@@ -92,3 +100,98 @@ def test_a_run_falls_ill_on_a_full_disk_and_heals_there(tmp_path, monkeypatch):
     assert run.read("interventions.json") == whole.read("interventions.json")
     assert sum("what was recorded could not be written ([Errno 28]" in line for line in said) == 1
     assert any("the batches of images 96 to 104 are skipped" in line for line in said)
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """S3 on this machine, which gives up on it soon; what is kept here goes below the test's folder."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(storage, "PAUSE", 0.01)
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"retries": {"max_attempts": 1}}})
+    server = Server()
+    with s3("runs", server=server):
+        yield server
+
+
+def hearing(server, said, *, until=lambda line: "does not answer" in line, stop=lambda status: False):
+    """What a run calls every step: it notes what is said, and starts the server again once it is waited for."""
+
+    def exchange(status):
+        said.extend(status.messages)
+        back = any(until(line) for line in status.messages)
+        status.messages.clear()
+        if back:
+            server.start()
+        return stop(status)
+
+    return exchange
+
+
+def test_a_run_that_falls_ill_waits_for_storage_that_is_away_and_heals_from_there(tmp_path, monkeypatch, server):
+    heal, said = Training.heal, []
+    words = ("--epochs", "4", "--checkpoint-every", "0.00001")
+
+    def ill(progress):
+        return abs(progress - 0.5) < 1e-9
+
+    with poisoned(ill):
+        whole = Place(tmp_path).train("here", *words)
+
+    def heal_without(self, unwell):
+        self.checkpoints.settle()
+        server.stop()
+        heal(self, unwell)
+
+    monkeypatch.setattr(Training, "heal", heal_without)
+    with poisoned(ill):
+        run = Place(tmp_path).train("s3://runs/away", *words, exchange=hearing(server, said))
+    assert_same_run(whole, run)
+    assert run.read("interventions.json") == whole.read("interventions.json")
+    assert sum("s3://runs/away does not answer (" in line and "10 minutes at most" in line for line in said) == 1
+    assert "s3://runs/away answers again" in said
+
+
+def test_a_run_waits_for_storage_at_its_end(tmp_path, monkeypatch, server):
+    finish, said = Training.finish, []
+    whole = Place(tmp_path).train("here", "--epochs", "2")
+
+    def finish_without(self):
+        server.stop()
+        return finish(self)
+
+    monkeypatch.setattr(Training, "finish", finish_without)
+    run = Place(tmp_path).train("s3://runs/end", "--epochs", "2", exchange=hearing(server, said))
+    assert_same_run(whole, run)
+    assert run.exists("backbone.safetensors")
+    assert "s3://runs/end answers again" in said
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["at the end", "asked to stop"])
+def test_a_run_whose_storage_never_returns_is_kept_here_and_goes_on(tmp_path, monkeypatch, server, capsys, asked):
+    monkeypatch.setattr(storage, "PATIENCE", 3600.0 if asked else 0.05)
+    place, words = Place(tmp_path), ("--epochs", "3", "--workers", "1")
+    whole = place.folder / "runs" / "whole"
+    assert pretrain.main(place.words("whole", *words)) == 0
+    check = Health.check
+
+    def stop_then_check(self, row, seen):
+        if seen == 10 * BATCH and server.port:
+            server.stop()
+            if asked:
+                os.kill(os.getpid(), signal.SIGTERM)
+        check(self, row, seen)
+
+    monkeypatch.setattr(Health, "check", stop_then_check)
+    capsys.readouterr()
+    assert pretrain.main(place.words("s3://runs/gone", *words)) == (143 if asked else 1)
+    said = capsys.readouterr()
+    assert "s3://runs/gone does not answer (" in said.err
+    seen = (11 if asked else 18) * BATCH
+    kept = tmp_path / "home" / "ssl-runs" / f"gone-kept-at-{seen}"
+    assert f"the run is kept in {kept} on " in said.out
+    assert f"stopped with a checkpoint at {seen:,} images; this continues it:" in said.out
+    assert f"--resume {kept}" in said.out
+    monkeypatch.undo()
+    assert pretrain.main(["--resume", str(kept), "--cache", str(place.folder / "cache")]) == 0
+    assert_same_run(whole, kept)
+    assert (kept / "summary.json").exists()
