@@ -10,7 +10,7 @@ import contextlib
 import errno
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Event
@@ -255,20 +255,23 @@ def read_facts(folder: RunFolder) -> dict[int, dict[str, Any]]:
     return {int(n): facts for n, facts in index.items()}
 
 
-def newest(folder: RunFolder, *, well: bool = False) -> tuple[int, dict[str, Any] | None, list[str]]:
+def newest(
+    folder: RunFolder, *, well: bool = False, rather_not: Collection[int] = ()
+) -> tuple[int, dict[str, Any] | None, list[str]]:
     """The newest sound checkpoint: images seen, its state, and a sentence on each damaged one that was passed over.
 
     The files of a damaged one are renamed to `….damaged`. Without any checkpoint: 0 and None.
 
     Args:
         well: pass over those that were taken while a vital sign was outside its range, too.
+        rather_not: take these only if there is no other.
 
     Raises:
         UserError: every checkpoint is damaged.
     """
     facts = read_facts(folder) if well else {}
     said: list[str] = []
-    for seen in reversed(folder.checkpoints()):
+    for seen in sorted(folder.checkpoints(), key=lambda n: (n not in rather_not, n), reverse=True):
         if well and not (facts[seen] if seen in facts else folder.facts_of(seen)).get("well", True):
             continue
         try:

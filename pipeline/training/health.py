@@ -28,7 +28,7 @@ MOST = 10  # interventions in one run
 
 # What is tried, in turns, while a run falls ill again before a new checkpoint was taken in good health.
 LADDERS: Mapping[str, tuple[str, ...]] = {
-    "nonfinite": ("skip", "fp32", "lr"),
+    "nonfinite": ("skip", "fp32_head", "lr"),
     "spike": ("skip", "lr", "lr"),
     "collapse": ("lr", "lr"),
 }
@@ -59,8 +59,8 @@ class Intervention:
     Args:
         cause, first, until, sentence: as of `Unwell`.
         back: images seen at the checkpoint that training went back to.
-        change: "skip" (the batches from `first` to `until` leave no trace), "fp32" or "lr" (half of it), both from
-            `back` on; "end" nothing more, the run ends.
+        change: "skip" (the batches from `first` to `until` leave no trace), "fp32_head" (all but the backbones computes
+            in float32) or "lr" (half of it), both from `back` on; "end" nothing more, the run ends.
     """
 
     cause: str
@@ -75,14 +75,15 @@ class Intervention:
         """Images seen before the first step that it changes."""
         return self.first if self.change == "skip" else self.back
 
-    def line(self) -> str:
-        """What was done, in words."""
+    def line(self, *, further: bool = False) -> str:
+        """What was done, in words; `further`: it went back to a checkpoint before the one of the last attempt."""
         done = {
             "skip": f"the batches of images {self.first:,} to {self.until:,} are skipped",
-            "fp32": "it computes in fp32 from there",
+            "fp32_head": "its heads and its loss are computed in fp32 from there",
             "lr": "the learning rate is halved from there",
         }[self.change]
-        return f"warning: {self.sentence}; back to {self.back:,} images, and {done}"
+        place = ", one checkpoint further than before" * further
+        return f"warning: {self.sentence}; back to {self.back:,} images{place}, and {done}"
 
 
 class Care:
@@ -128,13 +129,23 @@ class Care:
         """Whether the batch that comes after `seen` images is left out."""
         return any(one.change == "skip" and one.first <= seen < one.until for one in self.done)
 
-    def fp32(self, seen: int) -> bool:
-        """Whether everything is computed in fp32."""
-        return any(one.change == "fp32" and one.back <= seen for one in self.done)
+    def fp32_head(self, seen: int) -> bool:
+        """Whether all but the backbones is computed in float32."""
+        return any(one.change == "fp32_head" and one.back <= seen for one in self.done)
 
     def lr_scale(self, seen: int) -> float:
         """What the learning rate is multiplied by."""
         return 0.5 ** sum(one.change == "lr" and one.back <= seen for one in self.done)
+
+    def in_vain(self, cause: str) -> set[int]:
+        """Images seen at the checkpoints from which a run that collapsed has gone on: a collapse may have begun before
+        it showed, and from there it would come again. An illness of another cause shows at once."""
+        return {one.back for one in self.done if one.cause == cause == "collapse"}
+
+    def said(self) -> str:
+        """The last thing that was done, in words."""
+        *before, last = self.done
+        return last.line(further=any(one.cause == last.cause and one.until > last.back < one.back for one in before))
 
     def treat(self, unwell: Unwell, back: int, *, half: bool) -> Intervention | None:
         """Choose and note what is changed; None where everything has been tried.
@@ -144,7 +155,7 @@ class Care:
             half: whether the run computes in bf16.
         """
         tried = [one.change for one in self.done if one.cause == unwell.cause and one.until > back]
-        ladder = [rung for rung in LADDERS[unwell.cause] if rung != "fp32" or half]
+        ladder = [rung for rung in LADDERS[unwell.cause] if rung != "fp32_head" or half]
         if len(tried) >= len(ladder) or len(self.done) >= MOST:
             return None
         chosen = unwell.answered(back, ladder[len(tried)])

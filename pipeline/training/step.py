@@ -1,7 +1,7 @@
 """One optimiser step: an objective, its optimiser, the batch that it is shown, the randomness of that place."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -34,16 +34,20 @@ class Stepper:
         self.photometrics = Photometrics(self.objective.views, config.seed)
         self.half = precision_of(config, device) == "bf16"
         self.model = prepare(self.objective, config, world)
+        self.backbones = [module for module in self.objective.modules() if isinstance(module, backbones.Backbone)]
 
     def __call__(self, batch: Batch, seen: int, planned: int, care: Care) -> tuple[dict[str, Tensor], float]:
         config, objective, progress = self.config, self.objective, seen / planned
-        half = self.half and not care.fp32(seen)
+        head = self.half and care.fp32_head(seen)
         torch.manual_seed(step_seed(config.seed, seen, self.rank))
         for part, sync in parts(batch, config.accumulate, self.model):
             views = [view.to(self.device, non_blocking=True) for view in part.views]
             views = self.photometrics(views, part.index, part.epoch)
             with sync:
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+                with (
+                    torch.autocast(self.device.type, torch.bfloat16, enabled=self.half and not head),
+                    in_bf16(self.backbones if head else [], self.device.type),
+                ):
                     labels = (part.label.to(self.device),) if objective.labelled else ()
                     loss, scalars = self.model(views, progress, *labels)
                 (loss / config.accumulate).backward()
@@ -100,6 +104,28 @@ def prepare(objective: Objective, config: Config, world: int) -> nn.Module:
         return objective
     synchronise(objective)
     return nn.parallel.DistributedDataParallel(objective)
+
+
+@contextlib.contextmanager
+def in_bf16(modules: Iterable[nn.Module], device: str) -> Iterator[None]:
+    """Within it, these backbones alone compute in bf16, and give float32 to what comes after them."""
+
+    def enter(module: nn.Module, images: Any) -> None:
+        torch.set_autocast_dtype(device, torch.bfloat16)
+        torch.set_autocast_enabled(device, True)
+
+    def leave(module: nn.Module, images: Any, features: backbones.Features | None) -> backbones.Features | None:
+        torch.set_autocast_enabled(device, False)
+        if features is None:  # it raised
+            return None
+        pooled, cells, layers = features
+        return backbones.Features(pooled.float(), cells.float(), tuple(layer.float() for layer in layers))
+
+    with contextlib.ExitStack() as hooks:
+        for module in modules:
+            hooks.callback(module.register_forward_pre_hook(enter).remove)
+            hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+        yield
 
 
 def parts(batch: Batch, count: int, model: nn.Module) -> Iterator[tuple[Batch, Any]]:

@@ -7,7 +7,7 @@ import dataclasses
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -280,8 +280,9 @@ class Training:
         self.loader.close()
         self.checkpoints.wait()
 
-    def restore(self, *, well: bool = False) -> tuple[int, list[str]]:
-        """Put everything back to the newest sound checkpoint, or to the beginning where there is none.
+    def restore(self, *, well: bool = False, rather_not: Collection[int] = ()) -> tuple[int, list[str]]:
+        """Put everything back to the newest sound checkpoint, or to the beginning where there is none; arguments as of
+        `newest`.
 
         Returns:
             Images seen, and sentences on damaged checkpoints that were passed over.
@@ -291,7 +292,9 @@ class Training:
             UserError: every checkpoint is damaged.
         """
         none: tuple[int, dict[str, Any] | None, list[str]] = (0, None, [])
-        seen, state, said = self.patiently(lambda: newest(self.folder, well=well) if self.rank == 0 else none)
+        seen, state, said = self.patiently(
+            lambda: none if self.rank else newest(self.folder, well=well, rather_not=rather_not)
+        )
         seen = everyone(seen)[0]
         if seen and self.world > 1:
             state = self.patiently(lambda: self.folder.load_checkpoint(seen) if self.rank else state)
@@ -312,7 +315,8 @@ class Training:
     def heal(self, unwell: Unwell) -> None:
         """Go back to the last checkpoint taken in good health, with one thing changed.
 
-        For a NaN any sound checkpoint is: its loss was finite.
+        For a NaN any sound checkpoint is: its loss was finite. Where a collapse comes again, it had begun before that
+        checkpoint: the one before is taken.
 
         Raises:
             FloatingPointError: everything has been tried, or `--no-heal` forbids it.
@@ -321,7 +325,7 @@ class Training:
         self.checkpoints.settle()
         if self.recorder:
             self.ill_rows = [*self.recorder.file.rows(), self.row]
-        back, said = self.restore(well=unwell.cause != "nonfinite")
+        back, said = self.restore(well=unwell.cause != "nonfinite", rather_not=self.care.in_vain(unwell.cause))
         chosen = self.care.treat(unwell, back, half=self.stepper.half) if self.config.heal else None
         self.seen = back
         if chosen is None:
@@ -338,7 +342,7 @@ class Training:
         self.patiently(lambda: self.checkpoints.drop_after(back) if self.recorder else None)
         if self.recorder:
             self.recorder.rewind(back)
-            self.recorder.say(*said, chosen.line())
+            self.recorder.say(*said, self.care.said())
 
     def keep_bundle(self, chosen: Intervention) -> str:
         """Keep what reproduces the illness that `chosen` answers, from here; a sentence that says how, on rank 0."""

@@ -10,12 +10,15 @@ import time
 import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import torch
+
 from pipeline import pretrain, replay
-from pipeline.training import step
-from pipeline.training.health import Care
+from pipeline.training import step, worker
+from pipeline.training.health import Care, Health
 from pipeline.training.recorder import Recorder
 from pipeline.training.run_folder import RunFolder
 from tests.chaos.runs import (
@@ -321,6 +324,47 @@ def collapse(place: Place) -> Row:
     return Row("a collapse", "all biases of the backbone at -1,000", done[0].until - done[0].back, None, done[0].line())
 
 
+def collapse_already_begun(place: Place) -> Row:
+    """A collapse begins between two checkpoints and shows after the second, which holds it already: the run goes back
+    there, collapses again, and then to the first."""
+    run, at, saved = place.folder / "runs" / "begun", [], (52 * BATCH, 60 * BATCH)
+
+    def sicken(objective):
+        objective.register_buffer("ill", torch.zeros(()))
+
+        def after_backward(progress):
+            if objective.ill > 0 or (progress >= 55 / 120 - 1e-9 and not at):
+                at.append(progress)
+                objective.ill += 1
+
+        def show(module, arguments, output):
+            loss, scalars = output
+            return loss, {**scalars, "feature_spread": scalars["feature_spread"] * (objective.ill < 10)}
+
+        objective.after_backward = after_backward
+        objective.register_forward_hook(show)
+
+    soon = mock.patch.object(worker, "Health", partial(Health, collapsed=20))
+    # Asked before a step's place is recorded, and after.
+    due = mock.patch.object(
+        Recorder, "checkpoint_due", lambda self: self.status.seen in (*saved, *(n - BATCH for n in saved))
+    )
+    words = place.words("begun", "--epochs", "20", "--keep", "100")
+    with soon, due, _built(sicken):
+        assert pretrain.main(words) == 0
+    done = Care.read(RunFolder(str(run))).done
+    assert [(one.cause, one.change, one.back) for one in done] == [
+        ("collapse", "lr", saved[1]), ("collapse", "lr", saved[0])
+    ]  # fmt: skip
+    rows = steps(run)
+    assert [row["images"] for row in rows] == list(range(BATCH, 120 * BATCH + 1, BATCH))
+    assert min(row["feature_spread"] for row in rows) > 0
+    said = Care(done).said()
+    assert "back to 416 images, one checkpoint further than before, and the learning rate is halved" in said
+    return Row("a collapse that a checkpoint holds already", "a vital sign at 0, ten steps after its cause",
+               done[1].until - done[1].back, None, said)  # fmt: skip
+
+
 def loader_dies(place: Place, times: int = 2) -> Row:
     """The thread that loads dies in the middle of a run, and the one that takes its place: no loss is another."""
     shot: list[threading.Thread] = []
@@ -365,6 +409,7 @@ FAULTS = (
     never_a_number,
     loss_spike,
     collapse,
+    collapse_already_begun,
     loader_dies,
 )
 

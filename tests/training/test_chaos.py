@@ -20,7 +20,7 @@ def place(tmp_path, monkeypatch) -> Iterator[Place]:
     "fault",
     [
         faults.not_a_number, faults.infinite, faults.gradient_not_a_number, faults.never_a_number, faults.loss_spike,
-        faults.collapse,
+        faults.collapse, faults.collapse_already_begun,
     ],
 )  # fmt: skip
 def test_a_run_that_falls_ill_heals_or_stops_with_all_kept(fault, place):

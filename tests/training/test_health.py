@@ -95,8 +95,8 @@ def test_each_cause_has_its_ladder_which_begins_anew_after_a_healthy_checkpoint(
     assert care.skips(72)
     assert not care.skips(64)
     assert not care.skips(80)
-    assert care.fp32(64)
-    assert not care.fp32(56)
+    assert care.fp32_head(64)
+    assert not care.fp32_head(56)
     assert (care.lr_scale(56), care.lr_scale(64)) == (1.0, 0.5)
     later = Unwell("nonfinite", 192, 200, "the loss is nan at 200 images")
     assert care.treat(later, 128, half=True).change == "skip"
