@@ -12,6 +12,7 @@ from pipeline.arguments import read
 from pipeline.errors import UserError
 from pipeline.redaction import redact
 
+TAKEN = 75  # EX_TEMPFAIL of sysexits.h: too few machines are left, after a notice; the same command goes on later
 STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 

@@ -9,7 +9,8 @@ from pipeline.command import guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0, or 1 failed, 2 a user's mistake, 130 Ctrl-C, 143 SIGTERM."""
+    """Run the command line; returns 0, or 1 failed, 2 a user's mistake, 130 Ctrl-C, 143 SIGTERM, 75 so many machines
+    are about to be taken away that too few are left."""
     argv = list(sys.argv[1:] if argv is None else argv)
 
     def command() -> int:

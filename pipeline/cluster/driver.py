@@ -67,6 +67,7 @@ def fit(job: "Job", tracking: tuple[str, str], display: Display, stop: threading
             "job": dataclasses.asdict(job),
             "tracking": tracking,
             "hub": hub,
+            "takes": each,
             "driver": ray.get_runtime_context().get_node_id(),
             "facts": [facts(str(packed.path)) if packed else None for packed in (job.train, job.val)],
         },
@@ -123,7 +124,7 @@ def fit(job: "Job", tracking: tuple[str, str], display: Display, stop: threading
             except Exception as error:
                 raise RuntimeError(f"stopped without a worker; {_continues(folder)}") from error
             facts_known = {"images_seen": kept, "checkpoint_images": kept, "run": folder.address}
-            return {"stopped": True, "unrecorded": False, "away": "", **facts_known}
+            return {"stopped": True, "unrecorded": False, "away": "", "taken": False, **facts_known}
         elif not told and (news.starts > 1 or room(each) < fewest):
             told = True
             display.say(_waits(fewest, each))

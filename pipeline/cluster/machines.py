@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pipeline.errors import UserError
@@ -158,9 +158,12 @@ def free(takes: Mapping[str, float]) -> bool:
     return any(all(idle.get(kind, 0) >= amount for kind, amount in takes.items()) for idle in there)
 
 
-def room(takes: Mapping[str, float]) -> int:
-    """Workers, each of which reserves so much, that the machines of the cluster could hold between them."""
+def room(takes: Mapping[str, float], without: Collection[str] = ()) -> int:
+    """Workers, each of which reserves so much, that the machines of the cluster could hold between them; none on one
+    that is about to be taken away, as Ray's cluster knows or `without` names by node id."""
     import ray
+    from ray._private.state import state
 
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    leaving = {*state.get_draining_nodes(), *without}
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
     return sum(min(int(there.get(kind, 0) // amount) for kind, amount in takes.items()) for there in alive)

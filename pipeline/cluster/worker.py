@@ -5,10 +5,11 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cluster.copies import fetch
-from pipeline.cluster.machines import WATCHER
+from pipeline.cluster.machines import WATCHER, room
 from pipeline.data.packed import Packed
 from pipeline.errors import UserError
 from pipeline.training.display import Status
@@ -38,7 +39,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     job = Job(**{**plain, "config": Config(**plain["config"]), "train": Packed(**plain["train"]),
                  "val": Packed(**plain["val"]) if plain["val"] else None})  # fmt: skip
     rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
-    heart = Heart(hub, rank, world, RunFolder(job.run))
+    heart = Heart(hub, rank, world, RunFolder(job.run), settings["takes"], job.config.group[0])
     driver, facts = settings["driver"], settings["facts"]
     try:
         val = fetch(job.val, driver, facts[1], hub.say.remote) if job.val and rank == 0 else None
@@ -77,7 +78,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     if rank == 0 and result["stopped"] and heart.leaving in ("resize", "preemption") and not result["unrecorded"]:
         ray.get(hub.left.remote())
         raise Left(heart.leaving)
-    return result
+    return result | {"taken": heart.leaving == "taken"}
 
 
 class Heart:
@@ -85,10 +86,17 @@ class Heart:
     does, of rank 0 the status in exchange for the wish to leave.
 
     Made in the thread that trains.
+
+    Args:
+        takes: what each worker reserves of its machine.
+        fewest: workers without which the run cannot go on.
     """
 
-    def __init__(self, hub: Any, rank: int, world: int, folder: "RunFolder") -> None:
+    def __init__(
+        self, hub: Any, rank: int, world: int, folder: "RunFolder", takes: Mapping[str, float], fewest: int
+    ) -> None:
         self.hub, self.rank, self.world = hub, rank, world
+        self._takes, self._fewest = takes, fewest
         self.leaving = ""
         self._reached = _reached(folder) if rank == 0 else 0
         self._name = f"worker {rank} (process {os.getpid()} on {socket.gethostname()})"
@@ -142,9 +150,14 @@ class Heart:
             if notice and self.rank == 0:
                 ranks = ", ".join(map(str, notice.preempted_ranks))
                 left = f" in {notice.deadline_ms / 1000 - time.time():.0f} s" if notice.deadline_ms else ""
+                others = room(self._takes, without=notice.preempted_node_ids)
+                enough = others >= self._fewest
+                then = (
+                    "others go on" if enough else f"the run ends, whose {self._fewest} workers have room for {others}"
+                )
                 self.hub.leave.remote(
-                    "preemption",
-                    f"the machine of worker {ranks} will be taken away{left}: a checkpoint, and others go on",
+                    "preemption" if enough else "taken",
+                    f"the machine of worker {ranks} will be taken away{left}: a checkpoint, and {then}",
                 )
 
 

@@ -49,7 +49,8 @@ class Hub:
     """Through which rank 0 and the driver talk, so that no shared disk is needed, and which sees groups come and go.
 
     A group is the workers that train together from one start to the next. `leaving` is why it is to end with a
-    checkpoint: "" not at all, "stop" the run is over, "resize" or "preemption" another group will go on.
+    checkpoint: "" not at all; "stop", or "taken" machines without which too few are left, and the run is over;
+    "resize", or "preemption" of machines that others replace, and another group will go on.
 
     Args:
         timeout: seconds that a worker may keep the others waiting.
@@ -135,7 +136,7 @@ class Hub:
         self._scatter()
         self._over = False
         self._starts += 1
-        if self.leaving != "stop":
+        if self.leaving not in ("stop", "taken"):
             self.leaving = ""
 
     def fault(self, errors: dict[int, str]) -> None:
@@ -148,7 +149,9 @@ class Hub:
         self._failures += 1
         if self.gave_up or self.refused:
             return
-        if self._failures > RETRIES:
+        if self.leaving == "taken":
+            self.gave_up = f"{cause} before it had left a checkpoint"
+        elif self._failures > RETRIES:
             place = f"the checkpoint at {self._began:,} images" if self._began > 0 else "the beginning"
             self.gave_up = f"{cause}; {self._failures} times in a row none got beyond {place}"
         else:

@@ -14,7 +14,7 @@ from typing import Any
 from backbones import names
 from pipeline import cluster, tracking
 from pipeline import config as configuration
-from pipeline.command import STOPPED, Stop, stop_signals
+from pipeline.command import STOPPED, TAKEN, Stop, stop_signals
 from pipeline.config import Config
 from pipeline.data import preparation
 from pipeline.data.packed import Packed
@@ -117,7 +117,9 @@ def launch(config: Config, argv: Sequence[str]) -> int:
             f"  python -m pipeline.pretrain --resume {shlex.quote(kept.address)}",
             flush=True,
         )
-        return STOPPED[stop.cause] if stop.cause else int(result["unrecorded"] or bool(result["away"]))
+        if stop.cause:
+            return STOPPED[stop.cause]
+        return TAKEN if result["taken"] else int(result["unrecorded"] or bool(result["away"]))
     conclusion.conclude(job, folder, result, uri, run_id, time.monotonic() - started)
     return 0
 
@@ -232,7 +234,7 @@ def alone(job: Job, tracking_run: tuple[str, str], display: Display, stop: Stop)
         return stop.is_set() or tracker.lost
 
     try:
-        return work(job, Links(exchange, tracker.log, tracker.rewind)) | {"unrecorded": tracker.lost}
+        return work(job, Links(exchange, tracker.log, tracker.rewind)) | {"unrecorded": tracker.lost, "taken": False}
     finally:
         tracker.close()
 

@@ -204,19 +204,24 @@ def machine_joins(machines: Machines, run: Run) -> dict[str, Any]:
     return injected(run, "a machine joins", "one more Ray node", machines.add)
 
 
+NOTICE = 90  # seconds between a spot notice and the loss of the machine
+
+
+def announce(machines: Machines) -> None:
+    """What a cloud's watcher tells Ray: the machine that was added last will be taken away."""
+    from ray._raylet import GcsClient
+    from ray.core.generated import autoscaler_pb2
+
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    client = GcsClient(address=machines.cluster.address)
+    node = machines.nodes[-1].node_id
+    accepted, why = client.drain_node(node, reason, "spot", int(1000 * (time.time() + NOTICE)))
+    assert accepted, why
+
+
 def machine_taken_away(machines: Machines, run: Run) -> dict[str, Any]:
-    node, seconds = machines.nodes[-1], 90
-
-    def notice() -> None:
-        from ray._raylet import GcsClient
-        from ray.core.generated import autoscaler_pb2
-
-        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        client = GcsClient(address=machines.cluster.address)
-        accepted, why = client.drain_node(node.node_id, reason, "spot", int(1000 * (time.time() + seconds)))
-        assert accepted, why
-
-    found = injected(run, "a spot notice", f"Ray's drain-node for preemption, {seconds} s ahead", notice)
+    node, how = machines.nodes[-1], f"Ray's drain-node for preemption, {NOTICE} s ahead"
+    found = injected(run, "a spot notice", how, lambda: announce(machines))
     machines.remove(node)
     return found
 
@@ -281,7 +286,13 @@ def data_lost(machines: Machines, run: Run) -> dict[str, Any]:
     return ended(run, "the data disk vanishes", "the .beton truncated while it is read", lambda: os.truncate(beton, 0))
 
 
-ENDS = (head_lost, head_silent, data_lost)
+def too_few_left(machines: Machines, run: Run) -> dict[str, Any]:
+    """`recovered_s` is the seconds from the notice until the run has ended, which is before the machine is gone."""
+    how = f"Ray's drain-node for preemption, {NOTICE} s ahead; --workers 2 on two machines"
+    return ended(run, "a spot notice, and too few machines without that one", how, lambda: announce(machines))
+
+
+ENDS = (too_few_left, head_lost, head_silent, data_lost)
 """Faults that end a run."""
 
 

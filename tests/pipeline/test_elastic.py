@@ -165,6 +165,28 @@ def test_a_run_that_got_over_faults_learnt_what_an_undisturbed_one_does(survivor
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+def test_a_run_of_fixed_size_leaves_a_checkpoint_in_time_and_the_same_command_goes_on(tmp_path):
+    with faults.running(tmp_path, 2, "--workers", "2") as (machines, run):
+        row = faults.too_few_left(machines, run)
+        assert (row["status"], row["lost_images"]) == (75, 0)
+        said = r"worker \d will be taken away in \d+ s: a checkpoint, and the run ends, whose 2 workers have room for 1"
+        assert re.search(said, row["said"])
+        kept = run.checkpoints()[-1]
+        assert f"stopped with a checkpoint at {kept:,} images; this continues it:" in row["said"]
+        machines.remove(machines.nodes[-1])
+        machines.add()
+        again = faults.Run(machines, run.folder, run.folder.parent / "photos", "--workers", "2")
+        try:
+            again.until("a step", lambda: run.images()[-1] > kept)
+        finally:
+            again.close()
+    images = run.images()
+    assert images == list(range(faults.BATCH, images[-1] + 1, faults.BATCH))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
