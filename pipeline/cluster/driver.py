@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cluster.copies import facts
-from pipeline.cluster.machines import amounts, room, takes
+from pipeline.cluster.machines import amounts, on_loopback, room, takes
 from pipeline.cluster.witness import first_line, witness
 from pipeline.cluster.worker import BEAT, train
 from pipeline.errors import UserError
@@ -50,6 +50,7 @@ def fit(job: "Job", tracking: tuple[str, str], display: Display, stop: threading
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    from pipeline.cluster.rendezvous import OnOneMachine
     from pipeline.training.run_folder import RunFolder
 
     folder, timeout = RunFolder(job.run), 60 * job.config.timeout
@@ -77,7 +78,9 @@ def fit(job: "Job", tracking: tuple[str, str], display: Display, stop: threading
             use_gpu=cuda,
             resources_per_worker=each,
         ),
-        torch_config=TorchConfig(backend="nccl" if cuda else "gloo", timeout_s=math.ceil(timeout)),
+        torch_config=(OnOneMachine if on_loopback() else TorchConfig)(
+            backend="nccl" if cuda else "gloo", timeout_s=math.ceil(timeout)
+        ),
         run_config=RunConfig(
             name=f"{Path(job.run).name}-{int(time.time())}",
             storage_path=tempfile.gettempdir() + "/ray-train",

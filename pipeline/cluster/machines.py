@@ -75,6 +75,11 @@ def address() -> str:
     return str(ray.get_runtime_context().gcs_address)
 
 
+def on_loopback() -> bool:
+    """Whether the joined cluster is one of this machine alone, which no other can reach."""
+    return address().rpartition(":")[0] == "127.0.0.1"
+
+
 def begin(**options: Any) -> None:
     """Begin a cluster on this machine, which listens on loopback only; `options` are those of `ray.init`."""
     import ray
@@ -82,6 +87,8 @@ def begin(**options: Any) -> None:
 
     # Ray has a switch for it, named after the systems on which it is the default; children read the variable.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    for library in ("GLOO", "NCCL"):  # else they listen where the machine's name leads to
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     ray_constants.ENABLE_RAY_CLUSTER = False
     ray.init(address="local", include_dashboard=False, logging_level="ERROR", log_to_driver=False, **options)
 

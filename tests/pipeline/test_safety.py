@@ -12,12 +12,14 @@ import sys
 import tarfile
 import tempfile
 import threading
+import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -31,6 +33,7 @@ from pipeline import compare, evaluate, pack, pretrain
 from pipeline.errors import UserError
 from pipeline.redaction import bare, hide, redact
 from pipeline.training.run_folder import RunFolder
+from tests.chaos.runs import Place
 from tests.s3 import s3
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -392,3 +395,31 @@ def test_a_cluster_that_we_begin_listens_on_loopback_only():
     listening = [line.rsplit(" ", 1) for line in done.stdout.splitlines()]
     assert {"gcs_server", "raylet"} <= {name for name, _ in listening}, done.stderr
     assert {address.removeprefix("::ffff:") for _, address in listening} == {"127.0.0.1"}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_workers_on_one_machine_listen_on_loopback_only(tmp_path):
+    place = Place(tmp_path)
+    words = [*place.words("two", "--epochs", "100000", "--workers", "2"), "--engine", "ray"]
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        environment = {**place.environment(), "RAY_TMPDIR": folder}
+        environment.pop("RAY_ADDRESS", None)
+        run = subprocess.Popen([sys.executable, "-m", "pipeline.pretrain", *words], env=environment, cwd=tmp_path)
+        try:
+            metrics = tmp_path / "runs" / "two" / "metrics.jsonl"
+            while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+                assert run.poll() is None
+                time.sleep(0.2)
+            listening = set()
+            for process in [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    found = [c.laddr.ip for c in process.net_connections("inet") if c.status == "LISTEN"]
+                    listening |= {(process.name(), ip.removeprefix("::ffff:")) for ip in found}
+        finally:
+            run.terminate()
+            assert run.wait() == 143
+    assert {name.split(":")[0] for name, _ in listening} >= {"gcs_server", "raylet", "ray"}
+    assert any("TrainWorker" in name for name, _ in listening)
+    assert {address for _, address in listening} == {"127.0.0.1"}, listening
