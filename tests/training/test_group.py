@@ -132,3 +132,18 @@ def test_what_a_thread_is_doing_is_a_line_of_ours():
     assert group.doing(thread.ident) == "no line of ours"
     done.set()
     thread.join()
+
+
+def test_a_group_whose_machines_are_taken_leaves_once_and_no_other_follows():
+    hub = Hub(600)
+    trained(hub, 2, 0, 40)
+    assert hub.leave("taken", "the machine of worker 1 will be taken away")
+    assert not hub.leave("resize", "there is room for more")
+    assert hub.beat({**STATUS, "seen": 48}) == "taken"
+    hub.starting()
+    assert hub.leaving == "taken"
+    late = Hub(600)
+    trained(late, 2, 0, 40)
+    late.leave("taken")
+    late.fault({0: PEER, 1: ON_NODE})
+    assert late.gave_up == "worker 1 (process 71 on host) was lost with its machine before it had left a checkpoint"

@@ -5,11 +5,15 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import fsspec
 import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from pipeline import pretrain
+from pipeline.errors import UserError
 from pipeline.training import storage
 from pipeline.training.health import Health
 from pipeline.training.recorder import Recorder
@@ -113,16 +117,16 @@ def server(monkeypatch, tmp_path):
         yield server
 
 
-def hearing(server, said, *, until=lambda line: "does not answer" in line, stop=lambda status: False):
+def hearing(server, said):
     """What a run calls every step: it notes what is said, and starts the server again once it is waited for."""
 
     def exchange(status):
         said.extend(status.messages)
-        back = any(until(line) for line in status.messages)
+        waited_for = any("does not answer" in line for line in status.messages)
         status.messages.clear()
-        if back:
+        if waited_for:
             server.start()
-        return stop(status)
+        return False
 
     return exchange
 
@@ -149,6 +153,44 @@ def test_a_run_that_falls_ill_waits_for_storage_that_is_away_and_heals_from_ther
     assert run.read("interventions.json") == whole.read("interventions.json")
     assert sum("s3://runs/away does not answer (" in line and "10 minutes at most" in line for line in said) == 1
     assert "s3://runs/away answers again" in said
+
+
+def trying(rank: int, folder: str) -> None:
+    """A rank of two; what only the second reads fails three times, then for ever, then for good reason."""
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/meeting", 2), rank=rank, world_size=2)
+    storage.PAUSE, calls, told = 0.01, [], []
+
+    def read():
+        calls.append(rank)
+        if rank and len(calls) <= 3:
+            raise Away("no route to host")
+        return len(calls)
+
+    def never():
+        raise Away("gone")
+
+    def mistaken():
+        if rank:
+            raise UserError("no run")
+
+    tell = lambda *lines: told.extend(lines) if rank == 0 else None  # noqa: E731
+    assert storage.patiently(read, RunFolder(folder), tell) == 4
+    if rank == 0:
+        first, last = told
+        assert "does not answer (no route to host)" in first
+        assert last.endswith("answers again")
+    storage.PATIENCE = 0.05
+    with pytest.raises(storage.StorageAway, match=r"does not answer \(.*--resume"):
+        storage.patiently(never, RunFolder(folder), tell)
+    with pytest.raises(UserError, match="no run"):
+        storage.patiently(mistaken, RunFolder(folder), tell)
+    Path(folder, f"through-{rank}").touch()
+    dist.destroy_process_group()
+
+
+def test_ranks_wait_together_for_what_only_one_of_them_cannot_read(tmp_path):
+    mp.spawn(trying, (str(tmp_path),), nprocs=2)
+    assert len(list(tmp_path.glob("through-*"))) == 2
 
 
 def test_a_run_waits_for_storage_at_its_end(tmp_path, monkeypatch, server):
