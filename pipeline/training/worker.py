@@ -265,7 +265,7 @@ class Training:
     def tell(self, *sentences: str) -> bool:
         """Tell the user at once; whether the run is asked to stop."""
         if self.recorder is None:
-            if self.rank == 0:
+            if sentences and self.rank == 0:
                 print(*sentences, sep="\n", flush=True)
             return False
         self.recorder.say(*sentences)
