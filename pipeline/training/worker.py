@@ -17,11 +17,12 @@ from torch import Tensor
 
 from pipeline import config as configuration
 from pipeline.config import Config
-from pipeline.data.loader import Batch, Loader, make_loader
+from pipeline.data.loader import make_loader
 from pipeline.data.packed import Packed
 from pipeline.device import device_of, peak_memory
 from pipeline.errors import UserError
 from pipeline.training import measure
+from pipeline.training.batches import Batches
 from pipeline.training.checkpoints import Checkpoints, Keep, newest
 from pipeline.training.health import Care, Health, Intervention, Unwell
 from pipeline.training.links import Links
@@ -32,7 +33,6 @@ from pipeline.training.step import Stepper, step_seed
 from pipeline.training.storage import StorageAway, everyone, keep_here, patiently
 
 T = TypeVar("T")
-RELOADS = 3  # times in a row that a loader which failed is begun anew
 
 
 @dataclass(frozen=True)
@@ -373,25 +373,3 @@ class Training:
                  "classes": len(self.train_set.classes)}  # fmt: skip
         return {**self.stepper.state(), "loader": self.loader.state(), "images_seen": self.seen, "train": train,
                 "interventions": self.care.listed, "config": configuration.dump(self.config)}  # fmt: skip
-
-
-class Batches:
-    """Batches without end. Where the loader fails, `say` is told, and it is begun anew at its place, a few times."""
-
-    def __init__(self, loader: Loader, say: Callable[[str], object]) -> None:
-        self.loader, self.say, self._batches = loader, say, iter(loader)
-
-    def __next__(self) -> Batch:
-        for attempt in range(RELOADS + 1):
-            try:
-                return next(self._batches)
-            except UserError:  # trying again would not help
-                raise
-            except Exception as error:
-                if attempt == RELOADS:
-                    raise RuntimeError(f"the loader failed {RELOADS + 1} times in a row: {error}") from error
-                self.say(
-                    f"warning: the loader failed ({str(error) or type(error).__name__}); it is begun anew at its place"
-                )
-                self._batches = iter(self.loader)
-        raise AssertionError
