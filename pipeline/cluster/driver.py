@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.cluster.copies import facts
 from pipeline.cluster.machines import amounts, on_loopback, room, takes
+from pipeline.cluster.rendezvous import on_one_machine
 from pipeline.cluster.witness import first_line, witness
 from pipeline.cluster.worker import BEAT, train
 from pipeline.errors import UserError
@@ -50,7 +51,6 @@ def fit(job: "Job", tracking: tuple[str, str], display: Display, stop: threading
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from pipeline.cluster.rendezvous import OnOneMachine
     from pipeline.training.run_folder import RunFolder
 
     folder, timeout = RunFolder(job.run), 60 * job.config.timeout
@@ -78,7 +78,7 @@ def fit(job: "Job", tracking: tuple[str, str], display: Display, stop: threading
             use_gpu=cuda,
             resources_per_worker=each,
         ),
-        torch_config=(OnOneMachine if on_loopback() else TorchConfig)(
+        torch_config=(on_one_machine if on_loopback() else TorchConfig)(
             backend="nccl" if cuda else "gloo", timeout_s=math.ceil(timeout)
         ),
         run_config=RunConfig(
