@@ -50,7 +50,7 @@ def classify(arguments: Arguments) -> None:
     names = packed.read_names(images.path) or [f"image {i}" for i in range(images.images)]
     given: Counter[str] = Counter()
     rows = []
-    with torch.inference_mode():
+    with torch.no_grad():
         for batch in shown.batches():
             sure, which = classifier(shown.normalised(batch.images)).softmax(dim=1).max(dim=1)
             for index, probability, number in zip(batch.which.tolist(), sure.tolist(), which.tolist()):

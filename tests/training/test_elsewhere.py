@@ -21,7 +21,7 @@ PROTOCOLS = sorted(set(NAMES) - set(BY_TABLE) - {"factors", "scratch"})
 def elsewhere() -> Iterator[None]:
     kept = register()
     torch.__future__.set_swap_module_params_on_conversion(True)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, torch.autograd.set_multithreading_enabled(False):
         patch.setattr(device, "kind", lambda: NAME)
         patch.setattr(launch, "kind", lambda: NAME)
         yield
