@@ -21,7 +21,7 @@ class FeatureMap(Backbone):
     """A network with `forward_features(images) → map` as a backbone.
 
     visible: every operation that mixes positions sees visible positions only (see `masking`). `layers` then still hold
-    all positions of each stage; those over masked cells mean nothing.
+    all positions of each stage; those over masked cells mean nothing, nor do `summaries`.
     replaced: each pixel of a replaced cell shows one learned colour, `mask_token` [C]; zero at first, the mean of
     normalised images.
     """
@@ -65,19 +65,25 @@ class FeatureMap(Backbone):
         visible: Tensor | None = None,
         replaced: Tensor | None = None,
         layers: bool = False,
+        summaries: bool = False,
     ) -> Features:
         grid = self._check(images, visible, replaced)
         if replaced is not None:
             images = replace_pixels(images, replaced, grid, self.mask_token)
         if visible is None:
-            last, stages = self._maps(images, grid, layers)
+            last, stages = self._maps(images, grid, layers or summaries)
             cells = rearrange(last, "b d h w -> b (h w) d")
         else:
             images, seen = show_only(images, visible, grid)
             with visible_only(self.network, seen):
-                last, stages = self._maps(images, grid, layers)
+                last, stages = self._maps(images, grid, layers or summaries)
             cells = gather_cells(rearrange(last, "b d h w -> b (h w) d"), visible)
-        return Features(cells.mean(1), cells, tuple(rearrange(m, "b d h w -> b (h w) d") for m in stages))
+        pooled = cells.mean(1)
+        return Features(
+            pooled, cells,
+            tuple(rearrange(m, "b d h w -> b (h w) d") for m in stages) if layers else (),
+            (*(m.mean((2, 3))[:, None] for m in stages[:-1]), pooled[:, None]) if summaries else (),
+        )  # fmt: skip
 
     def depths(self) -> dict[str, int]:
         groups = self.network.group_matcher(coarse=False)  # type: ignore[operator]
@@ -150,6 +156,7 @@ class FullyConnected(Backbone):
         visible: Tensor | None = None,
         replaced: Tensor | None = None,
         layers: bool = False,
+        summaries: bool = False,
     ) -> Features:
         self._check(images, visible, replaced)
         if replaced is not None:
@@ -160,4 +167,5 @@ class FullyConnected(Backbone):
         cells = feature.unsqueeze(1)
         if visible is not None:
             cells = gather_cells(cells, visible)
-        return Features(feature, cells, (feature.unsqueeze(1),) if layers else ())
+        one = (feature.unsqueeze(1),)
+        return Features(feature, cells, one if layers else (), one if summaries else ())

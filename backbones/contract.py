@@ -10,11 +10,15 @@ from torch.nn import functional as F
 
 class Features(NamedTuple):
     """pooled [B, D]; cells [B, N, D], or [B, K, D] when `visible` was given; layers: one [B, N_l, D_l] per block or
-    stage, () unless asked for. Cells are in row-major order, or in the order of `visible`."""
+    stage, () unless asked for. Cells are in row-major order, or in the order of `visible`.
+
+    summaries: one [B, S, D_l] per block or stage, () unless asked for: its class token where there is one, and the mean
+    of its cells, both after the final norm where there is one of that width. `pooled` is in the last."""
 
     pooled: Tensor
     cells: Tensor
     layers: tuple[Tensor, ...] = ()
+    summaries: tuple[Tensor, ...] = ()
 
 
 class Backbone(nn.Module):
@@ -48,13 +52,14 @@ class Backbone(nn.Module):
         visible: Tensor | None = None,
         replaced: Tensor | None = None,
         layers: bool = False,
+        summaries: bool = False,
     ) -> Features:
         """images [B, C, H, W] float, normalised.
 
         visible [B, K] int64: the cells that may be seen, distinct within a row. Features are computed from their pixels
         alone and only those K cells come back.
         replaced [B, N] bool: the cells whose content is replaced by the learned mask token; all N cells come back.
-        layers: whether to return the features of every block (ViT) or stage (CNN) too.
+        layers, summaries: whether to return the cells, or what sums them up, of every block (ViT) or stage (CNN) too.
         Raises ValueError on a wrong channel count or a size that is no multiple of `stride`.
         """
         raise NotImplementedError

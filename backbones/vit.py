@@ -32,9 +32,9 @@ class Transformer(Backbone):
         super().__init__()
         net: Any = network
         self.prefix = [t for t in ("cls_token", "dist_token", "reg_token") if getattr(net, t, None) is not None]
-        has_class = "cls_token" in self.prefix
-        pool = pool or ("cls" if has_class else "mean")
-        if pool == "cls" and not has_class:
+        self.has_class = "cls_token" in self.prefix
+        pool = pool or ("cls" if self.has_class else "mean")
+        if pool == "cls" and not self.has_class:
             raise ValueError(f"pool='cls': {name} has no class token; use pool='mean'.")
         if net.patch_embed.patch_size[0] != net.patch_embed.patch_size[1]:
             raise ValueError(f"{name} has patches of {net.patch_embed.patch_size} pixels; only square ones will do.")
@@ -56,6 +56,7 @@ class Transformer(Backbone):
         visible: Tensor | None = None,
         replaced: Tensor | None = None,
         layers: bool = False,
+        summaries: bool = False,
     ) -> Features:
         net, (h, w) = self.network, self._check(images, visible, replaced)
         x = self._embed(images, visible, (h, w))
@@ -69,14 +70,20 @@ class Transformer(Backbone):
         x = net.norm_pre(net.pos_drop(x))
 
         rope = self._rope(h, w, visible)
-        prefix, stages = x.shape[1] - (h * w if visible is None else visible.shape[1]), []
+        prefix = x.shape[1] - (h * w if visible is None else visible.shape[1])
+        stages: list[Tensor] = []
+        summed: list[Tensor] = []
         for i, block in enumerate(net.blocks):
             x = block(x) if rope is None else block(x, rope=rope[i] if mixes_rope(net) else rope)
             if layers:
                 stages.append(x[:, prefix:])
+            if summaries:
+                y = self.norm(x)
+                summed.append(torch.stack([*([y[:, 0]] if self.has_class else []), y[:, prefix:].mean(1)], dim=1))
         x = self.norm(x)
         cells = x[:, prefix:]
-        return Features(x[:, 0] if self.pool == "cls" else cells.mean(1), cells, tuple(stages))
+        pooled = x[:, 0] if self.pool == "cls" else cells.mean(1)
+        return Features(pooled, cells, tuple(stages), tuple(summed))
 
     def depths(self) -> dict[str, int]:
         def depth(name: str) -> int:

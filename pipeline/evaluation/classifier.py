@@ -12,6 +12,7 @@ import backbones
 from backbones.contract import Backbone, Features
 from pipeline.errors import UserError
 from pipeline.evaluation.attentive import Attentive
+from pipeline.evaluation.pooling import pool
 
 
 class Classifier(nn.Module):
@@ -21,6 +22,7 @@ class Classifier(nn.Module):
         head: of pooled features [B, D], or an `Attentive` one, of cells [B, N, D].
         classes: their names, in the order of the logits.
         image_size: what the images were brought to where the head was trained.
+        pooling: what a linear head reads, by a name of `pipeline.evaluation.pooling`, or "pooled".
     """
 
     def __init__(
@@ -29,12 +31,16 @@ class Classifier(nn.Module):
         head: nn.Linear | Attentive,
         classes: tuple[str, ...],
         image_size: int | tuple[int, int],
+        pooling: str = "pooled",
     ) -> None:
         super().__init__()
         self.backbone, self.head, self.classes, self.image_size = backbone, head, classes, image_size
+        self.pooling = pooling
 
     def forward(self, images: Tensor) -> Tensor:
-        features: Features = self.backbone(images)
+        features: Features = self.backbone(images, summaries=self.pooling != "pooled")
+        if self.pooling != "pooled":
+            return self.head(pool(self.pooling, features.summaries).float())
         return self.head((features.cells if isinstance(self.head, Attentive) else features.pooled).float())
 
 
@@ -46,6 +52,7 @@ def save(classifier: Classifier) -> bytes:
         "head": "attentive" if isinstance(classifier.head, Attentive) else "linear",
         "classes": classifier.classes,
         "image_size": classifier.image_size,
+        "pooling": classifier.pooling,
     }
     return safetensors.torch.save(weights, {"classifier": json.dumps(facts)})
 
@@ -69,12 +76,13 @@ def load(path: str | Path) -> Classifier:
             facts = json.loads((file.metadata() or {})["classifier"])
         backbone = backbones.create(**facts["backbone"])
         kind = {"attentive": Attentive, "linear": nn.Linear}[facts["head"]]
-        size = facts["image_size"]
+        size, weights = facts["image_size"], safetensors.torch.load(content)
+        width = weights["head.weight"].shape[1] if kind is nn.Linear else backbone.width
         classifier = Classifier(
-            backbone, kind(backbone.width, len(facts["classes"])), tuple(facts["classes"]),
-            size if isinstance(size, int) else (size[0], size[1]),
+            backbone, kind(width, len(facts["classes"])), tuple(facts["classes"]),
+            size if isinstance(size, int) else (size[0], size[1]), facts.get("pooling", "pooled"),
         )  # fmt: skip
-        classifier.load_state_dict(safetensors.torch.load(content))
+        classifier.load_state_dict(weights)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: not a classifier that this program left ({str(error)[:100]})") from error
     return classifier.eval()

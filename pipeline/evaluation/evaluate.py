@@ -18,10 +18,15 @@ from pipeline.evaluation.duplicates import duplicates
 from pipeline.evaluation.feature_set import FeatureSet, in_classes_of
 from pipeline.evaluation.features import VIEWED, Look, Pass, look, look_once, random_views
 from pipeline.evaluation.images import Images, evaluating, evaluation_view
+from pipeline.evaluation.pooling import LAST
 from pipeline.evaluation.protocols import PROTOCOLS
 from pipeline.evaluation.table import Table
 
 Results = dict[str, float | int | None]
+ALL = 1 << 20
+"""Layers that are looked at where a protocol needs every one."""
+OF_FLOORS = {"poolings", "factors", "targets"}
+"""What a protocol that floors go through may need."""
 
 
 class Findings(NamedTuple):
@@ -31,12 +36,14 @@ class Findings(NamedTuple):
     evidence     tensors by name, likewise, on the CPU; those with one entry an image are in the order of `labels`
     labels       int64 [N], of the validation images that have one
     classifiers  by protocol, of those that train one
+    choices      what was chosen on the training set and is no number, `<protocol>_<name>`
     """
 
     numbers: Results
     evidence: dict[str, Tensor]
     labels: Tensor
     classifiers: Mapping[str, Classifier] = {}
+    choices: Mapping[str, str] = {}
 
 
 def evaluate_backbone(
@@ -60,7 +67,7 @@ def evaluate_backbone(
     labels.
 
     Args:
-        backbone: on `device`; images [B, C, H, W] to an object with `pooled` [B, D]. It is put back into its mode.
+        backbone: on `device`; images [B, C, H, W] and `summaries` to `Features`. It is put back into its mode.
         limit: the largest number of training images to learn from, always the same ones.
         cache: the folder in which features are kept; None keeps none.
 
@@ -102,6 +109,7 @@ def with_floors(
     numbers = {name: one.numbers for name, one in found.items()}
     scores = {
         **numbers["trained"],
+        "choices": dict(found["trained"].choices),
         "duplicates": len(duplicates(train, val)) if val else 0,
         "untrained": numbers["untrained"],
         "pixels": numbers["pixels"],
@@ -151,20 +159,18 @@ def examine(
 
     device = torch.device(device)
     needs = {need for name in protocols for need in PROTOCOLS[name].needs}
+    layers = ALL if "layers" in needs else max(LAST) if "poolings" in needs else 0
 
     def passes(packed: Packed, names: Sequence[str], limit: int | None, *, random: bool = False) -> dict[str, Pass]:
         return look_once(
             cache, {name: backbones[name] for name in names}, packed,
             random_views(image_size) if random else [evaluation_view(image_size)],
-            layers="layers" in needs and not random and names is examined, batch_size=batch_size, device=device,
+            summaries=0 if random else layers, batch_size=batch_size, device=device,
             limit=limit, precision=precision, look=look,
         )  # fmt: skip
 
     examined = [name for name in backbones if name not in floors]
-    if "layers" in needs:  # no floor has any
-        on_train, on_val = (passes(p, examined, n) | passes(p, floors, n) for p, n in ((train, limit), (val, None)))
-    else:
-        on_train, on_val = (passes(p, list(backbones), n) for p, n in ((train, limit), (val, None)))
+    on_train, on_val = (passes(packed, list(backbones), n) for packed, n in ((train, limit), (val, None)))
     random = passes(train, examined, VIEWED, random=True) if "views" in needs else {}
 
     def labels_of(packed: Packed) -> tuple[Tensor, Tensor | None]:
@@ -180,7 +186,7 @@ def examine(
             images = Images(backbones[name], packed.path, labels, image_size, device, precision, batch_size, epochs)
         return FeatureSet(
             one.features[:, 0].to(device), labels[one.which].to(device), classes,
-            tuple(layer.to(device) for layer in one.layers),
+            tuple(layer.to(device) for layer in one.summaries),
             random[name].features.to(device) if packed is train and name in random else None,
             truth(packed, one.which, device) if "factors" in needs else {}, images, one.which,
             None if targets is None else targets[one.which].to(device),
@@ -192,9 +198,10 @@ def examine(
         numbers = {}
         evidence: dict[str, Tensor] = {}
         classifiers: dict[str, Classifier] = {}
+        choices: dict[str, str] = {}
         for protocol in protocols:
             measure = PROTOCOLS[protocol]
-            if name in floors and set(measure.needs) - {"factors", "targets"}:
+            if name in floors and set(measure.needs) - OF_FLOORS:
                 continue
             with evaluating({name: backbones[name]}):
                 found = measure(bank, queries, seed=seed)
@@ -202,24 +209,32 @@ def examine(
                 if isinstance(value, Tensor):
                     evidence[f"{protocol}_{key}"] = value.cpu()
                 elif isinstance(value, nn.Module):
-                    classifiers |= named(protocol, value, backbones[name], classes, image_size)
+                    pooling = str((found or {}).get("pooling", "pooled"))
+                    classifiers |= named(protocol, value, backbones[name], classes, image_size, pooling)
+                elif isinstance(value, str):
+                    choices[f"{protocol}_{key}"] = value
                 else:
                     numbers[f"{protocol}_{key}"] = value
         counts = {"train_images": bank.known(), "val_images": queries.known()}
         truths = queries.labels[queries.labels >= 0].cpu()
-        results[name] = Findings({**numbers, **counts}, evidence, truths, classifiers)
+        results[name] = Findings({**numbers, **counts}, evidence, truths, classifiers, choices)
     return results
 
 
 def named(
-    protocol: str, head: nn.Module, backbone: nn.Module, classes: tuple[str, ...], image_size: int | tuple[int, int]
+    protocol: str,
+    head: nn.Module,
+    backbone: nn.Module,
+    classes: tuple[str, ...],
+    image_size: int | tuple[int, int],
+    pooling: str,
 ) -> dict[str, Classifier]:
     """The classifier that a protocol trained, under its name; none of what is no backbone of ours."""
     if isinstance(head, Classifier):
         return {protocol: head}
     if not isinstance(backbone, Backbone) or not isinstance(head, nn.Linear | Attentive):
         return {}
-    return {protocol: Classifier(backbone, head, classes[: head.out_features], image_size)}
+    return {protocol: Classifier(backbone, head, classes[: head.out_features], image_size, pooling)}
 
 
 def truth(packed: Packed, index: Tensor, device: torch.device) -> dict[str, Tensor]:

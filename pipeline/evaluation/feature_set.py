@@ -6,10 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline.evaluation import pooling
 from pipeline.evaluation.images import Images
 
-Found = float | Tensor | nn.Module
-"""What a protocol finds: a score, evidence behind it, or (`head`) the classifier that it trained."""
+Found = float | Tensor | nn.Module | str
+"""What a protocol finds: a score, evidence behind it, (`head`) the classifier that it trained, (`pooling`) what that
+reads."""
 
 
 class FeatureSet(NamedTuple):
@@ -18,7 +20,7 @@ class FeatureSet(NamedTuple):
     features  float32 [N, D]
     labels    int64 [N], an index into `classes`; -1 for an image without a label
     classes   the names of the labels; empty where no image has one
-    layers    one float32 [N, D_l] for every block or stage, the mean over its cells
+    summaries half precision, one [N, S, D_l] for each of the last blocks or stages, as `Features.summaries`
     views     float32 [n, V, D]: V random views of each of n of the images
     factors   the value that each factor of a generated image has, int64 [N] by name; empty for photographs
     images    the backbone and its images themselves
@@ -29,7 +31,7 @@ class FeatureSet(NamedTuple):
     features: Tensor
     labels: Tensor
     classes: tuple[str, ...] = ()
-    layers: tuple[Tensor, ...] = ()
+    summaries: tuple[Tensor, ...] = ()
     views: Tensor | None = None
     factors: Mapping[str, Tensor] = {}
     images: Images | None = None
@@ -48,6 +50,14 @@ class FeatureSet(NamedTuple):
         drawn = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(0))[:count]
         return self.chosen(drawn.sort().values.to(self.labels.device))
 
+    def poolings(self) -> list[str]:
+        """What a linear classifier may read, by the names of `pooling`."""
+        return pooling.names(self.summaries) or ["pooled"]
+
+    def pooled(self, name: str) -> Tensor:
+        """Features [N, D] by one of those names."""
+        return self.features if name == "pooled" else pooling.pool(name, self.summaries)
+
     def known(self) -> int:
         """How many images have a label, or a number in the table."""
         has = self.labels >= 0
@@ -60,7 +70,7 @@ class FeatureSet(NamedTuple):
             features=self.features[keep],
             labels=self.labels[keep],
             targets=None if self.targets is None else self.targets[keep],
-            layers=tuple(layer[keep] for layer in self.layers),
+            summaries=tuple(layer[keep] for layer in self.summaries),
             factors={name: values[keep] for name, values in self.factors.items()},
         )
 

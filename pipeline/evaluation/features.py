@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from objectives.views import Photometric, View
 from pipeline.data.packed import Packed
 from pipeline.data.photometric import Photometrics
-from pipeline.evaluation.images import batches, evaluating, evaluation_view
+from pipeline.evaluation.images import IN_CACHE, batches, evaluating, evaluation_view
 
-VERSION = 1  # of what extraction does; a new one extracts anew
+VERSION = 2  # of what extraction does; a new one extracts anew
 
 VIEWS = 10
 VIEWED = 512
@@ -32,14 +32,14 @@ class Pass(NamedTuple):
     which     int64 [N], the images' numbers in the file
     labels    int64 [N], as the file has them; -1 for none
     features  float32 [N, V, D], pooled, for every view
-    layers    one float32 [N, D_l] for every block or stage, the mean over its cells under the first view; () unless
-              asked for
+    summaries half precision, one [N, S, D_l] for each of as many last blocks or stages as were asked for, as
+              `Features.summaries` of the first view; what half precision cannot hold is infinite
     """
 
     which: Tensor
     labels: Tensor
     features: Tensor
-    layers: tuple[Tensor, ...] = ()
+    summaries: tuple[Tensor, ...] = ()
 
 
 def random_views(image_size: int | tuple[int, int]) -> list[View]:
@@ -117,7 +117,7 @@ def look_at(
     views: Sequence[View],
     *,
     share: tuple[int, int] = (0, 1),
-    layers: bool = False,
+    summaries: int = 0,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
     backend: Literal["auto", "ffcv", "opencv"] = "auto",
@@ -128,26 +128,32 @@ def look_at(
 
     Args:
         share: (k, n), the k-th of n, each of whole batches of the pass; n is at most `batches_of`.
+        summaries: of how many of the last layers what sums them up is wanted; those of a backbone that has fewer, all.
     """
     device = torch.device(device)
+    at_once = IN_CACHE if device.type == "cpu" else batch_size
     photometrics = Photometrics(views, seed=0)
     pooled: dict[str, list[Tensor]] = {name: [] for name in backbones}
-    stages: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in backbones}
+    summed: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in backbones}
     index, labels = [], []
     with evaluating(backbones):
         for batch in batches(path, list(views), _batch(batch_size, views), limit, backend, share):
             shown = photometrics([v.to(device) for v in batch.views], batch.index, batch.epoch)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 for name, backbone in backbones.items():
-                    found = [backbone(view, layers=True) if layers else backbone(view) for view in shown]
-                    pooled[name].append(torch.stack([one.pooled.float().cpu() for one in found], dim=1))
-                    stages[name].append(tuple(layer.float().mean(1).cpu() for layer in found[0].layers))
+                    for views_of_some in zip(*(view.split(at_once) for view in shown)):
+                        first, *others = views_of_some
+                        found = [backbone(first, summaries=True) if summaries else backbone(first)]
+                        found += [backbone(view) for view in others]
+                        pooled[name].append(torch.stack([one.pooled.float().cpu() for one in found], dim=1))
+                        if summaries:
+                            summed[name].append(tuple(layer.half().cpu() for layer in found[0].summaries[-summaries:]))
             index.append(batch.index)
             labels.append(batch.label)
     return {
         name: Pass(
             torch.cat(index), torch.cat(labels), torch.cat(pooled[name]),
-            tuple(torch.cat(parts) for parts in zip(*stages[name])),
+            tuple(torch.cat(parts) for parts in zip(*summed[name])),
         )
         for name in backbones
     }  # fmt: skip
@@ -169,8 +175,8 @@ def joined(shares: Sequence[Mapping[str, Pass]], path: str | Path) -> dict[str, 
                 "--precision fp32 or an earlier checkpoint may have none"
             )
         order = which.argsort()
-        layers = tuple(torch.cat(values)[order] for values in zip(*(part.layers for part in parts)))
-        passes[name] = Pass(which[order], labels[order], features[order], layers)
+        summaries = tuple(torch.cat(values)[order] for values in zip(*(part.summaries for part in parts)))
+        passes[name] = Pass(which[order], labels[order], features[order], summaries)
     return passes
 
 
@@ -189,7 +195,7 @@ def look_once(
     packed: Packed,
     views: Sequence[View],
     *,
-    layers: bool = False,
+    summaries: int = 0,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
     limit: int | None = None,
@@ -203,7 +209,7 @@ def look_once(
     """
     if folder is None or not packed.fingerprint:
         return look(
-            backbones, packed.path, views, layers=layers, batch_size=batch_size, device=device, limit=limit,
+            backbones, packed.path, views, summaries=summaries, batch_size=batch_size, device=device, limit=limit,
             precision=precision,
         )  # fmt: skip
     limit = None if limit is None or limit >= packed.images else limit
@@ -212,15 +218,15 @@ def look_once(
         name: folder / f"{hashlib.blake2b(f'{digest(one)} {what}'.encode(), digest_size=16).hexdigest()}.safetensors"
         for name, one in backbones.items()
     }
-    kept = {name: found for name, file in files.items() if (found := _read(file, layers)) is not None}
+    kept = {name: found for name, file in files.items() if (found := _read(file, summaries)) is not None}
     missing = {name: backbone for name, backbone in backbones.items() if name not in kept}
     if missing:
         fresh = look(
-            missing, packed.path, views, layers=layers, batch_size=batch_size, device=device, limit=limit,
+            missing, packed.path, views, summaries=summaries, batch_size=batch_size, device=device, limit=limit,
             precision=precision,
         )  # fmt: skip
         for name, one in fresh.items():
-            _write(files[name], one)
+            _write(files[name], one, summaries)
         kept |= fresh
     return {name: kept[name] for name in backbones}
 
@@ -235,29 +241,29 @@ def digest(backbone: nn.Module) -> str:
     return found.hexdigest()
 
 
-def _read(file: Path, layers: bool) -> Pass | None:
-    """A pass that was kept; None where there is none, or a torn one, or one without the layers that are asked for."""
+def _read(file: Path, summaries: int) -> Pass | None:
+    """A pass that was kept; None where there is none, or a torn one, or one with fewer summaries than are asked for and
+    than there are."""
     try:
         with safe_open(file, framework="pt") as head:
-            count = int((head.metadata() or {})["layers"])
-        if layers and not count:
+            count, asked = (int((head.metadata() or {})[key]) for key in ("summaries", "asked"))
+        if count == asked < summaries:
             return None
         kept = load_file(file)
-        return Pass(
-            kept["which"], kept["labels"], kept["features"],
-            tuple(kept[f"layer {i}"] for i in range(count)) if layers else (),
-        )  # fmt: skip
+        of = [kept[f"summary {i}"] for i in range(count)][max(0, count - summaries) :]
+        return Pass(kept["which"], kept["labels"], kept["features"], tuple(of))
     except (OSError, KeyError, SafetensorError):
         return None
 
 
-def _write(file: Path, one: Pass) -> None:
+def _write(file: Path, one: Pass, asked: int) -> None:
     tensors = {"which": one.which, "labels": one.labels, "features": one.features}
-    tensors |= {f"layer {i}": layer for i, layer in enumerate(one.layers)}
+    tensors |= {f"summary {i}": layer for i, layer in enumerate(one.summaries)}
+    facts = {"summaries": str(len(one.summaries)), "asked": str(asked)}
     partial = file.with_name(f".{file.name}.{uuid4().hex[:12]}.partial")
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, {"layers": str(len(one.layers))})
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, facts)
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)

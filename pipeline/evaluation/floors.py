@@ -16,7 +16,8 @@ SIDE = 12
 class Pixels(nn.Module):
     """The image as its own feature: shrunk to 12 x 12 and flattened, 432 numbers for RGB."""
 
-    def forward(self, images: Tensor) -> Features:
+    def forward(self, images: Tensor, summaries: bool = False) -> Features:
+        """It has no layers to sum up."""
         cells = F.adaptive_avg_pool2d(images, SIDE).flatten(2).transpose(1, 2)  # [B, 144, C]
         return Features(cells.flatten(1), cells)
 

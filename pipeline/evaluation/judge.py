@@ -149,7 +149,8 @@ def merged(earlier: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str, A
     """The scores, and beside them those of other protocols that an earlier evaluation on as many images found."""
     if any(earlier.get(count) != scores[count] for count in ("train_images", "val_images")):
         return dict(scores)
-    return {**earlier, **scores, **{floor: {**earlier[floor], **scores[floor]} for floor in FLOORS}}
+    within = ("choices", *FLOORS)
+    return {**earlier, **scores, **{part: {**earlier.get(part, {}), **scores[part]} for part in within}}
 
 
 def keep(

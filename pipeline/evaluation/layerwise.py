@@ -11,14 +11,14 @@ LEARNING_RATES = (1e-3, 1e-2, 1e-1)
 
 
 def layerwise(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float | Tensor] | None:
-    """Accuracy on layer l, its cells averaged: knn_1 … knn_L, linear_1 … linear_L, and `last`, k-NN on the last one; as
-    evidence, `knn` and `linear` [L]."""
+    """Accuracy on the mean of layer l's cells, as `Features.summaries` has it: knn_1 … knn_L, linear_1 … linear_L, and
+    `last`, k-NN on the last one; as evidence, `knn` and `linear` [L]."""
     train, val = train.labelled(), val.labelled()
-    if len(train.labels) < 2 or not len(val.labels) or not train.layers:
+    if len(train.labels) < 2 or not len(val.labels) or not train.summaries:
         return None
     classes = int(train.labels.max()) + 1
     by_knn, by_linear = [], []
-    for bank, queries in zip(train.layers, val.layers):
+    for bank, queries in ((a[:, -1].float(), b[:, -1].float()) for a, b in zip(train.summaries, val.summaries)):
         by_knn.append(knn.knn(bank, train.labels, queries, val.labels, ks=(K,))[K])
         probe = linear.linear_probe(
             bank, train.labels, queries, val.labels, classes=classes, lrs=LEARNING_RATES, seed=seed

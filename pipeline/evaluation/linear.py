@@ -5,14 +5,15 @@ The classifier is trained as in the published protocols: SGD with momentum 0.9, 
 without affine parameters, He et al. 2022, appendix A.1). No learning rate suits all backbones, so many are trained at
 once in one pass over the features (DINOv2's eval/linear.py), as one wide matrix.
 
-Nothing is chosen on the validation set. A tenth of the training set is held out to choose the learning rate; the
-classifier is then trained again with it on the whole training set, and meets the validation set once.
+Nothing is chosen on the validation set. A tenth of the training set is held out to choose the learning rate and what of
+a network is read (`pooling`); the classifier is then trained again on the whole training set, and meets the validation
+set once.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ LEAST_EPOCHS = 10
 MOST_EPOCHS = 200
 HELD_OUT = 0.1
 MOST_HELD_OUT = 10_000
+AT_ONCE = 1 << 14
+"""Images whose features stand in single precision at a time where their moments are taken."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,17 @@ def linear_probe(
     return {"top1": correct.double().mean().item(), "lr": probe.lr, "by_lr": probe.by_lr}
 
 
+class Trial(NamedTuple):
+    """What a classifier with one learning rate lost and got right on the held-out slice; the better, the smaller."""
+
+    wrong: float
+    loss: float
+
+    @property
+    def accuracy(self) -> float:
+        return 1 - self.wrong
+
+
 def fit(
     x: Tensor,
     y: Tensor,
@@ -101,34 +115,61 @@ def fit(
     Raises:
         ValueError: fewer than two images, or a label outside the classes.
     """
+    by_lr = trials(x, y, classes=classes, lrs=lrs, epochs=epochs, seed=seed)
+    probe = trained(x, y, classes=classes, lr=min(by_lr, key=by_lr.__getitem__), epochs=epochs, seed=seed)
+    return replace(probe, by_lr={lr: trial.accuracy for lr, trial in by_lr.items()})
+
+
+def trials(
+    x: Tensor,
+    y: Tensor,
+    *,
+    classes: int,
+    lrs: Sequence[float] = LEARNING_RATES,
+    epochs: int | None = None,
+    seed: int = 0,
+) -> dict[float, Trial]:
+    """How every learning rate does on a held-out slice, always the same of as many images; arguments as of `fit`.
+
+    Many may tie on a small slice: the least loss then decides between them.
+    """
     if len(x) < 2 or len(x) != len(y):
         raise ValueError(f"a linear probe needs at least 2 images and a label for each, not {len(x)} and {len(y)}")
     if int(y.min()) < 0 or int(y.max()) >= classes:
         raise ValueError(f"labels {int(y.min())} to {int(y.max())} do not fit {classes} classes, numbered from 0")
-    x = x.float()
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
     held = min(max(1, round(HELD_OUT * len(x))), MOST_HELD_OUT)
     aside, kept = order[:held], order[held:]
+    scale = moments(x[kept])
+    weight, bias = descend(x[kept], y[kept], classes, lrs, epochs, seed, scale)
+    inputs = standardise(x[aside], *scale)
+    found = {}
+    for lr, w, b in zip(lrs, weight, bias):
+        logits = inputs @ w + b
+        if bool(logits.isfinite().all()):
+            right = (logits.argmax(1) == y[aside]).double().mean().item()
+            found[lr] = Trial(1 - right, F.cross_entropy(logits, y[aside]).item())
+        else:
+            found[lr] = Trial(1.0, math.inf)
+    return found
 
-    mean, deviation = moments(x[kept])
-    weight, bias = descend(standardise(x[kept], mean, deviation), y[kept], classes, lrs, epochs, seed)
-    logits = torch.einsum("nd,ldc->lnc", standardise(x[aside], mean, deviation), weight) + bias[:, None]
-    finite = logits.isfinite().all(dim=2).all(dim=1)
-    accuracy = (logits.argmax(dim=2) == y[aside]).double().mean(dim=1) * finite
-    loss = torch.stack([F.cross_entropy(one, y[aside]) for one in logits])
-    # Many learning rates may tie on a small slice: the least loss decides between them.
-    best = min(range(len(lrs)), key=lambda i: (-float(accuracy[i]), float(loss[i]) if finite[i] else math.inf))
 
-    mean, deviation = moments(x)
-    weight, bias = descend(standardise(x, mean, deviation), y, classes, [lrs[best]], epochs, seed)
-    by_lr = {lr: float(a) for lr, a in zip(lrs, accuracy)}
-    return LinearProbe(mean, deviation, weight[0], bias[0], lrs[best], by_lr)
+def trained(
+    x: Tensor, y: Tensor, *, classes: int, lr: float, epochs: int | None = None, seed: int = 0
+) -> LinearProbe:  # fmt: skip
+    """The probe of one learning rate on all images; arguments as of `fit`."""
+    scale = moments(x)
+    weight, bias = descend(x, y, classes, [lr], epochs, seed, scale)
+    return LinearProbe(*scale, weight[0], bias[0], lr, {})
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [D] of features [N, D]; a feature that hardly varies keeps its scale."""
-    variance = x.var(dim=0, unbiased=False)
-    return x.mean(dim=0), (variance + 1e-6 * variance.mean() + 1e-12).sqrt()
+    """Mean and standard deviation [D] of features [N, D] of any precision; a feature that hardly varies keeps its
+    scale."""
+    parts = x.split(AT_ONCE)
+    mean = torch.stack([part.float().sum(0) for part in parts]).sum(0) / len(x)
+    variance = torch.stack([(part.float() - mean).square().sum(0) for part in parts]).sum(0) / len(x)
+    return mean, (variance + 1e-6 * variance.mean() + 1e-12).sqrt()
 
 
 def standardise(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
@@ -147,27 +188,37 @@ def folded(mean: Tensor, deviation: Tensor, weight: Tensor, bias: Tensor) -> nn.
 
 
 def descend(
-    x: Tensor, y: Tensor, classes: int, lrs: Sequence[float], epochs: int | None, seed: int
+    x: Tensor,
+    y: Tensor,
+    classes: int,
+    lrs: Sequence[float],
+    epochs: int | None,
+    seed: int,
+    scale: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Softmax regression from zero by SGD, for L learning rates at once: weight [L, D, C] and bias [L, C].
 
     The gradient of the cross-entropy is written out: softmax minus one-hot, times the input.
+
+    Args:
+        x: features [N, D] of any precision, standardised by `scale`, mean and deviation [D], as they are taken: many
+            images in half precision never stand in memory in another.
     """
     n, d, many = len(x), x.shape[1], len(lrs)
     batch = min(BATCH, n)
     per_epoch = n // batch
     epochs = epochs or min(MOST_EPOCHS, max(LEAST_EPOCHS, math.ceil(LEAST_STEPS / per_epoch)))
     steps = epochs * per_epoch
-    peak = x.new_tensor(lrs).view(1, many, 1)
-    theta, velocity = x.new_zeros(d + 1, many, classes), x.new_zeros(d + 1, many, classes)
-    x = torch.cat([x, x.new_ones(n, 1)], dim=1)
-    target = F.one_hot(y, classes).to(x.dtype)[:, None]
+    peak = scale[0].new_tensor(lrs).view(1, many, 1)
+    theta, velocity = peak.new_zeros(d + 1, many, classes), peak.new_zeros(d + 1, many, classes)
+    target = F.one_hot(y, classes).to(peak.dtype)[:, None]
+    one = peak.new_ones(batch, 1)
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         if step % per_epoch == 0:
             order = torch.randperm(n, generator=generator).to(x.device)
         chosen = order[(step % per_epoch) * batch :][:batch]
-        inputs = x[chosen]
+        inputs = torch.cat([standardise(x[chosen], *scale), one], dim=1)
         error = (inputs @ theta.flatten(1)).view(-1, many, classes).softmax(dim=2) - target[chosen]
         gradient = (inputs.T @ error.flatten(1)).view_as(theta) / batch
         velocity.mul_(MOMENTUM).add_(gradient)

@@ -2,7 +2,8 @@
 
 Where a few thousand images are all there is, the optimum of the convex problem is reached in seconds, no learning rate
 is left to choose, and only the penalty's weight is (Kornblith et al. 2019, section 3; CLIP's linear probe, Radford et
-al. 2021, appendix A.3). A fifth of the training set is held out to choose it, and the whole set then used.
+al. 2021, appendix A.3). A fifth of the training set is held out to choose it, and the pooling to read, and the whole
+set then used.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from pipeline.evaluation.accuracy import headline
 from pipeline.evaluation.feature_set import FeatureSet, Found
-from pipeline.evaluation.linear import Standardised, moments, standardise
+from pipeline.evaluation.linear import Standardised, Trial, moments, standardise
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 HELD_OUT = 0.2
@@ -31,13 +32,20 @@ class Logistic(Standardised):
 
 
 def logistic(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, Found] | None:
-    """Logistic regression: the headline numbers, the c that a held-out slice of train chose, and the `head`. Small sets
-    only."""
+    """Logistic regression: the headline numbers, the c and then, by that c, the `pooling` that a held-out slice of
+    train chose, the accuracy on that slice of every pooling, `held_out_<pooling>`, and the `head`. Small sets only."""
     train, val = train.labelled(), val.labelled()
     if len(train.labels) < 2 or not len(val.labels) or len(train.labels) > MOST:
         return None
-    probe = fit(train.features, train.labels, classes=int(train.labels.max()) + 1, seed=seed)
-    return {**headline(probe.predict(val.features), val.labels), "c": probe.c, "head": probe.head()}
+    classes = int(train.labels.max()) + 1
+    c = chosen(train.features, train.labels, classes, STRENGTHS, seed)
+    tried = {name: trials(train.pooled(name), train.labels, classes, (c,), seed)[c] for name in train.poolings()}
+    pooling = min(tried, key=tried.__getitem__)
+    probe = fit(train.pooled(pooling), train.labels, classes=classes, strengths=(c,), seed=seed)
+    return {
+        **headline(probe.predict(val.pooled(pooling)), val.labels), "c": c, "pooling": pooling,
+        **{f"held_out_{name}": trial.accuracy for name, trial in tried.items()}, "head": probe.head(),
+    }  # fmt: skip
 
 
 def fit(x: Tensor, y: Tensor, *, classes: int, strengths: Sequence[float] = STRENGTHS, seed: int = 0) -> Logistic:
@@ -50,22 +58,33 @@ def fit(x: Tensor, y: Tensor, *, classes: int, strengths: Sequence[float] = STRE
         raise ValueError(f"logistic regression needs at least 2 images with a label each, not {len(x)} and {len(y)}")
     if int(y.min()) < 0 or int(y.max()) >= classes:
         raise ValueError(f"labels {int(y.min())} to {int(y.max())} do not fit {classes} classes, numbered from 0")
-    c = strengths[0]
-    if len(strengths) > 1:
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
-        aside, kept = order[: max(1, round(HELD_OUT * len(x)))], order[max(1, round(HELD_OUT * len(x))) :]
-        mean, deviation = moments(x[kept].float())
-        inside, outside = (standardise(x[part], mean, deviation) for part in (kept, aside))
-        scores, start = [], None
-        for strength in strengths:
-            weight, bias = start = minimise(inside, y[kept], classes, strength, start)
-            logits = outside.to(weight) @ weight + bias
-            right = (logits.argmax(1) == y[aside]).double().mean().item()
-            scores.append((-right, F.cross_entropy(logits, y[aside]).item()))
-        c = strengths[min(range(len(strengths)), key=lambda i: scores[i])]
-    mean, deviation = moments(x.float())
+    c = chosen(x, y, classes, strengths, seed)
+    mean, deviation = moments(x)
     weight, bias = minimise(standardise(x, mean, deviation), y, classes, c)
     return Logistic(mean, deviation, weight, bias, c)
+
+
+def chosen(x: Tensor, y: Tensor, classes: int, strengths: Sequence[float], seed: int) -> float:
+    """The c that does best on a held-out fifth; arguments as of `fit`."""
+    if len(strengths) == 1:
+        return strengths[0]
+    by_strength = trials(x, y, classes, strengths, seed)
+    return min(by_strength, key=by_strength.__getitem__)
+
+
+def trials(x: Tensor, y: Tensor, classes: int, strengths: Sequence[float], seed: int) -> dict[float, Trial]:
+    """How every c does on a held-out fifth, always the same of as many images; arguments as of `fit`."""
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
+    aside, kept = order[: max(1, round(HELD_OUT * len(x)))], order[max(1, round(HELD_OUT * len(x))) :]
+    scale = moments(x[kept])
+    inside, outside = (standardise(x[part], *scale) for part in (kept, aside))
+    found, start = {}, None
+    for strength in strengths:
+        weight, bias = start = minimise(inside, y[kept], classes, strength, start)
+        logits = outside.to(weight) @ weight + bias
+        right = (logits.argmax(1) == y[aside]).double().mean().item()
+        found[strength] = Trial(1 - right, F.cross_entropy(logits, y[aside]).item())
+    return found
 
 
 def minimise(

@@ -2,8 +2,8 @@
 
 A protocol is a function `(train, val, *, seed) -> {name: number, tensor or module}`, or None where labels are missing.
 Numbers are scores; tensors are evidence, for pictures and for tests between two backbones; `head` is the classifier it
-trained, of pooled features or of cells, or a backbone with its classifier. Whatever it learns or chooses, it learns and
-chooses on `train`. To add one, write it anywhere and give it a line in `PROTOCOLS`.
+trained, of cells, of pooled features or of what `pooling` names, or a backbone with its classifier. Whatever it learns
+or chooses, it learns and chooses on `train`. To add one, write it anywhere and give it a line in `PROTOCOLS`.
 """
 
 from collections.abc import Mapping
@@ -36,8 +36,9 @@ from pipeline.evaluation.feature_set import FeatureSet, Found
 HEADLINE_K = 20
 """The k whose accuracy stands for k-NN: DINO's and solo-learn's choice, and the best of DINO's four on ImageNet."""
 
-NEEDS = ("layers", "views", "factors", "images", "targets")
-"""What a protocol may need beyond pooled features and labels: fields of `FeatureSet`."""
+NEEDS = ("layers", "poolings", "views", "factors", "images", "targets")
+"""What a protocol may need beyond pooled features and labels: fields of `FeatureSet`, and its `summaries` of all layers
+or of those that `pooling` takes."""
 
 
 class Measure(Protocol):
@@ -71,19 +72,29 @@ def knn(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float | T
 
 
 def linear_probe(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, Found] | None:
-    """A linear classifier: the headline numbers, the lr that a held-out slice of train chose, and the `head`."""
+    """A linear classifier: the headline numbers, the `pooling` and lr that a held-out slice of train chose, the
+    accuracy on that slice of every pooling, `held_out_<pooling>`, by its best lr, and the `head`."""
     train, val = train.labelled(), val.labelled()
     if len(train.labels) < 2 or not len(val.labels):
         return None
-    probe = linear.fit(train.features, train.labels, classes=int(train.labels.max()) + 1, seed=seed)
-    return {**headline(probe.predict(val.features), val.labels), "lr": probe.lr, "head": probe.head()}
+    classes = int(train.labels.max()) + 1
+    tried = {
+        name: linear.trials(train.pooled(name), train.labels, classes=classes, seed=seed) for name in train.poolings()
+    }
+    pooling, lr = min(((name, lr) for name, by in tried.items() for lr in by), key=lambda one: tried[one[0]][one[1]])
+    probe = linear.trained(train.pooled(pooling), train.labels, classes=classes, lr=lr, seed=seed)
+    return {
+        **headline(probe.predict(val.pooled(pooling)), val.labels), "lr": lr, "pooling": pooling,
+        **{f"held_out_{name}": max(trial.accuracy for trial in by.values()) for name, by in tried.items()},
+        "head": probe.head(),
+    }  # fmt: skip
 
 
 PROTOCOLS: MappingProxyType[str, EvaluationProtocol] = MappingProxyType(
     {
         "knn": EvaluationProtocol(knn),
-        "linear": EvaluationProtocol(linear_probe),
-        "logistic": EvaluationProtocol(logistic.logistic),
+        "linear": EvaluationProtocol(linear_probe, needs=("poolings",)),
+        "logistic": EvaluationProtocol(logistic.logistic, needs=("poolings",)),
         "low_shot": EvaluationProtocol(low_shot.low_shot, "n10"),
         "retrieval": EvaluationProtocol(retrieval.retrieval, "map"),
         "label_free": EvaluationProtocol(label_free.label_free, "rankme", ("views",), labels=False),

@@ -59,6 +59,8 @@ def as_json(contest: Contest) -> dict[str, Any]:
                 "cost": vars(one.cost),
                 "receptive_field": one.field,
                 "trained": plain(one.trained.numbers),
+                "choices": dict(one.trained.choices),
+                "confusions": confusions(one, contest.classes),
                 "untrained": plain(one.untrained.numbers),
             }
             for one in contest.entries

@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from pipeline.evaluation import pooling
 from pipeline.evaluation.evaluate import Results
 from pipeline.evaluation.measures import MEASURES, Measure
 from pipeline.redaction import redact
@@ -144,7 +145,15 @@ def fairness(contest: Contest) -> list[Row]:
     def field(one: Entry) -> str:
         return "all" if one.field is None else f"{one.field} of {one.config.image_size} px"
 
+    def reads(protocol: str) -> Callable[[Entry], str]:
+        return lambda one: pooling.in_words(one.trained.choices.get(f"{protocol}_pooling", "–"))
+
     return [
+        *(
+            row(contest, f"{what} reads", reads(protocol))
+            for protocol, what in (("linear", "linear classifier"), ("logistic", "logistic regression"))
+            if protocol in contest.protocols
+        ),
         row(contest, "a cell can see", field),
         row(contest, "images seen", lambda one: f"{one.cost.images_seen:,}"),
         row(contest, "batch size", lambda one: f"{one.config.batch_size or '–'}"),

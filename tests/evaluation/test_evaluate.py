@@ -33,10 +33,11 @@ class MeanColour(nn.Module):
         self.norm = nn.BatchNorm2d(3)
         self.trained = 0
 
-    def forward(self, images: Tensor, layers: bool = False) -> Features:
+    def forward(self, images: Tensor, summaries: bool = False) -> Features:
         self.trained += self.training or torch.is_grad_enabled()
         cells = images.flatten(2).transpose(1, 2)
-        return Features(cells.mean(1), cells, (cells, 2 * cells[:, :, :1]) if layers else ())
+        mean = cells.mean(1)
+        return Features(mean, cells, (), (mean[:, None], 2 * mean[:, None, :1]) if summaries else ())
 
 
 def pack(
@@ -106,8 +107,8 @@ def test_the_backbone_is_evaluated_without_gradients_and_put_back(sets: tuple[Pa
 
 def test_features_that_are_not_finite_are_no_ground_for_an_accuracy(sets: tuple[Packed, Packed]) -> None:
     class Broken(MeanColour):
-        def forward(self, images: Tensor) -> Features:
-            pooled, cells, _ = super().forward(images)
+        def forward(self, images: Tensor, summaries: bool = False) -> Features:
+            pooled, cells, *_ = super().forward(images)
             return Features(torch.where(pooled == pooled.max(), torch.nan, pooled), cells)
 
     with pytest.raises(FloatingPointError, match=r"[1-9]\d* images .* NaN or infinite"):

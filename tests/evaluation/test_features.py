@@ -28,9 +28,9 @@ class Counting(MeanColour):
         self.weight = nn.Parameter(torch.tensor(scale))
         self.images = 0
 
-    def forward(self, images: Tensor, layers: bool = False) -> Features:
+    def forward(self, images: Tensor, summaries: bool = False) -> Features:
         self.images += len(images)
-        return super().forward(images * self.weight, layers)
+        return super().forward(images * self.weight, summaries)
 
 
 @pytest.fixture(scope="module")
@@ -70,19 +70,28 @@ def test_other_weights_images_views_or_precision_are_other_features(tmp_path: Pa
     assert whole.images == 0
 
 
-def test_layers_are_added_where_they_were_not_kept_and_a_torn_file_is_made_again(
+def test_summaries_of_more_layers_are_added_where_they_were_not_kept_and_a_torn_file_is_made_again(
     tmp_path: Path, packed: Packed
 ) -> None:
     backbone = Counting()
     once(tmp_path, backbone, packed)
-    assert len(once(tmp_path, backbone, packed, layers=True).layers) == 2
+    (last,) = once(tmp_path, backbone, packed, summaries=1).summaries
     assert backbone.images == 120
-    assert once(tmp_path, backbone, packed).layers == ()
-    assert backbone.images == 120
+    both = once(tmp_path, backbone, packed, summaries=2).summaries
+    assert backbone.images == 180
+    assert len(both) == len(once(tmp_path, backbone, packed, summaries=4).summaries) == 2  # it has no more
+    assert backbone.images == 240
+    assert once(tmp_path, backbone, packed).summaries == ()
+    for asked in (1, 5):
+        kept = once(tmp_path, backbone, packed, summaries=asked).summaries
+        assert torch.equal(kept[-1], both[-1])
+        assert len(kept) == min(asked, 2)
+    assert torch.equal(last, both[-1])
+    assert backbone.images == 240
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:100])
     once(tmp_path, backbone, packed)
-    assert backbone.images == 180
+    assert backbone.images == 300
 
 
 def test_the_digest_tells_weights_and_configurations_apart() -> None:
@@ -97,16 +106,17 @@ def test_the_digest_tells_weights_and_configurations_apart() -> None:
     assert digest(a) != digest(other)
 
 
-def test_layers_are_the_means_of_the_cells_of_the_contract(packed: Packed) -> None:
-    backbone = backbones.create("resnet20", image_size=SIDE).eval()
-    one = look({"": backbone}, packed.path, [evaluation_view(SIDE)], layers=True, batch_size=7)[""]
+@pytest.mark.parametrize("name", ["resnet20", "vit_ti8"])
+def test_what_sums_up_the_last_layers_is_kept_in_half_precision(name: str, packed: Packed) -> None:
+    backbone = backbones.create(name, image_size=SIDE).eval()
+    one = look({"": backbone}, packed.path, [evaluation_view(SIDE)], summaries=2, batch_size=7)[""]
     images = Images(backbone, packed.path, one.labels, SIDE, torch.device("cpu"))
     shown = next(iter(images.batches()))
     with torch.no_grad():
-        expected = backbone(images.normalised(shown.images), layers=True)
+        expected = backbone(images.normalised(shown.images), summaries=True)
     torch.testing.assert_close(one.features[:, 0], expected.pooled, atol=1e-5, rtol=1e-4)
-    for found, layer in zip(one.layers, expected.layers, strict=True):
-        torch.testing.assert_close(found, layer.mean(1), atol=1e-5, rtol=1e-4)
+    for found, layer in zip(one.summaries, expected.summaries[-2:], strict=True):
+        torch.testing.assert_close(found, layer.half(), atol=2e-3, rtol=2e-3)
 
 
 def test_pooled_features_are_those_of_all_images_at_once(packed: Packed) -> None:

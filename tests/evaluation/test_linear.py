@@ -6,6 +6,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from pipeline.evaluation import linear
 from pipeline.evaluation.linear import descend, fit, linear_probe, moments, standardise
 
 Set = tuple[torch.Tensor, torch.Tensor]
@@ -45,10 +46,10 @@ def test_it_equals_logistic_regression(n: int, noise: float, tolerance: float) -
 
 def test_learning_rates_trained_together_equal_each_alone() -> None:
     x, y = gaussians(300, 4, 8, 1.0, seed=0)
-    x = standardise(x, *moments(x))
-    together, bias = descend(x, y, 4, [0.001, 0.1, 1e6], epochs=5, seed=0)
+    scale = moments(x)
+    together, bias = descend(x, y, 4, [0.001, 0.1, 1e6], 5, 0, scale)
     for i, lr in enumerate([0.001, 0.1]):
-        weight, b = descend(x, y, 4, [lr], epochs=5, seed=0)
+        weight, b = descend(x, y, 4, [lr], 5, 0, scale)
         torch.testing.assert_close(together[i], weight[0])
         torch.testing.assert_close(bias[i], b[0])
 
@@ -56,14 +57,26 @@ def test_learning_rates_trained_together_equal_each_alone() -> None:
 def test_the_written_gradient_is_autograds() -> None:
     """One step of plain descent from zero, against torch's cross-entropy."""
     x, y = gaussians(64, 5, 8, 1.0, seed=0)
+    weight, bias = descend(x, y, 5, [0.5], 1, 0, moments(x))
     x = standardise(x, *moments(x))
-    weight, bias = descend(x, y, 5, [0.5], epochs=1, seed=0)
     layer = torch.nn.Linear(8, 5)
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
     torch.nn.functional.cross_entropy(layer(x), y).backward()
     torch.testing.assert_close(weight[0], -0.5 * layer.weight.grad.T, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(bias[0], -0.5 * layer.bias.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_half_precision_is_standardised_as_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = gaussians(500, 4, 8, 1.0, seed=0)
+    x = x.half()
+    expected = moments(x.float())
+    torch.testing.assert_close(expected[1][-1], x.float()[:, -1].std(unbiased=False), rtol=1e-3, atol=0)
+    monkeypatch.setattr(linear, "AT_ONCE", 70)
+    torch.testing.assert_close(moments(x), expected)
+    few, many = (fit(of, y, classes=4, epochs=5) for of in (x, x.float()))
+    assert few.lr == many.lr
+    torch.testing.assert_close(few.weight, many.weight)
 
 
 def test_a_diverging_learning_rate_is_not_chosen() -> None:

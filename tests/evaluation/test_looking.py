@@ -32,7 +32,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
 def equal(found: dict, expected: dict) -> None:
     assert list(found) == list(expected)
     for name, one in expected.items():
-        for a, b in zip([*found[name][:3], *found[name].layers], [*one[:3], *one.layers], strict=True):
+        for a, b in zip([*found[name][:3], *found[name].summaries], [*one[:3], *one.summaries], strict=True):
             assert torch.equal(a, b)
 
 
@@ -40,10 +40,10 @@ def equal(found: dict, expected: dict) -> None:
 @pytest.mark.parametrize("shares", [1, 2, 5])
 def test_shares_joined_in_any_order_are_the_whole_pass(packed: Packed, limit: int | None, shares: int) -> None:
     views = [evaluation_view(SIDE)]
-    whole = look({"": MeanColour()}, packed.path, views, layers=True, batch_size=BATCH, limit=limit)
+    whole = look({"": MeanColour()}, packed.path, views, summaries=2, batch_size=BATCH, limit=limit)
     shares = min(shares, batches_of(limit or 100, views, BATCH))
     parts = [
-        look_at({"": MeanColour()}, packed.path, views, share=(k, shares), layers=True, batch_size=BATCH, limit=limit)
+        look_at({"": MeanColour()}, packed.path, views, share=(k, shares), summaries=2, batch_size=BATCH, limit=limit)
         for k in range(shares)
     ]
     equal(joined(parts[::-1], packed.path), whole)
@@ -93,11 +93,11 @@ class DiesOnce(MeanColour):
         super().__init__()
         self.mark = mark
 
-    def forward(self, images: Tensor, layers: bool = False) -> Features:
+    def forward(self, images: Tensor, summaries: bool = False) -> Features:
         if not self.mark.exists():
             self.mark.touch()
             os._exit(1)
-        return super().forward(images, layers)
+        return super().forward(images, summaries)
 
 
 class Meets(MeanColour):
@@ -107,20 +107,20 @@ class Meets(MeanColour):
         super().__init__()
         self.folder = folder
 
-    def forward(self, images: Tensor, layers: bool = False) -> Features:
+    def forward(self, images: Tensor, summaries: bool = False) -> Features:
         (self.folder / str(os.getpid())).touch()
         until = time.monotonic() + 120
         while len(list(self.folder.iterdir())) < 2:
             assert time.monotonic() < until, "alone for two minutes"
             time.sleep(0.05)
-        return super().forward(images, layers)
+        return super().forward(images, summaries)
 
 
 class Broken(MeanColour):
     """Gives no number for the first image of a batch."""
 
-    def forward(self, images: Tensor, layers: bool = False) -> Features:
-        features = super().forward(images, layers)
+    def forward(self, images: Tensor, summaries: bool = False) -> Features:
+        features = super().forward(images, summaries)
         features.pooled[0] = torch.nan
         return features
 
@@ -135,7 +135,7 @@ def test_two_machines_give_what_one_process_gives(
     both: dict[str, nn.Module] = {"cnn": backbones.create("resnet20", image_size=SIDE), "vit": backbones.create(
         "vit_ti8", image_size=SIDE)}  # fmt: skip
     for limit in (None, 40):
-        options = {"layers": True, "batch_size": BATCH, "limit": limit}
+        options = {"summaries": 2, "batch_size": BATCH, "limit": limit}
         equal(spread(both, packed.path, views, **options), look(both, packed.path, views, **options))
     options = {"batch_size": 10 * BATCH, "limit": 30}
     equal(

@@ -69,7 +69,9 @@ def test_the_chosen_classifier_is_scikit_learns_on_standardised_features() -> No
 @pytest.mark.parametrize("name", ["logistic", "low_shot", "retrieval", "layerwise", "factors"])
 def test_permuted_labels_give_chance(name: str) -> None:
     def labelled(of: FeatureSet, labels: torch.Tensor) -> FeatureSet:
-        return of._replace(labels=labels, layers=(of.features,), factors={"shape": labels, "texture": labels})
+        return of._replace(
+            labels=labels, summaries=(of.features[:, None],), factors={"shape": labels, "texture": labels}
+        )
 
     train, val = (labelled(of, of.labels) for of in (gaussians(800, 4, 16, 1.0, 0), gaussians(400, 4, 16, 1.0, 1)))
     protocol = PROTOCOLS[name]

@@ -29,7 +29,7 @@ def features(n: int, noise: float, seed: int, own: int = 0) -> FeatureSet:
     x = torch.from_numpy(x).float()
     views = x[:40, None] + 0.1 * torch.randn(40, 4, 12, generator=torch.Generator().manual_seed(own))
     classes = tuple(f"class <{i}>" for i in range(CLASSES))
-    return FeatureSet(x, torch.from_numpy(y), classes, (x[:, :4], x), views)
+    return FeatureSet(x, torch.from_numpy(y), classes, (x[:, None, :4], x[:, None]), views)
 
 
 def findings(noise: float, own: int = 0, protocols: Sequence[str] = PLAIN) -> Findings:
@@ -37,14 +37,16 @@ def findings(noise: float, own: int = 0, protocols: Sequence[str] = PLAIN) -> Fi
     train, val = features(300, noise, 0, own), features(400, noise, 1, own)
     numbers: dict[str, float | int | None] = {"train_images": 300, "val_images": 400}
     evidence: dict[str, Tensor] = {}
+    choices: dict[str, str] = {}
     with pytest.MonkeyPatch.context() as patch:  # how good the numbers are is not what is tested with them
         patch.setattr(linear, "LEAST_STEPS", 50)
         patch.setattr(low_shot, "DRAWS", 2)
         for name in protocols:
             for key, value in (PROTOCOLS[name](train, val, seed=0) or {}).items():
+                kept = evidence if isinstance(value, Tensor) else choices if isinstance(value, str) else numbers
                 if key != "head":
-                    (evidence if isinstance(value, Tensor) else numbers)[f"{name}_{key}"] = value  # type: ignore[index]
-    return Findings(numbers, evidence, val.labels)
+                    kept[f"{name}_{key}"] = value  # type: ignore[index]
+    return Findings(numbers, evidence, val.labels, choices=choices)
 
 
 def entry(

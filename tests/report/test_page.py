@@ -93,6 +93,17 @@ def test_it_shows_every_number_picture_and_command(shown: Contest, text: str) ->
     assert text.index('class="verdict"') < text.index("<h2>Numbers")
 
 
+def test_what_a_linear_classifier_reads_is_shown(shown: Contest) -> None:
+    cnn, vit, *_ = shown.entries
+    chosen = replace(vit, trained=vit.trained._replace(choices={"linear_pooling": "class_4"}))
+    rows = dict(page.fairness(replace(shown, entries=(cnn, chosen))))
+    assert rows["linear classifier reads"][1] == "the class token of the last 4 layers"
+    assert cnn.trained.choices["linear_pooling"] in ("mean_1", "mean_4")
+    assert rows["linear classifier reads"][0].startswith("the mean of the cells")
+    assert "logistic regression reads" not in rows  # was not measured
+    assert as_json(replace(shown, entries=(cnn, chosen)))["entries"][1]["choices"] == {"linear_pooling": "class_4"}
+
+
 def test_the_cost_of_a_point_is_shown_or_why_it_is_not(shown: Contest) -> None:
     first, second = shown.entries[:2]
     gpu = replace(first.cost, memory=3 << 30, seconds=7200.0, workers=4, device="a GPU")
