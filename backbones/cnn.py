@@ -91,6 +91,20 @@ class FeatureMap(Backbone):
         found = {f"network.{name}": depth for name, depth in inside.items()}
         return number_depths({name: found.get(name, inf if name.startswith("norm.") else -1) for name in _names(self)})
 
+    def blocks(self) -> list[nn.Module]:
+        depths, found = self.depths(), dict[int, nn.Module]()
+
+        def visit(module: nn.Module, prefix: str) -> None:
+            for name, child in module.named_children():
+                inside = {depths[f"{prefix}{name}.{key}"] for key, _ in child.named_parameters()}
+                if len(inside) == 1:
+                    found[inside.pop()] = child
+                else:
+                    visit(child, f"{prefix}{name}.")
+
+        visit(self, "")
+        return [found[depth] for depth in sorted(found)]
+
     def _maps(self, images: Tensor, grid: tuple[int, int], layers: bool) -> tuple[Tensor, list[Tensor]]:
         """The last map [B, D, h, w], and that of every stage when asked for."""
         if self.border:
@@ -146,6 +160,9 @@ class FullyConnected(Backbone):
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         return 1, 1
+
+    def blocks(self) -> list[nn.Module]:
+        return [self.layer]
 
     def depths(self) -> dict[str, int]:
         return dict.fromkeys(_names(self), 0)

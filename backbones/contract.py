@@ -80,6 +80,12 @@ class Backbone(nn.Module):
         ELECTRA, appendix A), and what freezing a stem means."""
         raise NotImplementedError
 
+    def blocks(self) -> list[nn.Module]:
+        """The modules whose outputs are its layers, as fine as it is built, from the input on: every block of a ViT; of
+        a CNN the last module of every depth of `depths()`, which is every residual, dense or inception block, or every
+        convolution where it has none. Their outputs are as its make has them, [B, ...]."""
+        raise NotImplementedError
+
     def learn_mask_token(self) -> None:
         """Let the mask token train. Call it before making the optimiser; then pass `replaced` in every step."""
         self.mask_token.requires_grad_(True)

@@ -93,6 +93,9 @@ class Transformer(Backbone):
 
         return {name: depth(name) for name, _ in self.named_parameters()}
 
+    def blocks(self) -> list[nn.Module]:
+        return list(self.network.blocks)
+
     def _embed(self, images: Tensor, visible: Tensor | None, grid: tuple[int, int]) -> Tensor:
         """Patch embeddings [B, N or K, D] before positions; with `visible`, no other patch is even multiplied."""
         embed, p = self.network.patch_embed, self.stride

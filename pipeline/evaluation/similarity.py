@@ -1,14 +1,16 @@
 """How alike are the layers of two backbones? Linear centred kernel alignment, from minibatches.
 
-Each backbone is shown the same images in the same batches and leaves the Gram matrices of its layers behind, so that
-any two that were examined can be compared without running either again.
+Layers are `Backbone.blocks()`: every block of a ViT, every residual block of a CNN. Each backbone is shown the same
+images in the same batches and leaves the Gram matrices of its layers behind, so that any two that were examined can be
+compared without running either again.
 """
 
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from backbones.contract import Backbone
 from pipeline.evaluation.feature_set import FeatureSet
 
 IMAGES = 512
@@ -19,14 +21,10 @@ BATCH = 64
 def similarity(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float | Tensor] | None:
     """As evidence `grams` float32 [L, batches, n, n], of every layer l the products of all its activations between the
     n validation images of a batch; as a number, `neighbours`, the mean similarity of a layer with the next."""
-    if val.images is None:
+    if val.images is None or not isinstance(val.images.backbone, Backbone):
         return None
-    found: list[Tensor] = []
-    for shown in _batches(val, IMAGES):
-        with torch.no_grad():
-            layers = val.images.backbone(val.images.normalised(shown), layers=True).layers
-        found.append(torch.stack([_gram(layer.flatten(1).float()) for layer in layers]))
-    if not found or not len(found[0]):
+    found = [layer_grams(val.images.backbone, val.images.normalised(shown)) for shown in _batches(val, IMAGES)]
+    if not found:
         return None
     grams = torch.stack(found, dim=1).cpu()
     table = cka(grams, grams)
@@ -42,9 +40,22 @@ def _batches(val: FeatureSet, images: int) -> list[Tensor]:
     return list(shown[: len(shown) // size * size].split(size)) if size > 3 else []
 
 
-def _gram(x: Tensor) -> Tensor:
-    """x xᵀ of activations [n, p], scaled by p so that wide layers stay small numbers."""
-    return x @ x.T / x.shape[1]
+def layer_grams(backbone: Backbone, images: Tensor) -> Tensor:
+    """Gram matrices [L, n, n] of the outputs of all blocks for normalised images [n, C, H, W]; no output is kept."""
+    grams: list[Tensor] = []
+
+    def take(block: nn.Module, inputs: object, output: Tensor) -> None:
+        x = output.flatten(1).float()
+        grams.append(x @ x.T / x.shape[1])  # by their number, so that wide layers stay small numbers
+
+    hooks = [block.register_forward_hook(take) for block in backbone.blocks()]
+    try:
+        with torch.no_grad():
+            backbone(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(grams)
 
 
 def cka(first: Tensor, second: Tensor) -> Tensor:

@@ -317,7 +317,7 @@ def similarity(contest: Contest) -> Iterator[Picture]:
         yield Picture(
             title, svg(figure, title),
             "Linear CKA of all activations, 0 (nothing in common, the page's colour) to 1 (the same but for rotation "
-            "and scale), layer by layer from the input.",
+            "and scale), from the input on: of a ViT every block, of a CNN every residual block.",
         )  # fmt: skip
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.evaluation.similarity import cka, hsic
+import backbones
+from pipeline.evaluation.similarity import cka, hsic, layer_grams
 
 
 def gram(x: torch.Tensor) -> torch.Tensor:
@@ -50,3 +51,35 @@ def test_rotations_scales_and_shifts_are_the_same_and_noise_is_not() -> None:
 def test_other_batches_are_refused() -> None:
     with pytest.raises(ValueError, match="same batches"):
         cka(torch.ones(2, 3, 8, 8), torch.ones(2, 3, 9, 9))
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [("vit_ti8", 12), ("resnet18", 9), ("resnet20", 11), ("efficientnet_b0", 17), ("convnext_atto", 14), ("lenet5", 5)],
+)
+def test_every_block_is_a_layer_in_its_order(name: str, blocks: int) -> None:
+    """Of CNNs the stem counts, too (of resnet20 as its convolution and its norm); of EfficientNet and ConvNeXt, what
+    follows the last block."""
+    torch.manual_seed(0)
+    backbone = backbones.create(name, image_size=32).eval()
+    images = torch.randn(6, 3, 32, 32)
+    found = layer_grams(backbone, images)
+    assert found.shape == (blocks, 6, 6)
+    with torch.no_grad():
+        features = backbone(images, layers=True)
+    last = features.cells if name in ("resnet18", "resnet20", "efficientnet_b0", "convnext_atto") else None
+    if last is not None:
+        x = last.flatten(1)
+        torch.testing.assert_close(found[-1], x @ x.T / x.shape[1], rtol=1e-3, atol=1e-4)
+    assert not any(module._forward_hooks for module in backbone.modules())
+
+
+def test_a_block_that_is_changed_changes_all_layers_from_it_on_and_none_before() -> None:
+    torch.manual_seed(0)
+    backbone = backbones.create("resnet18", image_size=32).eval()
+    images = torch.randn(6, 3, 32, 32)
+    before = layer_grams(backbone, images)
+    torch.nn.init.zeros_(backbone.blocks()[3].downsample[0].weight)  # type: ignore[index, union-attr]
+    after = layer_grams(backbone, images)
+    same = [torch.equal(a, b) for a, b in zip(before, after)]
+    assert same == [True] * 3 + [False] * 6
