@@ -34,8 +34,8 @@ class Measure(NamedTuple):
 MEASURES = (
     Measure("k-NN", "knn_top1", "knn"),
     Measure("linear", "linear_top1", "linear"),
-    Measure("linear, balanced", "linear_balanced"),
-    Measure("linear, macro F1", "linear_macro_f1"),
+    Measure("linear, balanced", "linear_balanced", "linear_balanced"),
+    Measure("linear, macro F1", "linear_macro_f1", "linear_macro_f1"),
     Measure("logistic regression", "logistic_top1", "logistic"),
     Measure("attentive probe", "attentive_top1", "attentive"),
     Measure("fine-tuned", "finetune_top1", "finetune"),

@@ -1,23 +1,28 @@
 """`numbers.json`: everything that a report says, but for its tensors, as plain data."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.evaluation.accuracy import confusion
 from pipeline.evaluation.protocols import PROTOCOLS
 from pipeline.report import verdict
-from pipeline.report.contest import Contest
+from pipeline.report.contest import Contest, Entry
 
 
 def as_json(contest: Contest) -> dict[str, Any]:
-    """A contest, the claims of its verdict and what ranks it without labels; NaN becomes None."""
+    """A contest, its verdict with the numbers, among `claims`, of those that each sentence stands on, and what ranks it
+    without labels; NaN becomes None."""
 
     def plain(numbers: Mapping[str, Any]) -> dict[str, Any]:
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
 
     tested = verdict.claims(contest)
     return {
-        "verdict": verdict.sentences(contest, tested),
+        "verdict": [
+            {"sentence": text, "claims": [tested.index(claim) for claim in evidence]}
+            for text, evidence in verdict.with_evidence(contest, tested)
+        ],
         "unfair": verdict.unfair(contest),
         "claims": [
             plain(
@@ -66,3 +71,20 @@ def as_json(contest: Contest) -> dict[str, Any]:
             for one in contest.entries
         ],
     }
+
+
+def confusions(one: Entry, classes: Sequence[str]) -> dict[str, dict[str, dict[str, int]]]:
+    """By protocol, of every true class how many of its images were taken for which: those cells that are not zero. A
+    class that the training set lacks is called by its number."""
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for protocol in PROTOCOLS:
+        predicted = one.trained.evidence.get(f"{protocol}_predicted")
+        if predicted is None:
+            continue
+        table = confusion(predicted, one.trained.labels)
+        names = [*classes, *map(str, range(len(classes), len(table)))]
+        rows: dict[str, dict[str, int]] = {}
+        for of, taken in table.nonzero().tolist():
+            rows.setdefault(names[of], {})[names[taken]] = int(table[of, taken])
+        found[protocol] = rows
+    return found

@@ -168,29 +168,38 @@ def right(findings: Findings, protocol: str) -> Tensor | None:
 
 def sentences(contest: Contest, tested: Sequence[Claim]) -> list[str]:
     """The verdict, most important first."""
-    found = []
+    return [text for text, _ in with_evidence(contest, tested)]
+
+
+def with_evidence(contest: Contest, tested: Sequence[Claim]) -> list[tuple[str, list[Claim]]]:
+    """Every sentence of the verdict and the claims that it stands on; none under those that count images shown."""
+    found: list[tuple[str, list[Claim]]] = []
     for first, second in rivals(contest):
         of = [claim for claim in tested if (claim.first, claim.second) == (first.name, second.name)]
         if not of:
             continue
         lead = of[0].sentence()
-        found.append(f"On these {contest.val_images:,} images {lead[0].lower() if lead.startswith('No ') else lead[0]}"
-                     f"{lead[1:]}")  # fmt: skip
+        lead = f"{lead[0].lower() if lead.startswith('No ') else lead[0]}{lead[1:]}"
+        found.append((f"On these {contest.val_images:,} images {lead}", of[:1]))
         found += _grouped(first, second, of[0], of[1:])
     for one in contest.entries:
         unproven = [
-            f"{'its untrained self' if claim.second.endswith(' untrained') else claim.second} ({_points(claim)}"
-            f"{', significantly worse' if claim.significant else ''})"
+            claim
             for claim in tested
             if claim.first == one.name and claim.floor and not (claim.significant and claim.difference.mean > 0)
         ]
         if unproven:
-            what = next(claim.what for claim in tested if claim.first == one.name and claim.floor)
-            found.append(
-                f"{one.name} was not found to be better than {' or '.join(unproven)} in {what}: its pretraining has "
-                "not shown its worth here."
+            floors = " or ".join(
+                f"{'its untrained self' if claim.second.endswith(' untrained') else claim.second} ({_points(claim)}"
+                f"{', significantly worse' if claim.significant else ''})"
+                for claim in unproven
             )
-    return [*found, *from_scratch(contest)]
+            text = (
+                f"{one.name} was not found to be better than {floors} in {unproven[0].what}: its pretraining has not "
+                "shown its worth here."
+            )
+            found.append((text, unproven))
+    return [*found, *((text, []) for text in from_scratch(contest))]
 
 
 def from_scratch(contest: Contest) -> Iterator[str]:
@@ -215,16 +224,18 @@ def _points(claim: Claim) -> str:
     return f"{100 * claim.difference.mean:+.1f} points".replace("-", "−")
 
 
-def _grouped(first: Entry, second: Entry, lead: Claim, others: Sequence[Claim]) -> Iterator[str]:
+def _grouped(
+    first: Entry, second: Entry, lead: Claim, others: Sequence[Claim]
+) -> Iterator[tuple[str, list[Claim]]]:  # fmt: skip
     """The other claims on a pair, those that say the same in one sentence."""
     for winner, loser, sign in ((first, second, 1), (second, first, -1)):
         won = [claim for claim in others if claim.significant and claim.difference.mean * sign > 0]
         also = "also " if lead.significant and lead.difference.mean * sign > 0 else ""
         if won:
-            yield f"{winner.name} is {also}better than {loser.name} in {_listed(won)}."
+            yield f"{winner.name} is {also}better than {loser.name} in {_listed(won)}.", won
     undecided = [claim for claim in others if not claim.significant]
     if undecided:
-        yield f"No difference between them was found in {_listed(undecided)}."
+        yield f"No difference between them was found in {_listed(undecided)}.", undecided
 
 
 def _listed(of: Sequence[Claim]) -> str:

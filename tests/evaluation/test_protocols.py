@@ -11,7 +11,7 @@ from sklearn import metrics
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from pipeline.evaluation import interval, label_free, logistic, low_shot, paired, retrieval
+from pipeline.evaluation import accuracy, interval, label_free, logistic, low_shot, paired, retrieval
 from pipeline.evaluation.accuracy import headline
 from pipeline.evaluation.feature_set import FeatureSet
 from pipeline.evaluation.protocols import PROTOCOLS
@@ -36,6 +36,25 @@ def test_headline_numbers_are_scikit_learns() -> None:
     with pytest.warns(UserWarning, match="y_pred contains classes not in y_true"):
         assert found["balanced"] == pytest.approx(metrics.balanced_accuracy_score(y, predicted))
     assert found["macro_f1"] == pytest.approx(metrics.f1_score(y, predicted, average="macro"))
+
+
+def test_the_intervals_of_imbalanced_classes_are_those_of_images_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    y = torch.from_numpy(draws().choice(4, 120, p=[0.7, 0.15, 0.1, 0.05]))
+    predicted = torch.where(torch.from_numpy(draws(1).random(120) < 0.7), y, torch.from_numpy(draws(2).choice(4, 120)))
+    whole = headline(predicted, y)
+    monkeypatch.setattr(accuracy, "AT_ONCE", 1000)
+    found = headline(predicted, y)
+    scores: dict[str, list[float]] = {"balanced": [], "macro_f1": []}
+    for again in draws(3).integers(0, 120, (400, 120)):
+        shown, said = y[again], predicted[again]
+        scores["balanced"].append(metrics.balanced_accuracy_score(shown, said))
+        scores["macro_f1"].append(metrics.f1_score(shown, said, average="macro"))
+    for name, drawn in scores.items():
+        assert found[f"{name}_low"] < found[name] < found[f"{name}_high"]
+        theirs = np.percentile(drawn, [2.5, 97.5])
+        assert [found[f"{name}_low"], found[f"{name}_high"]] == pytest.approx(theirs, abs=0.025)
+        assert found[name] == whole[name]
+        assert found[f"{name}_low"] == pytest.approx(whole[f"{name}_low"], abs=0.01)
 
 
 @pytest.mark.parametrize("c", [0.01, 1.0])

@@ -276,7 +276,18 @@ def test_numbers_are_kept_as_plain_json(shown: Contest) -> None:
 
     said = json.loads(json.dumps(as_json(shown), allow_nan=False))
     tested = verdict.claims(shown)
-    assert said["verdict"] == verdict.sentences(shown, tested)
+    assert [line["sentence"] for line in said["verdict"]] == verdict.sentences(shown, tested)
+    for line in said["verdict"]:
+        assert line["claims"]
+        assert all(said["claims"][i]["first"] in line["sentence"] or "them" in line["sentence"] for i in line["claims"])
+    stood_on = [i for line in said["verdict"] for i in line["claims"]]
+    assert len(stood_on) == len(set(stood_on))
+    assert {i for i, claim in enumerate(tested) if not claim.floor} <= set(stood_on)
+    cnn = shown.entries[0].trained
+    table = said["entries"][0]["confusions"]["knn"]
+    assert sum(map(sum, (row.values() for row in table.values()))) == len(cnn.labels)
+    right = sum(row.get(name, 0) for name, row in table.items())
+    assert right / len(cnn.labels) == cnn.numbers["knn_top1"]
     for kept, claim in zip(said["claims"], tested, strict=True):
         assert (kept["first"], kept["second"], kept["what"]) == (claim.first, claim.second, claim.what)
         assert (kept["mean"], kept["p"], kept["p_adjusted"]) == (claim.difference.mean, claim.difference.p, claim.p)
