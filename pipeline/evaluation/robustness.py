@@ -8,7 +8,7 @@ from pipeline.evaluation.changes import CORRUPTIONS, GEOMETRY, SEVERITIES, chang
 from pipeline.evaluation.feature_set import FeatureSet
 
 IMAGES = 500
-"""Validation images that are changed, always the same: every one of them 100 times."""
+"""Validation images that are changed, always the same: every one of them 105 times."""
 K = 20
 
 

@@ -263,7 +263,7 @@ def robustness(contest: Contest) -> Iterator[Picture]:
          "Shift by 5 to 25 % of the side; crop of 80 to 15 % of the area; shrunk to 85 to 30 %; turned by 15 to 90 "
          "degrees; 15 to 75 % of the patches hidden; patches of a 2 to 8 a side grid shuffled."),
         ("What it sees through: corruptions", tuple(CORRUPTIONS),
-         "ImageNet-C's corruptions at their five severities (Hendrycks & Dietterich 2019), but frost."),
+         "ImageNet-C's corruptions at their five severities (Hendrycks & Dietterich 2019); the ice of frost is drawn."),
     ):  # fmt: skip
         columns = 3 if len(changes) == 6 else 5
         rows = -(-len(changes) // columns)
