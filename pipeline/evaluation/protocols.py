@@ -77,10 +77,11 @@ def linear_probe(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, 
     train, val = train.labelled(), val.labelled()
     if len(train.labels) < 2 or not len(val.labels):
         return None
-    classes = int(train.labels.max()) + 1
-    tried = {
-        name: linear.trials(train.pooled(name), train.labels, classes=classes, seed=seed) for name in train.poolings()
-    }
+    classes, lrs = int(train.labels.max()) + 1, linear.LEARNING_RATES
+    tried: dict[str, dict[float, linear.Trial]] = {}
+    for name in train.poolings():
+        tried[name] = by = linear.trials(train.pooled(name), train.labels, classes=classes, lrs=lrs, seed=seed)
+        lrs = linear.near(min(by, key=by.__getitem__)) if len(tried) == 1 else lrs
     pooling, lr = min(((name, lr) for name, by in tried.items() for lr in by), key=lambda one: tried[one[0]][one[1]])
     probe = linear.trained(train.pooled(pooling), train.labels, classes=classes, lr=lr, seed=seed)
     return {

@@ -67,6 +67,12 @@ def test_the_written_gradient_is_autograds() -> None:
     torch.testing.assert_close(bias[0], -0.5 * layer.bias.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_near_a_learning_rate_are_two_smaller_ones_and_a_larger_one() -> None:
+    assert linear.near(1e-2) == (1e-3, 3e-3, 1e-2, 3e-2)
+    assert linear.near(1e-4) == (1e-4, 3e-4)
+    assert linear.near(3.0) == (0.3, 1.0, 3.0)
+
+
 def test_half_precision_is_standardised_as_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = gaussians(500, 4, 8, 1.0, seed=0)
     x = x.half()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import backbones
 from pipeline.data.packed import Packed
-from pipeline.evaluation import classifier, examine, linear, pooling, with_floors
+from pipeline.evaluation import classifier, examine, judge, linear, pooling, with_floors
 from pipeline.evaluation.feature_set import FeatureSet
 from pipeline.evaluation.floors import untrained
 from pipeline.evaluation.protocols import PROTOCOLS
@@ -143,6 +143,15 @@ def test_the_choice_and_every_poolings_accuracy_are_kept_and_each_image_is_seen_
     again, _ = with_floors(backbone, untrained(backbone.config), *sets, **options)
     assert sum(seen) == 220
     assert again == scores
+
+
+def test_what_one_protocol_chose_stays_when_another_is_measured_later() -> None:
+    both = {"train_images": 8, "val_images": 4, "untrained": {}, "pixels": {}}
+    first = {**both, "choices": {"linear_pooling": "class_4"}}
+    later = judge.merged(first, {**both, "choices": {"logistic_pooling": "mean_1"}})
+    assert later["choices"] == {"linear_pooling": "class_4", "logistic_pooling": "mean_1"}
+    del first["choices"]  # of an earlier version
+    assert judge.merged(first, later)["choices"] == later["choices"]
 
 
 def test_a_pooling_is_said_in_words() -> None:
