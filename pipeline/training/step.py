@@ -118,8 +118,8 @@ def in_bf16(modules: Iterable[nn.Module], device: str) -> Iterator[None]:
         torch.set_autocast_enabled(device, False)
         if features is None:  # it raised
             return None
-        pooled, cells, layers = features
-        return backbones.Features(pooled.float(), cells.float(), tuple(layer.float() for layer in layers))
+        layers, summaries = (tuple(one.float() for one in some) for some in (features.layers, features.summaries))
+        return backbones.Features(features.pooled.float(), features.cells.float(), layers, summaries)
 
     with contextlib.ExitStack() as hooks:
         for module in modules:
