@@ -5,6 +5,8 @@ images in the same batches and leaves the Gram matrices of its layers behind, so
 compared without running either again.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 
 import torch
@@ -44,18 +46,26 @@ def layer_grams(backbone: Backbone, images: Tensor) -> Tensor:
     """Gram matrices [L, n, n] of the outputs of all blocks for normalised images [n, C, H, W]; no output is kept."""
     grams: list[Tensor] = []
 
-    def take(block: nn.Module, inputs: object, output: Tensor) -> None:
+    def take(output: Tensor) -> None:
         x = output.flatten(1).float()
         grams.append(x @ x.T / x.shape[1])  # by their number, so that wide layers stay small numbers
 
-    hooks = [block.register_forward_hook(take) for block in backbone.blocks()]
-    try:
-        with torch.no_grad():
-            backbone(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with of_blocks(backbone, take), torch.no_grad():
+        backbone(images)
     return torch.stack(grams)
+
+
+@contextmanager
+def of_blocks(backbone: Backbone, take: Callable[[Tensor], object]) -> Iterator[None]:
+    """Within it, `take` gets the output of every block as it comes."""
+
+    def hook(block: nn.Module, inputs: object, output: Tensor) -> None:
+        take(output)
+
+    with ExitStack() as hooks:
+        for block in backbone.blocks():
+            hooks.callback(block.register_forward_hook(hook).remove)
+        yield
 
 
 def cka(first: Tensor, second: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ NODE = {"CPU": 16.0, "GPU": 2.0, "memory": float(64 << 30)}
 
 @pytest.fixture(autouse=True)
 def cluster(monkeypatch):
-    """Two machines, and one that is lost."""
-    nodes = [{"Alive": alive, "Resources": NODE} for alive in (True, True, False)]
+    """Two machines, one that is lost, and one that is about to be taken away."""
+    nodes = [{"NodeID": str(i), "Alive": i != 2, "Resources": NODE} for i in range(4)]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray._private.state.state, "get_draining_nodes", lambda: {"3": 0})
     monkeypatch.setattr(ray, "cluster_resources", lambda: {kind: 2 * amount for kind, amount in NODE.items()})
 
 
