@@ -16,6 +16,7 @@ page, so the page size may grow.
 
 import os
 import uuid
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -184,7 +185,9 @@ class BetonReader:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            length = self.path.stat().st_size
+            self._file = os.open(self.path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
+            length = os.fstat(self._file).st_size
             self.data = np.memmap(self.path, np.uint8, mode="r") if length else np.zeros(0, np.uint8)
         except OSError as error:
             raise BetonError(f"{self.path}: cannot be opened ({error.strerror})") from error
@@ -260,6 +263,20 @@ class BetonReader:
                 f"{self.path}: was cut short while it was read ({left:,} of {len(self.data):,} bytes are left); it is "
                 "packed again when the run is continued"
             )
+
+    def payload(self, index: int) -> bytes:
+        """What is kept of one image, read from the file rather than through its mapping, where a loss is fatal.
+
+        Raises:
+            BetonError: the file has become shorter.
+            OSError: its disk fails.
+        """
+        record = self.metadata[index]
+        size = int(record["size"])
+        found = os.pread(self._file, size, int(record["data_ptr"]))
+        if len(found) < size:
+            self.check_whole()
+        return found
 
     def __len__(self) -> int:
         return len(self.metadata)

@@ -43,7 +43,6 @@ class OpenCVCutter:
     ) -> None:
         self.reader, self.seed, self.pin_memory = reader, seed, pin_memory
         self.table = crops.view_table(views)
-        self.file = np.asarray(reader.data)
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="opencv-cut")
 
     def cut(self, indices: np.ndarray, epoch: int) -> tuple[torch.Tensor, np.ndarray]:
@@ -55,8 +54,8 @@ class OpenCVCutter:
 
         def work(row: int) -> None:
             record = self.reader.metadata[indices[row]]
-            start, height, width = int(record["data_ptr"]), int(record["height"]), int(record["width"])
-            data = self.file[start : start + int(record["size"])]
+            height, width = int(record["height"]), int(record["width"])
+            data = np.frombuffer(self.reader.payload(indices[row]), np.uint8)
             image = decode(data) if record["mode"] == JPEG else data.reshape(height, width, 3)
             if image is None or image.shape[:2] != (height, width):
                 failed[row] = True

@@ -113,6 +113,5 @@ def read_packed(path: str | Path) -> Packed:
 def _fingerprint(reader: BetonReader) -> str:
     digest = hashlib.blake2b(reader.metadata[["mode", "width", "height", "size", "label"]].tobytes(), digest_size=16)
     for index in range(0, len(reader), -(-len(reader) // 256) or 1):
-        record = reader.metadata[index]
-        digest.update(reader.data[int(record["data_ptr"]) : int(record["data_ptr"] + record["size"])].tobytes())
+        digest.update(reader.payload(index))
     return digest.hexdigest()

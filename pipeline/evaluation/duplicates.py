@@ -25,8 +25,7 @@ def _contents(path: Path) -> list[bytes]:
     reader = BetonReader(path)
     return [
         hashlib.blake2b(
-            reader.data[int(row["data_ptr"]) : int(row["data_ptr"] + row["size"])].tobytes(),
-            digest_size=16, key=f"{row['width']} {row['height']}".encode(),
+            reader.payload(index), digest_size=16, key=f"{row['width']} {row['height']}".encode()
         ).digest()
-        for row in reader.metadata
+        for index, row in enumerate(reader.metadata)
     ]  # fmt: skip

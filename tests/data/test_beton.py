@@ -191,8 +191,13 @@ def test_a_file_that_becomes_shorter_or_goes_while_it_is_open(whole):
     reader.check_whole()
     assert [np.array_equal(now[0], then[0]) for now, then in zip(reader, images)] == [True] * 6
     os.truncate(whole.with_suffix(".gone"), len(reader.data) - 1)
-    with pytest.raises(BetonError, match=r"whole\.beton: was cut short while it was read .* packed again"):
+    lost = r"whole\.beton: was cut short while it was read .* packed again"
+    with pytest.raises(BetonError, match=lost):
         reader.check_whole()
+    first = int(reader.metadata["data_ptr"].argmin())
+    os.truncate(whole.with_suffix(".gone"), int(reader.metadata["data_ptr"][first]) + 1)
+    with pytest.raises(BetonError, match=lost):
+        reader.payload(first)
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

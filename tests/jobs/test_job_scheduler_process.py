@@ -26,8 +26,9 @@ class Client:
     def __init__(self, address):
         self.folder = Path(address)
 
-    def submitted(self, job=None):
+    def submitted(self, job=None, firing=None):
         found = [json.loads(file.read_text()) for file in sorted(self.folder.glob("*.json"))]
+        found = [one for one in found if job in (None, one["job"]) and firing in (None, one["firing"])]
         return [Submitted(cell="", step="", message="exit code -9", started=None, ended=None, id=one["id"],
                           job=one["job"], firing=one["firing"], status=one["status"]) for one in found]
 
