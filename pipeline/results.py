@@ -41,7 +41,8 @@ def row(run: str) -> tuple[list[str], str]:
         config = yaml.safe_load(Path(run, "config.yaml").read_text())
     except OSError:
         raise UserError(f"{run}: is no finished run (it has no summary.json beside a config.yaml)") from None
-    floors = (summary["untrained"], summary["pixels"])
+    scores = measured(summary)
+    floors = (scores["untrained"], scores["pixels"])
     images = f"{summary['train_images']:,}" if summary.get("train_images") else "unlabelled"
     cells = [
         f"{Path(config['data']).stem or config['data']} ({images})",
@@ -49,10 +50,22 @@ def row(run: str) -> tuple[list[str], str]:
         summary["objective"],
         str(config["image_size"]),
         str(config["epochs"]),
-        *(accuracy(name, summary, floors) for name in SCORES),
+        *(accuracy(name, scores, floors) for name in SCORES),
     ]
     workers = f", {config['workers']} workers" if config["workers"] != 1 else ""
     return cells, f"{summary['device']}{workers}, torch {summary['versions']['torch']}"
+
+
+def measured(summary: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The scores of the run's end; where its last checkpoint was evaluated again on the same images, of that."""
+    again = [
+        scores
+        for name, scores in summary.get("evaluations", {}).items()
+        if name.endswith(f" at {summary['checkpoint_images']} images")
+        and all(scores.get(count) == summary[count] for count in ("train_images", "val_images"))
+        and all(score in scores for score in SCORES)
+    ]
+    return again[-1] if again else summary
 
 
 def accuracy(name: str, trained: Mapping[str, Any], floors: Sequence[Mapping[str, Any]]) -> str:

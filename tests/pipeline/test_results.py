@@ -31,6 +31,18 @@ def test_a_run_is_a_row_with_its_floors(run: Path) -> None:
     assert "somewhere" not in table([str(run)])
 
 
+def test_what_was_measured_again_of_the_same_images_counts(run: Path) -> None:
+    scores = {**SUMMARY, "linear_top1": 0.6, "val_images": 100}
+    elsewhere = {**scores, "linear_top1": 0.9, "val_images": 200}
+    summary = {**SUMMARY, "val_images": 100, "checkpoint_images": 64}
+    for again, expected in (
+        ({"photos at 64 images": scores, "others at 64 images": elsewhere}, "60.0"),
+        ({"photos at 32 images": scores}, "50.0"),
+    ):
+        (run / "summary.json").write_text(json.dumps({**summary, "evaluations": again}))
+        assert f"**{expected}** / 30.0 / 35.1 |" in table([str(run)])
+
+
 def test_the_block_takes_the_table_and_mistakes_are_one_line(run: Path, tmp_path: Path, capsys) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("# Title\n<!-- results -->\nold\n<!-- /results -->\nend\n")
