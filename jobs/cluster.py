@@ -178,6 +178,7 @@ def _ask(name: str, words: Sequence[Any], options: Mapping[str, Any]) -> Any:
     import ray
     from ray.job_submission import JobSubmissionClient
 
+    os.environ.pop("RAY_API_SERVER_ADDRESS", None)  # of the job that asks, which it did not answer
     return getattr(JobSubmissionClient(ray.get_runtime_context().gcs_address), name)(*words, **options)
 
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from tyro.conf import Positional
+
 from jobs.cluster import Client, Submitted
 from pipeline.command import command
 
@@ -13,7 +15,7 @@ from pipeline.command import command
 class Arguments:
     """List what jobs have submitted to a Ray cluster, oldest firing first."""
 
-    job: str | None = None
+    job: Positional[str | None] = None
     """Only this job's."""
     running: bool = False
     """Only what has not ended."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs import list as jobs_list
 from jobs import spec
 from jobs import submit as jobs_submit
 from jobs.cluster import Client, Submitted
@@ -181,3 +182,8 @@ def test_an_id_that_is_gone_while_it_is_submitted_anew_is_waited_for(monkeypatch
     client.api = Api()
     monkeypatch.setattr("jobs.cluster.SETTLED", 0.0)
     assert client.wait(["a"], every=0.0) == {"a": "SUCCEEDED"}
+
+
+def test_the_list_takes_a_job(capsys):
+    assert jobs_list.main(["packs", "--address", "http://127.0.0.1:9"]) == 2
+    assert "--address http://127.0.0.1:9: no cluster's job API answers there" in capsys.readouterr().err
