@@ -1,6 +1,8 @@
 """What every entry point shares: errors in one line, exit statuses, and an orderly end on Ctrl-C and SIGTERM."""
 
 import contextlib
+import os
+import select
 import signal
 import sys
 import threading
@@ -26,13 +28,18 @@ def command(kind: Any, name: str, function: Callable[[Any], int | None], argv: S
 
 
 def guarded(command: Callable[[], int], *, debug: bool = False) -> int:
-    """The exit status of a command: its own, 2 for a mistake that the user can mend, 1 for any other failure.
+    """The exit status of a command: its own, 2 for a mistake that the user can mend, 1 for any other failure, 141 where
+    nobody reads on what it prints (`| head`).
 
     Errors are told in one line each; with `debug`, after their traceback. No credentials stand in either.
     """
     try:
-        return command()
+        status = command()
+        sys.stdout.flush()
+        return status
     except (KeyboardInterrupt, Exception) as error:
+        if isinstance(error, BrokenPipeError) and _unread():
+            return 128 + signal.SIGPIPE
         if debug:
             print(redact(traceback.format_exc()), end="", file=sys.stderr)
         if isinstance(error, KeyboardInterrupt):
@@ -44,6 +51,16 @@ def guarded(command: Callable[[], int], *, debug: bool = False) -> int:
             status, line = 1, f"failed: {str(error) or name}{'' if debug else ' (--debug shows where)'}"
         print(redact(line), file=sys.stderr, flush=True)
         return status
+
+
+def _unread() -> bool:
+    """Whether nobody reads standard output any more; what is left of it is then given up."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    if not any(events & select.POLLERR for _, events in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def refuse_workers(engine: str, workers: int | None) -> None:

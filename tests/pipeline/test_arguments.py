@@ -1,5 +1,7 @@
 """The words of a command line: what can be written, what help shows, and one sentence on every mistake."""
 
+import subprocess
+import sys
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any, Literal
 
@@ -87,3 +89,13 @@ JOBS = [f"jobs.{name}" for name in ("submit", "list", "logs", "stop", "scheduler
 def test_every_entry_point_says_a_mistake_in_one_line_and_ends_with_status_2(name: str) -> None:
     done = python("-m", name, "--debgu", cwd=ROOT)
     assert (done.returncode, done.stderr) == (2, "error: --debgu: no such option; did you mean --debug?\n"), name
+
+
+def test_a_reader_that_has_enough_is_no_failure() -> None:
+    words = [sys.executable, "-m", "jobs.list", "--help"]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as listing:
+        assert listing.stdout is not None
+        assert listing.stderr is not None
+        listing.stdout.close()
+        assert listing.stderr.read() == b""
+    assert listing.returncode == 141
