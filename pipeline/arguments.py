@@ -90,6 +90,7 @@ def option(kind: Any, text: str, name: str = "", *, hint: bool = False) -> Any:
     if mark in marks:
         several = words.endswith(" ...")
         words, hint = name.upper().removesuffix("S") + " ..." * several, hint and not several
+        words = f"[{words}]" if type(None) in get_args(bare) else words
     about = tyro.conf.arg(
         metavar=None if bare is bool else words,
         help=" ".join(text.split()),

@@ -47,6 +47,14 @@ def test_what_is_written_is_read() -> None:
     assert given("r", "--data", "d") == Arguments("r", "d")
 
 
+def test_a_word_that_may_be_left_out_stands_in_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    kind = make_dataclass("Kind", [("job", Positional[str | None], None)])
+    assert (read(kind, [], "it").job, read(kind, ["a"], "it").job) == (None, "a")
+    with pytest.raises(SystemExit):
+        read(kind, ["--help"], "it")
+    assert "it [-h] [JOB]" in capsys.readouterr().out
+
+
 def test_help_shows_what_may_be_written_and_no_line_that_is_broken(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         given("--help")
