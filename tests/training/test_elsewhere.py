@@ -90,6 +90,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_goes_on_there(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert summary["images_seen"] == 2 * 32
