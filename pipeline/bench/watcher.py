@@ -14,7 +14,7 @@ from pipeline.bench.contender import Arguments, Bench
 from pipeline.errors import UserError
 
 TRAINING = (
-    *("--backbone", "vit_ti16", "--objective", "dino", "--image-size", "64", "--limit", "1024", "--epochs", "12"),
+    *("--backbone", "vit_ti16", "--objective", "lejepa", "--image-size", "64", "--limit", "1024", "--epochs", "12"),
     *("--knn-every", "0", "--checkpoint-every", "0.1"),
 )
 """A checkpoint every 6 seconds: when an evaluation ends, another is due."""
@@ -76,7 +76,7 @@ def evaluations(run: Path) -> int:
 
 
 BENCH = Bench(
-    "training steps of DINO with ViT-Ti/16 at 64 pixels, Ray Train, one core left free",
+    "training steps of LeJEPA with ViT-Ti/16 at 64 pixels, Ray Train, one core left free",
     {
         "alone": Watched("nothing on that core", evaluated=False),
         "watched": Watched("`jobs.watch` on that core, one checkpoint after the other", evaluated=True),
