@@ -12,10 +12,12 @@ from pipeline.data.photometric import blur as gaussian_blur
 
 
 def random(x: Tensor, generator: torch.Generator, *shape: int) -> Tensor:
+    """Uniform numbers in [0, 1), of `shape` for each of the images x [B, ...], drawn on the CPU."""
     return torch.rand(len(x), *shape, generator=generator).to(x.device)
 
 
 def normal(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal numbers, one for each number of x, drawn on the CPU."""
     return torch.randn(x.shape, generator=generator).to(x.device)
 
 
