@@ -141,7 +141,7 @@ def untrained(backbones: Sequence[str], *, data: str, options: str = "") -> list
 
 def _refuse_another(folder: RunFolder, config: configuration.Config) -> None:
     """Raise where a finished run was made with other options than those that are asked for now."""
-    earlier = configuration.read(folder.read("config.yaml").decode(), folder.path("config.yaml"))
+    earlier = configuration.of_run(folder.address)
     if changes := configuration.differences(earlier, config):
         raise UserError(
             f"{folder.address}: was trained with other options ({'; '.join(changes)}); give another --storage"

@@ -22,13 +22,8 @@ from pipeline.training.worker import Job
 LOG_WIDTH = 120
 """Of the table where there is no terminal to fit it to."""
 
-INTERNAL = (
-    "stopped",
-    "unrecorded",
-    "away",
-    "taken",
-    "run",
-)  # of what comes back from the training, for the driver alone
+INTERNAL = ("stopped", "unrecorded", "away", "taken", "run")
+"""Of what comes back from the training, for the driver alone."""
 VERSIONS = ("torch", "timm", "ray", "mlflow", "ffcv", "numpy")
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from objectives.contract import TooFewImages
 from pipeline import config as configuration
 from pipeline.config import Config
 from pipeline.data.loader import make_loader
@@ -146,7 +147,7 @@ class Training:
             if not self.care.skips(seen):
                 try:
                     values, lr = self.stepper(batch, seen, self.planned, self.care)
-                except ValueError as error:  # an objective's word on a batch from which it cannot learn
+                except TooFewImages as error:
                     raise UserError(f"--batch-size {self.config.batch_size}: {error}") from error
                 means, self.stop, self.due = self.agree(values)
                 self.row = {"images": self.seen, **means, "lr": lr}

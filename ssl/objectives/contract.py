@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from backbones import Backbone
 
 
+class TooFewImages(ValueError):
+    """A batch, over all ranks, from which an objective cannot learn; its message names the way out."""
+
+
 class Objective(nn.Module):
     """A loss with all it needs around the backbone: heads, a teacher, a queue, and the views it wants to see.
 

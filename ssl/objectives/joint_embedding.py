@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from objectives.contract import TooFewImages
 from objectives.distributed import world_size
 from objectives.spread import effective_rank, feature_spread
 from objectives.views import Photometric, View, VitalSign
@@ -56,7 +57,7 @@ class Encoder(nn.Module):
 def refuse_one_image(objective: nn.Module, views: Sequence[Tensor]) -> None:
     """Raise where all ranks together train on a single image, which no batch statistic can tell from others."""
     if objective.training and len(views[0]) * world_size() < 2:
-        raise ValueError(
+        raise TooFewImages(
             f"{type(objective).__name__} compares the images of a batch and got a single one; "
             "use a batch of at least 2, or fewer accumulated parts"
         )

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from objectives.contract import TooFewImages
 from objectives.distributed import gather, rank
 from objectives.precision import full_precision
 
@@ -19,12 +20,12 @@ def koleo_loss(features: Tensor, eps: float = 1e-8) -> Tensor:
         features: [B, D], at least two rows over all ranks.
 
     Raises:
-        ValueError: a single row, which has no neighbour.
+        TooFewImages: a single row, which has no neighbour.
     """
     x = F.normalize(full_precision(features), dim=-1, eps=eps)
     everyone = gather(x)
     if len(everyone) < 2:
-        raise ValueError("KoLeo needs a batch of at least 2 images: a single one has no neighbour")
+        raise TooFewImages("KoLeo needs a batch of at least 2 images: a single one has no neighbour")
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         similarity = x @ everyone.T
         own = torch.arange(len(x), device=x.device)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from objectives.contract import Objective, pair
+from objectives.contract import Objective, TooFewImages, pair
 from objectives.contrast import VITAL_SIGNS, contrast_signs, cosines
 from objectives.distributed import gather, rank, world_size
 from objectives.heads import mlp
@@ -114,10 +114,10 @@ class MoCoV3(Objective):
         """Loss and signs of the two views [B, C, h, w].
 
         Raises:
-            ValueError: one image over all ranks, which has nothing to be told apart from.
+            TooFewImages: one image over all ranks, which has nothing to be told apart from.
         """
         if len(views[0]) * world_size() < 2:
-            raise ValueError("MoCo v3 contrasts images with each other, a batch of 1 has no other; take at least 2")
+            raise TooFewImages("MoCo v3 contrasts images with each other, a batch of 1 has no other; take at least 2")
         k, _ = self.momentum_encoder(views)
         projections, pooled = self.encoder(views)
         q = self.predictor(projections.flatten(0, 1)).unflatten(0, projections.shape[:2])

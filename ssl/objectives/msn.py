@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from objectives.contract import Objective, pair
+from objectives.contract import Objective, TooFewImages, pair
 from objectives.contrast import cosines
 from objectives.distributed import gather, world_size
 from objectives.heads import mlp
@@ -152,7 +152,7 @@ class MSN(Objective):
         """Loss (eq. 1) and scalars of the views [B, C, h, w]: target, anchor, focal ones."""
         target, *anchors = views
         if len(target) * world_size() < 2:
-            raise ValueError("MSN needs a batch of at least 2 images: its targets are balanced over the batch")
+            raise TooFewImages("MSN needs a batch of at least 2 images: its targets are balanced over the batch")
         visible, _ = random_cells(len(target), self.cells, self.visible, target.device)
         z_target, _ = self.teacher([target])
         z, pooled = self.student(anchors, visible=visible)

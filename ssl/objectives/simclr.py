@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from objectives.contract import Objective, pair
+from objectives.contract import Objective, TooFewImages, pair
 from objectives.contrast import VITAL_SIGNS, contrast_signs, cosines
 from objectives.distributed import gather, rank, world_size
 from objectives.heads import mlp
@@ -118,10 +118,10 @@ class SimCLR(Objective):
         """Loss and signs of the two views [B, C, h, w].
 
         Raises:
-            ValueError: one image over all ranks, which has nothing to be told apart from.
+            TooFewImages: one image over all ranks, which has nothing to be told apart from.
         """
         if len(views[0]) * world_size() < 2:
-            raise ValueError("SimCLR contrasts images with each other, a batch of 1 has no other; take at least 2")
+            raise TooFewImages("SimCLR contrasts images with each other, a batch of 1 has no other; take at least 2")
         pooled = pooled_features(self.encoder, views)
         z = self.head(pooled.flatten(0, 1)).unflatten(0, pooled.shape[:2])
         logits, positive = contrast(z, self.temperature)

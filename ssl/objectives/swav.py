@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from objectives.contract import Objective, pair
+from objectives.contract import Objective, TooFewImages, pair
 from objectives.dino import dino_loss
 from objectives.distributed import world_size
 from objectives.heads import mlp
@@ -118,10 +118,10 @@ class SwAV(Objective):
         """Loss and signs of the views [B, C, h, w], the two globals first.
 
         Raises:
-            ValueError: one image over all ranks, of which prototypes used equally often say nothing.
+            TooFewImages: one image over all ranks, of which prototypes used equally often say nothing.
         """
         if len(views[0]) * world_size() < 2:
-            raise ValueError("SwAV shares its prototypes out among the images of a batch; take at least 2 images")
+            raise TooFewImages("SwAV shares its prototypes out among the images of a batch; take at least 2 images")
         pooled = pooled_features(self.encoder, views)
         z = F.normalize(full_precision(self.head(pooled.flatten(0, 1))), dim=-1).unflatten(0, pooled.shape[:2])
         scores = self.scores(z)
