@@ -28,6 +28,7 @@ chaos: .venv/ready ## do every fault to a real run, and say what it cost
 
 bench: .venv/ready ## measure loading and training against the alternatives and write README's tables
 	$(PYTHON_HERE) -m pipeline.bench loader --write README.md $(ARGS)
+	$(PYTHON_HERE) -m pipeline.bench start --write README.md
 	$(PYTHON_HERE) -m pipeline.bench step --write README.md
 	$(PYTHON_HERE) -m pipeline.bench engine --write README.md
 	$(PYTHON_HERE) -m pipeline.bench watcher --rounds 5 --write README.md

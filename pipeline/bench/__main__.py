@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.bench import engine, loader, photometric, step, watcher
+from pipeline.bench import engine, loader, photometric, start, step, watcher
 from pipeline.bench.contender import Arguments
 from pipeline.bench.measuring import describe, draw_photographs, machine, rounds, table
 from pipeline.blocks import around, write
@@ -24,6 +24,7 @@ BENCHES = {
     "step": step.BENCH,
     "engine": engine.BENCH,
     "watcher": watcher.BENCH,
+    "start": start.BENCH,
 }
 
 
@@ -41,6 +42,8 @@ def run(arguments: Arguments) -> int:
         around(Path(arguments.write), f"bench:{arguments.bench}")  # a wrong file is told before measuring
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         path, caption = Path(folder) / "photographs.beton", ""
+        if bench.unit == "images/s":
+            caption = f"batches of {arguments.batch_size}, "
         if arguments.bench == "loader":
             if arguments.data is None:
                 draw_photographs(path)
@@ -48,12 +51,12 @@ def run(arguments: Arguments) -> int:
                 from pipeline.data.pack import pack
 
                 path = pack(arguments.data, folder).path
-            caption = describe(path) + "; "
+            caption = f"{describe(path)}; {caption}"
         figures = rounds(bench, path, arguments)
     counted = f"best of {arguments.rounds} rounds" + f" of {arguments.seconds:g} s" * (bench.limit is None)
     if bench.paired:
         counted = f"medians of {arguments.rounds} pairs by turns, in brackets the lowest and the highest"
-    text = table(bench, figures, f"{caption}batches of {arguments.batch_size}, {counted}; {machine()}.")
+    text = table(bench, figures, f"{caption}{counted}; {machine()}.")
     print(text)
     if arguments.write:
         write(Path(arguments.write), f"bench:{arguments.bench}", text)

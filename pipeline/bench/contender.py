@@ -1,7 +1,7 @@
 """What the benches have in common: what is asked for, what a contender is, how its images are counted."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Measure a part of the pipeline on this machine: images of the source per second."""
+    """Measure a part of the pipeline on this machine: images of the source per second, or seconds."""
 
     bench: Positional[str]
     """loader: JPEG files to views. photometric: views to what the network reads, on this machine's CPU. step: a step of
     training beside LightlySSL's. engine: whole runs, with Ray and without. watcher: a run, with its checkpoints
-    evaluated beside it and without."""
+    evaluated beside it and without. start: a command until it has answered, with help or with what is wrong."""
     data: str | None = None
     """Images to measure with: anything `pipeline.pack` takes; left open: photographs drawn for the purpose."""
     batch_size: int = 32
@@ -39,14 +39,14 @@ class Arguments:
 
 
 class Measured(Protocol):
-    """What has a figure: a `Contender`, or a whole run."""
+    """What has a figure: a `Contender`, a whole run, a command."""
 
     @property
     def title(self) -> str:
         """What the table calls it."""
 
     def figure(self, path: Path, arguments: Arguments) -> float:
-        """Images per second."""
+        """In the bench's unit."""
 
 
 class Contender(NamedTuple):
@@ -65,12 +65,22 @@ class Bench(NamedTuple):
 
     limit: seconds that a whole run may take; None where a round takes `--seconds`.
     paired: ratios are those within a round, for differences smaller than a machine's own from round to round.
+    unit: of the figures: "images/s", or "s", of which less is better.
     """
 
     job: str
     contenders: Mapping[str, Measured]
     limit: float | None = None
     paired: bool = False
+    unit: str = "images/s"
+
+    def best(self, figures: Sequence[float]) -> float:
+        """The round that the machine disturbed least."""
+        return min(figures) if self.unit == "s" else max(figures)
+
+    def words(self, figure: float) -> str:
+        """ "1,234" images/s, "0.25" s."""
+        return f"{figure:.2f}" if self.unit == "s" else f"{figure:,.0f}"
 
 
 def rate(batches: Iterator[int], seconds: float) -> float:

@@ -16,8 +16,7 @@ SYNTHETIC = 256  # photographs drawn where no data is given
 
 
 def measured(name: str, path: Path, arguments: Arguments, limit: float | None = None) -> float | str:
-    """Images per second of one contender in a process of its own, which takes `limit` seconds at most, or why there is
-    no figure."""
+    """The figure of one contender in a process of its own, which takes `limit` seconds at most, or why there is none."""
     command = [sys.executable, "-m", "pipeline.bench", arguments.bench, "--only", name, "--data", str(path)]
     for option in ("batch_size", "threads", "seconds"):
         if getattr(arguments, option) is not None:
@@ -46,7 +45,7 @@ def rounds(bench: Bench, path: Path, arguments: Arguments) -> dict[str, list[flo
                 continue  # it failed: once is enough
             figure = measured(name, path, arguments, bench.limit)
             figures[name] = figure if isinstance(figure, str) else [*before, figure]
-            shown = figure if isinstance(figure, str) else f"{figure:.1f} images/s"
+            shown = figure if isinstance(figure, str) else f"{figure:.{2 if bench.unit == 's' else 1}f} {bench.unit}"
             print(f"round {turn + 1}: {bench.contenders[name].title}: {shown}", file=sys.stderr, flush=True)
     return figures
 
@@ -74,7 +73,7 @@ def machine() -> str:
 def table(bench: Bench, figures: dict[str, list[float] | str], caption: str) -> str:
     """A Markdown table with the ratio to the first contender: of the best rounds, or of the rounds in pairs."""
     yardstick = figures[next(iter(bench.contenders))]
-    lines = [f"| {bench.job} | images/s | ratio |", "|---|---:|---:|"]
+    lines = [f"| {bench.job} | {bench.unit} | ratio |", "|---|---:|---:|"]
     for name, contender in bench.contenders.items():
         own = figures[name]
         if isinstance(own, str):
@@ -85,8 +84,10 @@ def table(bench: Bench, figures: dict[str, list[float] | str], caption: str) -> 
             ratios = [figure / other for figure, other in zip(own, yardstick)]
             ratio = f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
         elif not isinstance(yardstick, str):
-            ratio = f"{max(own) / max(yardstick):.2f}"
-        lines.append(f"| {contender.title} | {median(own) if bench.paired else max(own):,.0f} | {ratio} |")
+            ratio = f"{bench.best(own) / bench.best(yardstick):.2f}"
+        lines.append(
+            f"| {contender.title} | {bench.words(median(own) if bench.paired else bench.best(own))} | {ratio} |"
+        )
     return "\n".join([*lines, "", caption])
 
 

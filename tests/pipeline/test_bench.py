@@ -131,7 +131,7 @@ def test_a_file_without_markers_is_refused_before_measuring(tmp_path, text, monk
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["loadr"], "choose one of loader, photometric, step, engine, watcher"),
+        (["loadr"], "choose one of loader, photometric, step, engine, watcher, start"),
         (["loader", "--only", "dali"], "torchvision"),
     ],
 )
