@@ -108,6 +108,14 @@ def vit_size(name: str) -> tuple[VitSize, int] | None:
     return (VIT_SIZES[match[1]], int(match[2])) if match else None
 
 
+def patch(name: str) -> int | None:
+    """Pixels along a side of the patches that a backbone cuts an image into, where its name tells; else None."""
+    if vit := vit_size(name):
+        return vit[1]
+    match = re.search(r"_patch(\d+)", name)
+    return int(match[1]) if match else None
+
+
 def cifar_net(name: str) -> tuple[str, int] | None:
     """("resnet" or "plain", layers) of a net of He et al. 2016, section 4.2, None for any other name."""
     match = _CIFAR_NET.fullmatch(name)

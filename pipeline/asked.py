@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from backbones import names
 from pipeline import recipes
 from pipeline.arguments import nearest, option, read
-from pipeline.config import Config, load, of_run
+from pipeline.config import Config, load, nearest_size, of_run
 from pipeline.errors import UserError
 from pipeline.redaction import hide
 
@@ -78,6 +78,12 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    patch = names.patch(config.backbone)
+    if patch and config.image_size and config.image_size % patch:
+        raise UserError(
+            f"--image-size {config.image_size}: is no multiple of the patch of {config.backbone}, {patch} pixels; the "
+            f"nearest is {nearest_size(config.image_size, config.backbone)}"
+        )
     fewest, most = config.group
     if fewest < 1:
         raise UserError(f"--workers {config.workers}: must be at least 1")

@@ -168,7 +168,8 @@ def resolve(config: Config, *, images: int, side: int, classes: int = 0) -> Conf
             f"--data {config.data}: {few} too few for --workers {config.workers} and --accumulate {config.accumulate}, "
             "each part of whose batch needs one"
         )
-    filled = {key: value for key, value in _values(recipe, batch).items() if getattr(config, key) is None}
+    values = _values(recipe, config.backbone, batch)
+    filled = {key: value for key, value in values.items() if getattr(config, key) is None}
     options = dict(recipe.options) | config.options
     if "classes" in options:  # a labelled objective
         if not classes:
@@ -200,15 +201,21 @@ def departures(config: Config) -> list[str]:
     except (KeyError, TypeError):
         return []
     asked = {name: config.options.get(name) for name, value in recipe.options.items() if value in (None, "")}
-    values = _values(recipe, int(config.batch_size or 0)) | {"batch_size": recipe.batch_size}
+    values = _values(recipe, config.backbone, int(config.batch_size or 0)) | {"batch_size": recipe.batch_size}
     return differences(dataclasses.replace(config, **values, options={**recipe.options, **asked}), config)
 
 
-def _values(recipe: recipes.Recipe, batch: int) -> dict[str, Any]:
-    """What a recipe fills in for a batch of that size."""
+def nearest_size(size: int, backbone: str) -> int:
+    """The image size nearest to `size` that is a multiple of the backbone's patch, where its name tells one."""
+    patch = names.patch(backbone) or 1
+    return max(round(size / patch), 1) * patch
+
+
+def _values(recipe: recipes.Recipe, backbone: str, batch: int) -> dict[str, Any]:
+    """What a recipe fills in for that backbone and a batch of that size."""
     return {
         "epochs": recipe.epochs,
-        "image_size": recipe.image_size,
+        "image_size": nearest_size(recipe.image_size, backbone),
         "lr": recipe.base_lr * batch / 256,
         "optimiser": recipe.optimiser,
         "weight_decay": recipe.weight_decay,

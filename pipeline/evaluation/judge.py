@@ -140,7 +140,8 @@ def fresh(config: Config, train: Packed) -> Judged:
     scale = recipes.scale_of(config.data, train.images, preparation.median_side(train))
     recipe = recipes.find("supervised", names.family(config.backbone), scale)
     source = f"from scratch: {finetune.recipe_of(config.backbone, fresh=True).source}"
-    config = replace(config, image_size=config.image_size or recipe.image_size, recipe=source)
+    size = config.image_size or configuration.nearest_size(recipe.image_size, config.backbone)
+    config = replace(config, image_size=size, recipe=source)
     torch.manual_seed(config.seed)
     return Judged(None, config, measure.fresh_backbone(config), 0, ())
 

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from backbones import names
 from pipeline import tracking
 from pipeline.device import device_name
 from pipeline.evaluation.measures import MEASURES
@@ -24,6 +25,8 @@ LOG_WIDTH = 120
 
 INTERNAL = ("stopped", "unrecorded", "away", "taken", "run")
 """Of what comes back from the training, for the driver alone."""
+FEW = 4
+"""Cells along a side of the image, below which a ViT has next to nothing to relate; 14 is usual."""
 VERSIONS = ("torch", "timm", "ray", "mlflow", "ffcv", "numpy")
 
 
@@ -33,7 +36,7 @@ def introduce(job: Job, folder: RunFolder, engine: str, note: str, uri: str) -> 
     seen, files = folder.checkpoints(), tracking.artifacts_of(uri, folder.address)
     lines = {
         "run": f"{folder.address}{f' (continued at {seen[-1]:,} images)' if seen else ''}",
-        "backbone": config.backbone,
+        "backbone": config.backbone + few_cells(config.backbone, int(config.image_size or 0)),
         "objective": config.objective,
         "recipe": config.recipe,
         "train": f"{train.images:,} images, {len(train.classes) or 'no'} classes"
@@ -46,6 +49,17 @@ def introduce(job: Job, folder: RunFolder, engine: str, note: str, uri: str) -> 
     }
     for name, value in lines.items():
         print(f"{name:>10}  {value}", flush=True)
+
+
+def few_cells(backbone: str, size: int) -> str:
+    """ " (2 x 2 cells of 16 pixels; vit_s4 sees 8 x 8)" where a ViT sees so little of an image of that size, else ""."""
+    vit = names.vit_size(backbone)
+    if vit is None or size // vit[1] >= FEW:
+        return ""
+    side = size // vit[1]
+    patch = max(p for p in range(1, max(size // 8, 1) + 1) if size % p == 0)
+    finer = f"{backbone.removesuffix(str(vit[1]))}{patch} sees {size // patch} x {size // patch}"
+    return f" ({side} x {side} cell{'s' * (side > 1)} of {vit[1]} pixels; {finer})"
 
 
 def conclude(

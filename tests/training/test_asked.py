@@ -46,6 +46,11 @@ def test_a_teachers_address_holds_in_any_folder(tmp_path, monkeypatch):
         (["--options.outdim", "5"], "did you mean --options.out-dim"),
         (["--data", "/nowhere/photos"], "/nowhere/photos"),
         (["--epochs", "0"], "at least 1"),
+        (
+            ["--image-size", "100"],
+            "--image-size 100: is no multiple of the patch of vit_s16, 16 pixels; the nearest is 96",
+        ),
+        (["--backbone", "vit_small_patch14_dinov2.lvd142m", "--image-size", "3"], "14 pixels; the nearest is 14"),
         (["--lr", "-1"], "above 0"),
         (["--warmup", "5"], "share of the run"),
         (["--batch-size", "9", "--workers", "2"], "must divide"),

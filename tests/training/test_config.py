@@ -59,6 +59,16 @@ def test_every_objective_has_a_recipe_for_any_data(objective, backbone, images, 
     assert filled.options.get("classes", 7) == 7
 
 
+@pytest.mark.parametrize(
+    ("backbone", "side", "size"),
+    [("vit_h14", 160, 154), ("vit_s16", 160, 160), ("vit_small_patch14_dinov2", 32, 28), ("resnet18", 160, 128)],
+)
+def test_a_recipes_image_size_is_brought_to_the_backbones_patch(backbone, side, size, tmp_path):
+    filled = resolved("--backbone", backbone, "--objective", "dino", "--data", str(tmp_path), images=9000, side=side)
+    assert filled.image_size == size
+    assert not [line for line in config.departures(filled) if "image-size" in line]
+
+
 def test_an_objective_that_learns_from_labels_is_refused_without(tmp_path):
     with pytest.raises(UserError, match="has no labels, which --objective supervised learns from"):
         resolved("--objective", "supervised", "--data", str(tmp_path))
