@@ -1,12 +1,14 @@
 """The device that computes: a GPU where there is one, else the processor."""
 
 import contextlib
+import os
 import platform
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from pipeline import cluster
 from pipeline.config import Config
 
 
@@ -34,6 +36,16 @@ def device_name(name: str) -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or "cpu"
+
+
+def threads_on(cores: int) -> int:
+    """CPU threads to compute with on that many cores: fewer where `OMP_NUM_THREADS` says so.
+
+    Two processes that each compute with a thread to every core wait for each other's threads, many times slower than
+    on a core each. In a job's driver it is Ray that sets the variable, to 1, for all that it begins.
+    """
+    asked = "" if cluster.in_job() else os.environ.get("OMP_NUM_THREADS", "")
+    return min(int(asked), cores) if asked.isdecimal() and int(asked) else cores
 
 
 def precision_of(config: Config, device: torch.device) -> Literal["bf16", "fp32"]:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from pipeline.data import crops
 from pipeline.data.beton import BetonReader
+from pipeline.data.workers import cores
 
 if TYPE_CHECKING:
     from objectives.views import View
@@ -124,8 +125,7 @@ def make_loader(
 
 def default_threads() -> int:
     """This process's share of the processors it may run on, by the number of ranks of this machine."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _cutter_class(backend: str) -> Any:

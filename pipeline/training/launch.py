@@ -1,6 +1,5 @@
 """The driver's side of a run: prepare the data, begin or continue the run folder, train on an engine, conclude."""
 
-import os
 import re
 import shlex
 import sys
@@ -18,6 +17,7 @@ from pipeline.command import STOPPED, TAKEN, Stop, stop_signals
 from pipeline.config import Config
 from pipeline.data import preparation
 from pipeline.data.packed import Packed
+from pipeline.data.workers import cores
 from pipeline.device import kind
 from pipeline.errors import UserError
 from pipeline.redaction import bare, redact
@@ -36,7 +36,7 @@ class Engine:
     Args:
         name: for people to read.
         device: "cuda" or "cpu".
-        threads: CPU threads for each worker.
+        threads: cores for each worker.
         run: takes the job, MLflow's (address, run id), the display and the stop event; returns rank 0's result.
     """
 
@@ -213,15 +213,18 @@ def data_name(config: Config) -> str:
 
 def choose_engine(config: Config) -> Engine:
     """The engine that the configuration and the machine call for; begins or joins a Ray cluster where needed."""
+
+    def counted(threads: int) -> str:
+        return f"{threads} core{'s' * (threads != 1)}"
+
     if config.engine == "ray" and cluster.connect(config.group[1]):
         device, threads = cluster.placement(*config.group)
         place = f"Ray Train, {config.workers} worker{'s' * (config.group[1] > 1)}"
-        return Engine(f"{place} on {device}, {threads} cores each", device, threads, cluster.fit)
-    device = kind()
-    threads = len(os.sched_getaffinity(0))
+        return Engine(f"{place} on {device}, {counted(threads)} each", device, threads, cluster.fit)
+    device, threads = kind(), cores()
     if config.engine == "ray":
-        return Engine(f"Ray Train in this process on {device}, {threads} cores", device, threads, ray_alone)
-    return Engine(f"this process on {device}, {threads} cores", device, threads, alone)
+        return Engine(f"Ray Train in this process on {device}, {counted(threads)}", device, threads, ray_alone)
+    return Engine(f"this process on {device}, {counted(threads)}", device, threads, alone)
 
 
 def alone(job: Job, tracking_run: tuple[str, str], display: Display, stop: Stop) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pipeline import config as configuration
 from pipeline.config import Config
 from pipeline.data.loader import make_loader
 from pipeline.data.packed import Packed
-from pipeline.device import device_of, peak_memory
+from pipeline.device import device_of, peak_memory, threads_on
 from pipeline.errors import UserError
 from pipeline.training import measure
 from pipeline.training.batches import Batches
@@ -45,7 +45,7 @@ class Job:
         run: address of the run folder.
         train, val: packed sets, on this machine's disk; without `val` nothing is measured.
         device: "cuda" or "cpu".
-        threads: CPU threads for each worker.
+        threads: cores for each worker.
     """
 
     config: Config
@@ -84,7 +84,7 @@ class Training:
         self.config, self.links = config, links
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.device = device_of(job.device)
-        torch.set_num_threads(job.threads)
+        torch.set_num_threads(threads_on(job.threads))
         if not patiently(lambda: self.rank or self.folder.exists("config.yaml"), self.folder):
             raise UserError(
                 f"{self.folder.address}: the nodes do not share it; give --storage an address that all can reach"

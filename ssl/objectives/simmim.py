@@ -25,8 +25,7 @@ class SimMIM(Objective):
     """Replace random squares of the image by a mask token and regress their raw pixels with one linear layer.
 
     The encoder sees all cells, the replaced ones as a learned vector; on a CNN as a learned colour, so that nothing
-    in it needs to know of masks. Its batch norms then take running statistics of masked images, which is what is
-    evaluated: SparK is the objective that keeps masks out of them. Defaults are those of the ViT-B/16 run.
+    in it needs to know of masks. Defaults are those of the ViT-B/16 run.
 
     Args:
         backbone: the encoder. `SimMIM.pool` names the pooling to create it with: no class token takes part in the loss.

@@ -298,7 +298,7 @@ def test_no_thread_is_left_by_closing_dropping_or_restarting(betons, backend):
     next(iterator)
     del loader, iterator
     gc.collect()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert threading.active_count() == before
