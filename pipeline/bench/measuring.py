@@ -16,7 +16,7 @@ SYNTHETIC = 256  # photographs drawn where no data is given
 
 
 def measured(name: str, path: Path, arguments: Arguments, limit: float | None = None) -> float | str:
-    """The figure of one contender in a process of its own, which takes `limit` seconds at most, or why there is none."""
+    """One contender's figure, in a process of its own that takes `limit` seconds at most, or why there is none."""
     command = [sys.executable, "-m", "pipeline.bench", arguments.bench, "--only", name, "--data", str(path)]
     for option in ("batch_size", "threads", "seconds"):
         if getattr(arguments, option) is not None:

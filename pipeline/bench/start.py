@@ -40,11 +40,11 @@ BENCH = Bench(
     {
         "torch": Answer("`import torch` alone, for comparison", ("-c", "import torch")),
         "help": Answer("`--help`", (*PRETRAIN, "--help")),
-        "options": Answer("the options of one objective, by `--objective mae --help`", (*PRETRAIN, "--objective", "mae", "--help")),
+        "options": Answer("`--objective mae --help`", (*PRETRAIN, "--objective", "mae", "--help")),
         "option": Answer("an option that is none", (*PRETRAIN, "--bachbone", "vit_s16"), status=2),
-        "backbone": Answer("a backbone that is none", (*PRETRAIN, "--backbone", "vit_s61"), status=2),
+        "backbone": Answer("a backbone that is none", (*PRETRAIN, "--backbone", "vit_16s"), status=2),
         "data": Answer("images that are not there", (*PRETRAIN, "--data", "not-here/"), status=2),
     },
     limit=120,
     unit="s",
-)  # fmt: skip
+)

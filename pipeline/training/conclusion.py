@@ -52,7 +52,7 @@ def introduce(job: Job, folder: RunFolder, engine: str, note: str, uri: str) -> 
 
 
 def few_cells(backbone: str, size: int) -> str:
-    """ " (2 x 2 cells of 16 pixels; vit_s4 sees 8 x 8)" where a ViT sees so little of an image of that size, else ""."""
+    """ " (2 x 2 cells of 16 pixels; vit_s4 sees 8 x 8)" where a ViT sees so little of such images, else ""."""
     vit = names.vit_size(backbone)
     if vit is None or size // vit[1] >= FEW:
         return ""
