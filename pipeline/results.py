@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 
 COLUMNS = ("data", "backbone", "objective", "px", "epochs", "k-NN", "linear")
 SCORES = ("knn_top1", "linear_top1")
+CAPTION = "Top-1 in per cent at the last epoch: trained / the same untrained / raw pixels. "
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Arguments:
     """Run folders."""
     write: str | None = None
     """A file whose block `<!-- results -->` … `<!-- /results -->` takes the table."""
+    add: bool = False
+    """Keep what the block holds of other runs: rows of other data, backbone, objective, pixels or epochs."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -74,14 +77,17 @@ def accuracy(name: str, trained: Mapping[str, Any], floors: Sequence[Mapping[str
     return " / ".join([f"**{shown[0]}**", *shown[1:]])
 
 
-def table(runs: Sequence[str]) -> str:
-    """The table of some runs, and under it where they ran."""
-    rows, devices = zip(*map(row, runs))
+def table(runs: Sequence[str], before: str = "") -> str:
+    """The table of some runs, and under it where they ran; rows of an earlier table that none of them measures stay."""
+    new, devices = zip(*map(row, runs))
+    old = [line.strip("| ").split(" | ") for line in before.splitlines() if line.startswith("| ")][2:]
+    rows = [*(cells for cells in old if cells[:5] not in [one[:5] for one in new]), *new]
+    for column in (1, 0):  # stable: by data, then by backbone, each where it came first
+        order = list(dict.fromkeys(cells[column] for cells in (*old, *new)))
+        rows.sort(key=lambda cells: order.index(cells[column]))
     lines = [f"| {' | '.join(cells)} |" for cells in (COLUMNS, ("---",) * 5 + ("---:",) * 2, *rows)]
-    where = "; ".join(dict.fromkeys(devices))
-    return "\n".join(
-        [*lines, "", f"Top-1 in per cent at the last epoch: trained / the same untrained / raw pixels. {where}."]
-    )
+    there = before.strip().removesuffix(".").rpartition(CAPTION)[2].split("; ") if old else ()
+    return "\n".join([*lines, "", f"{CAPTION}{'; '.join(dict.fromkeys((*there, *devices)))}."])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,9 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run(arguments: Arguments) -> None:
         if not arguments.runs:
             raise UserError("name at least one run folder")
+        before = ""
         if arguments.write:
-            around(Path(arguments.write), "results")
-        text = table(arguments.runs)
+            head, end = around(Path(arguments.write), "results")
+            before = Path(arguments.write).read_text(encoding="utf-8")[len(head) : -len(end)]
+        text = table(arguments.runs, before if arguments.add else "")
         print(text)
         if arguments.write:
             write(Path(arguments.write), "results", text)

@@ -43,6 +43,28 @@ def test_what_was_measured_again_of_the_same_images_counts(run: Path) -> None:
         assert f"**{expected}** / 30.0 / 35.1 |" in table([str(run)])
 
 
+def test_rows_of_other_runs_stay_where_that_is_asked_for(run: Path, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- results -->\n<!-- /results -->\n")
+    config = run / "config.yaml"
+    for objective, knn, device in (("dino", 0.4, "one"), ("mae", 0.5, "two"), ("dino", 0.6, "one")):
+        summary = {**SUMMARY, "objective": objective, "knn_top1": knn, "device": device}
+        (run / "summary.json").write_text(json.dumps(summary))
+        assert main([str(run), "--write", str(readme), "--add"]) == 0
+    rows = [line for line in readme.read_text().splitlines() if line.startswith("| photos")]
+    assert [row.split(" | ")[2] for row in rows] == ["mae", "dino"]
+    assert "**60.0**" in rows[1]
+    assert "raw pixels. one, 2 workers, torch 2.14; two, 2 workers, torch 2.14.\n" in readme.read_text()
+    config.write_text(config.read_text().replace("photos", "x-rays"))
+    assert main([str(run), "--write", str(readme), "--add"]) == 0
+    config.write_text(config.read_text().replace("x-rays", "photos").replace("epochs: 3", "epochs: 9"))
+    assert main([str(run), "--write", str(readme), "--add"]) == 0
+    lines = [line for line in readme.read_text().splitlines() if line.startswith("| ")][2:]
+    assert [line.split(" (")[0] for line in lines] == ["| photos", "| photos", "| photos", "| x-rays"]
+    assert main([str(run), "--write", str(readme)]) == 0
+    assert readme.read_text().count("| photos") == 1
+
+
 def test_the_block_takes_the_table_and_mistakes_are_one_line(run: Path, tmp_path: Path, capsys) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("# Title\n<!-- results -->\nold\n<!-- /results -->\nend\n")
