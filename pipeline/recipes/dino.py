@@ -158,5 +158,10 @@ RECIPES = {
             teacher_temp_start=0.05,
         ),
     ),
-    **embedded(options(local_views=0, out_dim=256, ema_start=0.9, head_norm="batch"), "cnn"),
+    **embedded(
+        options(local_views=0, out_dim=256, ema_start=0.99, head_norm="batch"),
+        "cnn",
+        but="for a teacher that follows slower: with an EMA from 0.9 it finds all prototypes alike (ResNet-20 after "
+        "512 steps at 32 px, seed 0: k-NN 26.7, from 0.99 40.4; untrained 25.8)",
+    ),
 }

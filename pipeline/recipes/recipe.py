@@ -38,14 +38,16 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def embedded(options: Mapping[str, Any], *families: str, **changes: Any) -> dict[tuple[str, str], Recipe]:
+def embedded(
+    options: Mapping[str, Any], *families: str, but: str = "", **changes: Any
+) -> dict[tuple[str, str], Recipe]:
     """One recipe of the generated images for the given backbone families, by default both: a setting that all
-    objectives share, with these `options`; `changes` replace its other numbers."""
+    objectives share, with these `options`; `changes` replace its other numbers, and `but` says why it differs."""
     shared: dict[str, Any] = {
         "source": "chosen here for minutes on 2 CPU cores, one setting for all objectives: 192 small steps, heads of "
         "few hundred units, teachers that follow fast, colours kept where that is an option, for colour is what the "
-        "images are labelled by; unpublished, and not tuned for any of them. What has been measured of it stands in "
-        "README.md",
+        f"images are labelled by; unpublished, and not tuned for any of them{but and f', but {but}'}. What has been "
+        "measured of it stands in README.md",
         "epochs": 3,
         "batch_size": 32,
         "image_size": 64,
