@@ -13,11 +13,14 @@ from typing import Literal, NamedTuple
 
 from jobs.cluster import STOPPING
 from jobs.job import Job
+from pipeline.command import TAKEN
 
 GRACE = STOPPING - 15.0  # seconds from asking a command to end to killing it; the rest is for saying how it ended
 LINGER = 5.0  # seconds that output may come after a command has ended
-FINAL = (2, 130, 143)
-"""Exit statuses that trying again would not change: a user's mistake, Ctrl-C, SIGTERM."""
+MISTAKE = 2
+FINAL = (MISTAKE, 130, 143)
+"""Exit statuses that trying again would not change: a user's mistake, Ctrl-C, SIGTERM. Once machines were taken away
+(`TAKEN`), a mistake is that the cluster has too few, which it may have again."""
 
 
 class Outcome(NamedTuple):
@@ -31,12 +34,14 @@ class Outcome(NamedTuple):
 
 def attempt(words: Sequence[str], job: Job, listen: Callable[[str], None]) -> Outcome:
     """Run a command until it succeeds, as often as the job allows, within its time limit over all attempts."""
-    started = time.monotonic()
+    started, taken = time.monotonic(), False
     for number in range(job.retry.times + 1):
         left = None if job.time_limit is None else job.time_limit - (time.monotonic() - started)
         outcome = execute([sys.executable, *words], left, listen)
-        if outcome.status == 0 or outcome.why or outcome.status in FINAL or number == job.retry.times:
+        final = outcome.status in FINAL and not (taken and outcome.status == MISTAKE)
+        if outcome.status == 0 or outcome.why or final or number == job.retry.times:
             break
+        taken = taken or outcome.status == TAKEN
         print(f"attempt {number + 1} failed ({outcome.last}); the next in {job.retry.wait:g} s", flush=True)
         time.sleep(job.retry.wait)
     return outcome._replace(seconds=time.monotonic() - started)

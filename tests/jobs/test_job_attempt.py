@@ -29,6 +29,16 @@ def test_a_failure_is_tried_again_and_a_users_mistake_is_not(tmp_path):
     assert log.read_text() == "xx"
 
 
+def test_where_machines_were_taken_away_too_few_of_them_are_no_mistake(tmp_path):
+    log = tmp_path / "log"
+    count = f"open({str(log)!r}, 'a').write('x'); n = len(open({str(log)!r}).read()); import sys; "
+    assert outcome_of(count + "sys.exit({1: 75, 4: 0}.get(n, 2))", Retry(5)).status == 0
+    assert log.read_text() == "xxxx"
+    log.write_text("")
+    assert outcome_of(count + "sys.exit(75 if n == 1 else 143)", Retry(5)).status == 143
+    assert log.read_text() == "xx"
+
+
 def test_a_time_limit_asks_first_and_kills_then(monkeypatch):
     monkeypatch.setattr(attempts, "GRACE", 1.0)
     orderly = outcome_of(
