@@ -30,8 +30,7 @@ class Data2Vec(Objective):
 
     A layer of a ViT is a block. On a CNN it is a stage, and the mean runs over those of the last K that have the grid
     and the width of the last one, which alone can be averaged cell by cell: often only the last stage itself. Replaced
-    cells show a learned colour there, and batch norms take running statistics of masked images. Defaults are those of
-    the ViT-B/16 run.
+    cells show a learned colour there. Defaults are those of the ViT-B/16 run.
 
     Args:
         backbone: the student's; the teacher is a copy of it. `Data2Vec.pool` names the pooling to create it with: no
