@@ -15,6 +15,7 @@ from pipeline.command import command
 
 BACKBONES = ("resnet20", "vit_ti8")
 SIZE, EPOCHS = 32, 8
+SCORES = {"k-NN": "knn_top1", "linear": "linear_top1"}
 BASE = "dino"
 """Whose run of the same backbone and seed teaches in distillation, and is what Gram anchoring goes on from."""
 
@@ -85,18 +86,19 @@ class Cell:
         return (base.train(storage, *more) if base else 0) or pretrain.main([*self.words(storage), *more])
 
 
-def errors_above(summary: dict[str, Any]) -> float:
-    """How many standard errors k-NN lies above that of the untrained backbone, as if either had seen other images.
+def errors_above(summary: dict[str, Any], score: str = "knn_top1") -> float:
+    """How many standard errors a score lies above that of the untrained backbone, as if either had seen other images.
 
     Both saw the same, which makes the difference surer than this says.
     """
-    trained, floor = summary["knn_top1"], summary["untrained"]["knn_top1"]
+    trained, floor = summary[score], summary["untrained"][score]
     variance = sum(p * (1 - p) / summary["val_images"] for p in (trained, floor))
     return float((trained - floor) / variance**0.5)
 
 
 def table(cells: Sequence[Cell], storage: Path) -> str:
-    """k-NN of all that has finished: one line an objective, one column a backbone; seeds are averaged.
+    """k-NN and linear accuracy of all that has finished: one line an objective, two columns a backbone; seeds are
+    averaged.
 
     Raises:
         ValueError: nothing has finished.
@@ -105,38 +107,41 @@ def table(cells: Sequence[Cell], storage: Path) -> str:
     if not found:
         raise ValueError(f"{storage}: none of {len(cells)} runs has finished")
     backbones = list(dict.fromkeys(cell.backbone for cell in cells))
-    lines = [["objective", *(f"{name}, seconds" for name in backbones)], ["---", *["---:"] * len(backbones)]]
+    heads = [f"{backbone}, {name}" for backbone in backbones for name in SCORES]
+    lines = [["objective", *heads], ["---", *["---:"] * len(heads)]]
     for objective in dict.fromkeys(cell.objective for cell in cells):
         columns = (
             [s for cell, s in found.items() if (cell.objective, cell.backbone) == (objective, backbone)]
             for backbone in backbones
         )
-        lines.append([objective, *map(entry, columns)])
+        lines.append([objective, *(entry(column, score) for column in columns for score in SCORES.values())])
     images = max(s["images_seen"] for s in found.values())
-    pixels = mean(s["pixels"]["knn_top1"] for s in found.values())
+    pixels = ", ".join(
+        f"{name} {100 * mean(s['pixels'][score] for s in found.values()):.1f}" for name, score in SCORES.items()
+    )
     last = next(reversed(found.values()))
     seeds = len({cell.seed for cell in found})
     return "\n".join(
         [
             *(f"| {' | '.join(line)} |" for line in lines),
             "",
-            f"k-NN in per cent after {images:,} images of {SIZE} px: **trained** / the same untrained "
-            f"(raw pixels: {100 * pixels:.1f}), mean of up to {seeds} seed{'s' * (seeds > 1)}, ± their standard "
-            "deviation; ° is less than two standard errors above untrained in some seed; – has not been run. "
+            f"Top-1 in per cent after {images:,} images of {SIZE} px: **trained** / the same untrained (raw pixels: "
+            f"{pixels}), {f'mean of up to {seeds} seeds, ± their standard deviation' if seeds > 1 else 'one seed'}; ° "
+            f"is less than two standard errors above untrained{' in some seed' * (seeds > 1)}; – has not been run. "
             f"{last['device']}, torch {last['versions']['torch']}.",
         ]
     )
 
 
-def entry(summaries: Sequence[dict[str, Any]]) -> str:
-    """ "**43.1** ± 0.8 / 25.8, 38 s" of the seeds of one objective on one backbone."""
+def entry(summaries: Sequence[dict[str, Any]], score: str) -> str:
+    """ "**43.1** ± 0.8 / 25.8" of the seeds of one objective on one backbone."""
     if not summaries:
         return "–"
-    trained = [100 * s["knn_top1"] for s in summaries]
+    trained = [100 * s[score] for s in summaries]
     spread = f" ± {stdev(trained):.1f}" if len(trained) > 1 else ""
-    floor = 100 * mean(s["untrained"]["knn_top1"] for s in summaries)
-    low = "°" if min(map(errors_above, summaries)) < 2 else ""
-    return f"**{mean(trained):.1f}**{low}{spread} / {floor:.1f}, {mean(s['seconds'] for s in summaries):.0f} s"
+    floor = 100 * mean(s["untrained"][score] for s in summaries)
+    low = "°" if min(errors_above(s, score) for s in summaries) < 2 else ""
+    return f"**{mean(trained):.1f}**{low}{spread} / {floor:.1f}"
 
 
 def run(arguments: Arguments) -> int:

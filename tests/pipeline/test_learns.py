@@ -10,8 +10,9 @@ from pipeline.learns import Cell, errors_above, table
 
 def finish(cell: Cell, storage: Path, trained: float, untrained: float) -> None:
     summary = {
-        "knn_top1": trained, "untrained": {"knn_top1": untrained}, "pixels": {"knn_top1": 0.35}, "val_images": 1000,
-        "images_seen": 2048, "seconds": 40.0, "device": "a processor", "versions": {"torch": "2.14"},
+        "knn_top1": trained, "linear_top1": 0.6, "untrained": {"knn_top1": untrained, "linear_top1": 0.58},
+        "pixels": {"knn_top1": 0.35, "linear_top1": 0.5}, "val_images": 1000, "images_seen": 2048,
+        "device": "a processor", "versions": {"torch": "2.14"},
     }  # fmt: skip
     cell.folder(storage).mkdir(parents=True)
     (cell.folder(storage) / "summary.json").write_text(json.dumps(summary))
@@ -23,11 +24,11 @@ def test_seeds_share_a_line_and_what_is_within_noise_is_marked(tmp_path: Path) -
         finish(cell, tmp_path, {"dino": 0.4, "mae": 0.27, "swav": 0.5}[cell.objective] + cell.seed / 50, 0.25)
     lines = table(cells, tmp_path).splitlines()
     assert lines[2:5] == [
-        "| dino | **41.0** ± 1.4 / 25.0, 40 s |",
-        "| mae | **27.0**° / 25.0, 40 s |",
-        "| swav | **50.0** / 25.0, 40 s |",
+        "| dino | **41.0** ± 1.4 / 25.0 | **60.0**° ± 0.0 / 58.0 |",
+        "| mae | **27.0**° / 25.0 | **60.0**° / 58.0 |",
+        "| swav | **50.0** / 25.0 | **60.0**° / 58.0 |",
     ]
-    assert "mean of up to 2 seeds" in lines[-1]
+    assert "(raw pixels: k-NN 35.0, linear 50.0), mean of up to 2 seeds" in lines[-1]
     assert "2,048 images of 32 px" in lines[-1]
 
 
@@ -36,7 +37,11 @@ def test_what_has_not_run_is_a_dash_and_a_table_of_nothing_is_refused(tmp_path: 
     with pytest.raises(ValueError, match="none of 2 runs has finished"):
         table(cells, tmp_path)
     finish(cells[1], tmp_path, 0.4, 0.25)
-    assert table(cells, tmp_path).splitlines()[2] == "| dino | – | **40.0** / 25.0, 40 s |"
+    lines = table(cells, tmp_path).splitlines()
+    assert lines[0] == "| objective | resnet20, k-NN | resnet20, linear | vit_ti8, k-NN | vit_ti8, linear |"
+    assert lines[2] == "| dino | – | – | **40.0** / 25.0 | **60.0**° / 58.0 |"
+    assert "px: **trained** / the same untrained" in lines[-1]
+    assert ", one seed; ° is less than two standard errors above untrained; –" in lines[-1]
 
 
 def test_noise_is_that_of_two_shares_of_the_validation_images() -> None:
