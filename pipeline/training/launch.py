@@ -80,6 +80,20 @@ def launch(config: Config, argv: Sequence[str]) -> int:
                 "repeat its options, or give another --run"
             )
         folder.remove("mlflow_run_id")  # its start failed: it begins anew, in MLflow too
+    with folder.held():
+        return carry_out(config, folder, uri, (train, val, note), argv, started)
+
+
+def carry_out(
+    config: Config,
+    folder: RunFolder,
+    uri: str,
+    data: tuple[Packed, Packed | None, str],
+    argv: Sequence[str],
+    started: float,
+) -> int:
+    """As `launch`, once configuration, data and run folder are settled and nobody else trains there."""
+    train, val, note = data
     state, said = mend(folder)
     for sentence in said:
         print(sentence, flush=True)

@@ -1,11 +1,13 @@
 """A run's folder, here or at any fsspec address: config, checkpoints, metrics, log, summary. Every write is atomic."""
 
 import contextlib
+import fcntl
 import io
 import json
 import os
 import posixpath
 import re
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from objectives import checkpoint
 from pipeline.errors import UserError
 
 WRITING = ".writing-"  # how names of files begin that are not whole yet
+HELD = ".held"  # locked by whoever trains
 CHECKPOINT = re.compile(r"(\d{12})\.pt$")
 
 
@@ -73,6 +76,35 @@ class RunFolder:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Nobody else trains here meanwhile; the system lets go of it where this process ends, however it does.
+
+        Addresses that are no file system's cannot be held.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        if not self.local:
+            yield
+            return
+        os.makedirs(self.root, exist_ok=True)
+        with open(f"{self.root}/{HELD}", "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise UserError(
+                    f"{self.address}: {file.read() or 'another process'} is training there; wait for its end, or stop "
+                    "it, which saves a checkpoint to go on from"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
 
     def tidy(self) -> None:
         """Remove what processes that were killed while writing left half written; only a run that begins may ask."""

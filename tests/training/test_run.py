@@ -18,7 +18,7 @@ import backbones
 from backbones import exported
 from pipeline import evaluate, pretrain
 from pipeline.training.conclusion import usage
-from pipeline.training.run_folder import RunFolder
+from pipeline.training.run_folder import HELD, WRITING, RunFolder
 
 SMALL = [
     *("--engine", "local", "--loader", "opencv", "--image-size", "16", "--batch-size", "8", "--knn-every", "0"),
@@ -227,6 +227,21 @@ def test_a_finished_run_stays_as_it_is_when_it_is_continued(command, tmp_path, c
     assert json.loads((run / "summary.json").read_text()) == before
     assert losses(run) == lines
     assert "images/s" in capsys.readouterr().out
+
+
+def test_a_run_that_somebody_trains_is_left_alone(command, tmp_path, capsys):
+    """As where a connexion was lost, and with it the sight of a run that goes on."""
+    run = tmp_path / "runs" / "one"
+    words = command("--backbone", "lenet5", "--epochs", "1", "--run", str(run), *MAE)
+    half = run / "checkpoints" / f"{WRITING}half"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"a checkpoint, as far as it is written")
+    with RunFolder(str(run)).held():
+        assert pretrain.main(words) == 2
+    assert f"{run}: process {os.getpid()} on " in capsys.readouterr().err
+    assert [file.name for file in run.rglob("*") if file.is_file()] == [HELD, half.name]
+    assert pretrain.main(words) == 0
+    assert not half.exists()
 
 
 def test_a_failed_start_stands_in_the_way_of_nothing(command, tmp_path, capsys):
