@@ -96,5 +96,11 @@ RECIPES = {
         warmup=0.01,
         options=options(scale=(0.08, 1.0), out_dim=256, queue_size=32768, momentum_start=0.99, symmetric=True),
     ),
-    **embedded(options(jitter=0.25, hidden_dim=512, queue_size=512, momentum_start=0.9, momentum_end=0.99)),
+    **embedded(options(jitter=0.25, hidden_dim=512, queue_size=512, momentum_start=0.9, momentum_end=0.99), "vit"),
+    **embedded(
+        options(jitter=0.25, hidden_dim=512, queue_size=512, momentum_start=0.99, momentum_end=0.999),
+        "cnn",
+        but="for keys that change slower, as published (ResNet-20 after 512 steps at 32 px, seed 0: k-NN 23.6, linear "
+        "49.2 with a momentum from 0.9 to 0.99, 35.3 and 67.3 so; untrained 25.8 and 52.2)",
+    ),
 }
