@@ -102,6 +102,10 @@ def check(config: Config) -> None:
         )
     if config.engine == "local" and most > 1:
         raise UserError(f"--workers {config.workers}: --engine local is one process; use --engine ray")
+    if ":" in config.data and recipes.generated(config.data):
+        from pipeline.data.embedded import factor_of  # SciPy comes with it
+
+        factor_of(config.data)
     for name in ("data", "val_data"):
         address = getattr(config, name)
         elsewhere = address and ("://" in address or address.startswith("$") or recipes.generated(address))

@@ -31,7 +31,7 @@ class Config:
     lejepa, which learns from them in minutes."""
     data: str = "embedded"
     """A folder, .tar, .parquet, .csv or .beton, here or at any fsspec address, or '$NAME' of a variable that holds it;
-    "embedded" is a generated set."""
+    "embedded" is a generated set, labelled by colour, "embedded:shape" by another factor."""
     val_data: str | None = None
     """Held-out images for the k-NN and linear accuracy. Left open: a train/ + val/ pair, else a split by content."""
     epochs: int | None = None

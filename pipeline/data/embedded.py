@@ -22,6 +22,7 @@ from scipy import fft
 
 from pipeline.data.beton import BetonWriter
 from pipeline.data.packed import Packed, read_facts, read_packed, write_facts
+from pipeline.errors import UserError
 
 Floats = NDArray[np.floating]  # float32 wherever it has pixels
 
@@ -72,6 +73,20 @@ def generate(
         keys = _keys(np.arange(start + first, start + last), seed, part)
         images[first:last] = _render(keys, {f: values[first:last] for f, values in truth.items()}, image_size)
     return images, truth
+
+
+def factor_of(address: str) -> str:
+    """The factor by which "embedded:FACTOR" labels the generated images; colour for "embedded".
+
+    Raises:
+        UserError: there is no such factor.
+    """
+    _, given, factor = address.partition(":")
+    if not given:
+        return LABEL
+    if factor not in FACTORS:
+        raise UserError(f"--data {address}: the generated images are labelled by one of {', '.join(FACTORS)}")
+    return factor
 
 
 def packed(

@@ -38,7 +38,8 @@ def prepare(config: Config, *, hold_out: bool = False) -> Split:
     cache = cache_folder(config.cache)
     if recipes.generated(config.data):
         counts = EMBEDDED | ({"train": config.limit} if config.limit else {})
-        train, val = (embedded.packed(cache, part, n, EMBEDDED_SIZE) for part, n in counts.items())
+        factor = embedded.factor_of(config.data)
+        train, val = (embedded.packed(cache, part, n, EMBEDDED_SIZE, factor=factor) for part, n in counts.items())
         return Split(train, val, "generated, val drawn apart from train")
     with progress_bar("packing", "files") as progress:
         return open_split(

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from scipy.stats import chi2_contingency, chisquare
 
-from pipeline.data import embedded
+from pipeline.config import Config
+from pipeline.data import embedded, preparation
 from pipeline.data.beton import BetonReader
 from pipeline.data.embedded import FACTORS, factors, generate
+from pipeline.errors import UserError
 
 
 def test_an_image_depends_on_seed_part_and_number_alone() -> None:
@@ -123,3 +125,13 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         generate(1, 32, part="test")
     with pytest.raises(ValueError, match="at least 8 pixels"):
         generate(1, 4)
+
+
+def test_the_command_line_names_the_factor_that_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "EMBEDDED", {"train": 8, "val": 4})
+    for data, factor in (("embedded", "colour"), ("embedded:shape", "shape")):
+        train, val, _ = preparation.prepare(Config(data=data, cache=str(tmp_path)))
+        assert val is not None
+        assert train.classes == val.classes == FACTORS[factor]
+    with pytest.raises(UserError, match="embedded:hue: the generated images are labelled by one of shape"):
+        preparation.prepare(Config(data="embedded:hue", cache=str(tmp_path)))

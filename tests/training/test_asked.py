@@ -45,6 +45,7 @@ def test_a_teachers_address_holds_in_any_folder(tmp_path, monkeypatch):
         (["--objective", "dinno"], "did you mean dino"),
         (["--options.outdim", "5"], "did you mean --options.out-dim"),
         (["--data", "/nowhere/photos"], "/nowhere/photos"),
+        (["--data", "embedded:hue"], "--data embedded:hue: the generated images are labelled by one of shape, texture"),
         (["--epochs", "0"], "at least 1"),
         (
             ["--image-size", "100"],
