@@ -231,6 +231,9 @@ class Training:
                   "checkpoint_images": found, "interventions": len(self.care.done), "run": kept.address, "away": away,
                   "peak_memory": peak_memory(self.device)}  # fmt: skip
         if not result["stopped"]:
+            if self.val_set and self.train_set.classes:
+                images = self.train_set.images + self.val_set.images
+                self.tell(f"trained; accuracy is measured now, on {images:,} images")
             result |= measure.finish(self.config, self.stepper.objective.backbone, self.train_set, self.val_set,
                                      self.device)  # fmt: skip
         return result
