@@ -96,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run(arguments: Arguments) -> None:
         if not arguments.runs:
             raise UserError("name at least one run folder")
+        if arguments.add and not arguments.write:
+            raise UserError("--add: to what? --write names the file")
         before = ""
         if arguments.write:
             head, end = around(Path(arguments.write), "results")

@@ -81,9 +81,7 @@ def factor_of(address: str) -> str:
     Raises:
         UserError: there is no such factor.
     """
-    _, given, factor = address.partition(":")
-    if not given:
-        return LABEL
+    factor = address.partition(":")[2] or LABEL
     if factor not in FACTORS:
         raise UserError(f"--data {address}: the generated images are labelled by one of {', '.join(FACTORS)}")
     return factor

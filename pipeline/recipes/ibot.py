@@ -134,6 +134,6 @@ RECIPES = {
         options(local_views=0, out_dim=256, ema_start=0.99, head_norm="batch"),
         "cnn",
         but="for a teacher that follows slower: with an EMA from 0.9 it finds all prototypes alike (ResNet-20 "
-        "collapsed within 6,000 images of 32 px; from 0.99 k-NN 32.7 after 16,384; untrained 25.8)",
+        "collapsed after 6,048 images of 32 px; from 0.99 k-NN 32.7 after 16,384; untrained 25.8)",
     ),
 }

@@ -16,9 +16,14 @@ def outcome_of(program: str, retry: Retry = ONCE, limit: float | None = None) ->
     return attempts.attempt(["-c", program], job, lambda line: None)
 
 
+def counting(log: Path) -> str:
+    """The beginning of a program: `n` is how often it has run, by the letters in `log`."""
+    return f"open({str(log)!r}, 'a').write('x'); n = len(open({str(log)!r}).read()); import sys; "
+
+
 def test_a_failure_is_tried_again_and_a_users_mistake_is_not(tmp_path):
     log = tmp_path / "log"
-    count = f"open({str(log)!r}, 'a').write('x'); n = len(open({str(log)!r}).read()); import sys; "
+    count = counting(log)
     assert outcome_of(count + "sys.exit(0 if n == 3 else 1)", Retry(2)).status == 0
     assert log.read_text() == "xxx"
     log.write_text("")
@@ -31,7 +36,7 @@ def test_a_failure_is_tried_again_and_a_users_mistake_is_not(tmp_path):
 
 def test_where_machines_were_taken_away_too_few_of_them_are_no_mistake(tmp_path):
     log = tmp_path / "log"
-    count = f"open({str(log)!r}, 'a').write('x'); n = len(open({str(log)!r}).read()); import sys; "
+    count = counting(log)
     assert outcome_of(count + "sys.exit({1: 75, 4: 0}.get(n, 2))", Retry(5)).status == 0
     assert log.read_text() == "xxxx"
     log.write_text("")

@@ -53,6 +53,20 @@ def test_pairs_are_compared_round_by_round():
     assert "| the other | 1,500 | – |" in table(pairs, {"a": "no module", "b": [1500.0]}, "")
 
 
+def test_of_seconds_the_fewest_are_the_best():
+    text = table(TWO._replace(unit="s"), {"a": [2.0, 1.6], "b": [0.4, 0.5]}, "")
+    assert "| the job | s | ratio |" in text
+    assert "| the other | 0.40 | 0.25 |" in text
+
+
+@pytest.mark.parametrize("name", BENCHES["start"].contenders)
+def test_each_answer_has_its_status(name, tmp_path):
+    contender = BENCHES["start"].contenders[name]
+    assert 0 < contender.figure(tmp_path, Arguments("start")) < 100
+    with pytest.raises(RuntimeError, match=f"status {contender.status}"):
+        contender._replace(status=contender.status + 1).figure(tmp_path, Arguments("start"))
+
+
 def test_rounds_go_forwards_and_backwards_by_turns_without_those_that_failed(monkeypatch):
     asked = []
 

@@ -75,4 +75,5 @@ def test_the_block_takes_the_table_and_mistakes_are_one_line(run: Path, tmp_path
     assert text.endswith("<!-- /results -->\nend\n")
     assert main([str(tmp_path)]) == 2
     assert main([str(run), "--write", str(tmp_path / "absent.md")]) == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 2
+    assert main([str(run), "--add"]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 3

@@ -17,7 +17,7 @@ from PIL import Image
 import backbones
 from backbones import exported
 from pipeline import evaluate, pretrain
-from pipeline.training.conclusion import usage
+from pipeline.training.conclusion import few_cells, usage
 from pipeline.training.run_folder import HELD, WRITING, RunFolder
 
 SMALL = [
@@ -227,6 +227,19 @@ def test_a_finished_run_stays_as_it_is_when_it_is_continued(command, tmp_path, c
     assert json.loads((run / "summary.json").read_text()) == before
     assert losses(run) == lines
     assert "images/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size", "said"),
+    [
+        ("vit_s16", 32, " (2 x 2 cells of 16 pixels; vit_s4 sees 8 x 8)"),
+        ("vit_ti14", 28, " (2 x 2 cells of 14 pixels; vit_ti2 sees 14 x 14)"),
+        ("vit_s16", 64, ""),
+        ("resnet18", 32, ""),
+    ],
+)
+def test_a_vit_that_sees_few_cells_is_told_which_one_sees_more(backbone, size, said):
+    assert few_cells(backbone, size) == said
 
 
 def test_a_run_that_somebody_trains_is_left_alone(command, tmp_path, capsys):
