@@ -1,8 +1,9 @@
 """`python -m jobs.arrivals --data FOLDER --run STORAGE/NAME-FIRING`: pretrain on what arrived since the last firing.
 
 Takes every option of pretraining. The runs of one job differ in the firing that their names hold. Each keeps the list
-of its images in its folder, `arrived/DATA.csv`; what stands in none of the finished runs' lists has arrived. The new
-run begins with the newest finished one (`--init`); the first one takes all there is.
+of its images in its folder, `arrived/DATA.csv`; what stands in none of the finished runs' lists, by path, size and time
+of change, has arrived: a file that was half copied one night comes whole the next. The new run begins with the newest
+finished one (`--init`); the first one takes all there is.
 """
 
 import csv
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 from jobs.firing import FIRING
 from pipeline import asked
 from pipeline.command import guarded
-from pipeline.config import Config
+from pipeline.config import Config, of_run
 from pipeline.errors import UserError
 from pipeline.redaction import hide
 
@@ -56,17 +57,19 @@ def prepare(configuration: Config) -> Config | None:
     listed = f"arrived/{Path(configuration.data.rstrip('/')).stem}.csv"
     before = earlier(folder.address)
     last = before[-1] if before else None
-    if not folder.exists(listed):  # an attempt at the same firing takes the same images
-        known = {path for run in before for path, _ in rows(RunFolder(run), listed)}
-        new = [(path, label) for path, label in images(configuration.data) if path not in known]
+    if folder.exists("config.yaml"):  # an attempt at the same firing begins with the same run
+        last = of_run(folder.address).init
+    if not folder.exists(listed):  # and takes the same images
+        known = {(row[0], *row[2:]) for run in before for row in rows(RunFolder(run), listed)}
+        new = [image for image in images(configuration.data) if (image[0], image[2]) not in known]
         since = f"since {Path(last).name}" if last else "(the first run takes all)"
         print(f"{len(new):,} images have arrived {since}, {len(known):,} were there", flush=True)
         if len(new) < LEAST:
             print(f"fewer than {LEAST}: they wait for the next firing", flush=True)
             return None
         text = io.StringIO()
-        csv.writer(text).writerows([("path", "label"), *new])
-        folder.write(listed, text.getvalue())
+        csv.writer(text).writerows([("path", "label", "state"), *new])
+        folder.write(listed, text.getvalue().encode(errors="surrogateescape"))
     return dataclasses.replace(configuration, data=folder.path(listed), init=last)
 
 
@@ -88,15 +91,15 @@ def earlier(address: str) -> list[str]:
     return [run for _, run in sorted(found)]
 
 
-def rows(run: "RunFolder", listed: str) -> list[tuple[str, str]]:
-    """The (path, label) of each image in a run's list."""
+def rows(run: "RunFolder", listed: str) -> list[list[str]]:
+    """The (path, label, state) of each image in a run's list."""
     if not run.exists(listed):
         return []
-    return [(row[0], row[1]) for row in list(csv.reader(io.StringIO(run.read(listed).decode())))[1:]]
+    return list(csv.reader(io.StringIO(run.read(listed).decode(errors="surrogateescape"))))[1:]
 
 
-def images(address: str) -> list[tuple[str, str]]:
-    """The (path, label) of every image in a folder, the label empty where it has none."""
+def images(address: str) -> list[tuple[str, str, str]]:
+    """The path, label and state of every image in a folder: its size and version, and no label where it has none."""
     from pipeline.data.remote import given
     from pipeline.data.source import LocalFolder, RemoteFolder, open_source
 
@@ -109,12 +112,14 @@ def images(address: str) -> list[tuple[str, str]]:
             f"--data {address}: is no folder of images, so what arrives in it cannot be told; give a folder"
         )
     wanted = source.wanted()
-    keys = [f"{source.root}/{source.items[index].key}" for index in wanted]
+    items = [source.items[index] for index in wanted]
+    keys = [f"{source.root}/{item.key}" for item in items]
     if isinstance(source, RemoteFolder):
         keys = [source.files.unstrip_protocol(key) for key in keys]
     else:
         keys = [str(Path(key).absolute()) for key in keys]
-    return [(key, label or "") for key, label in zip(keys, source.labels(wanted))]
+    states = [f"{item.size} {item.version}" for item in items]
+    return [(key, label or "", state) for key, label, state in zip(keys, source.labels(wanted), states)]
 
 
 if __name__ == "__main__":

@@ -287,17 +287,19 @@ def send(job: Job, place: Place, numbers: Sequence[int]) -> None:
 
 
 def write(address: str, value: dict[str, Any]) -> None:
-    """Write a JSON file, and the folders that it lies in."""
-    with fsspec.open(address, "w", auto_mkdir=True) as file:
-        json.dump(value, file)
+    """Write a JSON file whole or not at all, and the folders that it lies in."""
+    from pipeline.training.run_folder import RunFolder  # torch comes with it
+
+    folder, _, name = address.rpartition("/")
+    RunFolder(folder).write_json(name, value)
 
 
 def read(address: str) -> dict[str, Any] | None:
-    """A JSON file, None where there is none."""
+    """A JSON file, None where there is none, or none that is whole."""
     try:
         with fsspec.open(address) as file:
             return dict(json.load(file))
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
 

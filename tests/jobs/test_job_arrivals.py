@@ -1,13 +1,16 @@
 """Nightly pretraining on a folder that grows."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 from job_toys import TINY, photographs, python
 
 from jobs import arrivals
-from pipeline import asked
+from pipeline import asked, config
+from pipeline.data.source import open_source
 from pipeline.errors import UserError
 
 
@@ -26,7 +29,7 @@ def finish(tmp_path, day: int) -> None:
 
 def listed(configuration) -> list[tuple[str, str]]:
     text = Path(configuration.data).read_text().splitlines()[1:]
-    return [tuple(line.rsplit(",", 1)) for line in text]
+    return [tuple(line.split(",")[:2]) for line in text]
 
 
 def test_each_firing_takes_what_no_finished_one_had(tmp_path, capsys):
@@ -49,6 +52,43 @@ def test_each_firing_takes_what_no_finished_one_had(tmp_path, capsys):
     fifth = prepared(tmp_path, 5)
     assert len(listed(fifth)) == arrivals.LEAST - 1 + 10
     assert fifth.init.endswith(f"night-{firing(2)}")
+
+
+def test_a_file_that_was_half_copied_or_has_changed_arrives_anew(tmp_path):
+    photographs(tmp_path / "photos", range(20))
+    whole = {path: path.read_bytes() for path in sorted((tmp_path / "photos").rglob("*.png"))}
+    for path, content in whole.items():
+        path.write_bytes(content[: len(content) // 2])
+    photographs(tmp_path / "photos", range(20, 40))
+    assert len(listed(prepared(tmp_path, 1))) == 40
+    finish(tmp_path, 1)
+    for path, content in whole.items():
+        path.write_bytes(content)
+    assert {path for path, _ in listed(prepared(tmp_path, 2))} == set(map(str, whole))
+
+
+def test_names_that_are_no_utf_8_arrive_too(tmp_path):
+    photographs(tmp_path / "photos", range(20))
+    odd = os.fsencode(tmp_path / "photos") + b"/caf\xe9.png"
+    shutil.copy(next((tmp_path / "photos").rglob("*.png")), odd)
+    first = prepared(tmp_path, 1)
+    assert os.fsdecode(odd) in {item.key for item in open_source(first.data).items}
+    finish(tmp_path, 1)
+    assert prepared(tmp_path, 2) is None
+
+
+def test_an_attempt_at_a_firing_begins_with_the_run_that_the_one_before_began_with(tmp_path):
+    photographs(tmp_path / "photos", range(20))
+    prepared(tmp_path, 1)
+    finish(tmp_path, 1)
+    photographs(tmp_path / "photos", range(20, 40))
+    prepared(tmp_path, 2)
+    photographs(tmp_path / "photos", range(40, 60))
+    third = prepared(tmp_path, 3)
+    (Path(third.data).parent.parent / "config.yaml").write_text(config.sealed(third))
+    finish(tmp_path, 2)
+    assert prepared(tmp_path, 3) == third
+    assert third.init.endswith(f"night-{firing(1)}")
 
 
 def test_other_jobs_and_cells_are_not_its_own(tmp_path):

@@ -173,6 +173,18 @@ def test_claims_are_won_once(tmp_path):
         assert [jobs_run.claim("s3://runs/after.claimed", cell) for cell in "abca"] == [True, False, False, True]
 
 
+def test_a_word_is_read_whole_or_not_at_all(tmp_path):
+    address, word = f"{tmp_path}/words/a.json", {"run": "r" * 5000, "done": True}
+    jobs_run.write(address, word)
+    with ThreadPoolExecutor(1) as threads:
+        writing = threads.submit(lambda: [jobs_run.write(address, word) for _ in range(100)])
+        while not writing.done():
+            assert jobs_run.read(address) == word
+        writing.result()
+    Path(address).write_text("")  # as a machine that lost its power may leave it
+    assert jobs_run.read(address) is None
+
+
 class Records:
     """The cluster's records of a firing's cells."""
 
