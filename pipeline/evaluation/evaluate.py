@@ -56,6 +56,7 @@ def evaluate_backbone(
     device: torch.device | str = "cpu",
     seed: int = 0,
     limit: int | None = None,
+    val_limit: int | None = None,
     batch_size: int = 256,
     precision: Literal["fp32", "bf16"] = "fp32",
     cache: Path | None = None,
@@ -68,7 +69,8 @@ def evaluate_backbone(
 
     Args:
         backbone: on `device`; images [B, C, H, W] and `summaries` to `Features`. It is put back into its mode.
-        limit: the largest number of training images to learn from, always the same ones.
+        limit, val_limit: the largest number of training images to learn from, and of validation images to measure on,
+            always the same ones.
         cache: the folder in which features are kept; None keeps none.
 
     Raises:
@@ -76,7 +78,7 @@ def evaluate_backbone(
     """
     return examine(
         {"": backbone}, train, val, image_size=image_size, protocols=protocols, device=device, seed=seed, limit=limit,
-        batch_size=batch_size, precision=precision, cache=cache,
+        val_limit=val_limit, batch_size=batch_size, precision=precision, cache=cache,
     )[""].numbers  # fmt: skip
 
 
@@ -127,6 +129,7 @@ def examine(
     device: torch.device | str = "cpu",
     seed: int = 0,
     limit: int | None = None,
+    val_limit: int | None = None,
     batch_size: int = 256,
     precision: Literal["fp32", "bf16"] = "fp32",
     cache: Path | None = None,
@@ -170,7 +173,7 @@ def examine(
         )  # fmt: skip
 
     examined = [name for name in backbones if name not in floors]
-    on_train, on_val = (passes(packed, list(backbones), n) for packed, n in ((train, limit), (val, None)))
+    on_train, on_val = (passes(packed, list(backbones), n) for packed, n in ((train, limit), (val, val_limit)))
     random = passes(train, examined, VIEWED, random=True) if "views" in needs else {}
 
     def labels_of(packed: Packed) -> tuple[Tensor, Tensor | None]:

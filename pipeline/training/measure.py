@@ -16,7 +16,7 @@ from pipeline.device import precision_of
 from pipeline.evaluation import floors
 from pipeline.training.run_folder import RunFolder
 
-ONLINE_IMAGES = 5_000  # of the training set, the bank of the online k-NN
+ONLINE_IMAGES = 5_000  # of the training set, the bank of the online k-NN; and of the validation set
 SHORT = 6  # and no more than this part of all images a run sees: measuring must stay cheap in a short run
 MEASUREMENTS = 10  # of k-NN over a run, where --knn-every is left open
 
@@ -63,10 +63,11 @@ class OnlineKnn:
         self.config, self.train, self.val, self.device = config, train, val, device
         epochs = int(config.epochs or 1)
         self.bank = min(ONLINE_IMAGES, max(planned // SHORT, 1), train.images)
+        self.queries = min(ONLINE_IMAGES, val.images) if val else 0
         if val is None or not train.classes or not val.classes:
             self.every = 0.0
         elif config.knn_every is None:
-            self.every = float(max(planned / MEASUREMENTS, 2 * (self.bank + val.images)))
+            self.every = float(max(planned / MEASUREMENTS, 2 * (self.bank + self.queries)))
         else:
             self.every = config.knn_every * planned / epochs
         self.planned = planned
@@ -81,7 +82,7 @@ class OnlineKnn:
         return bool(self.every) and seen < self.planned and int(seen / self.every) > int(self._last / self.every)
 
     def __call__(self, backbone: Backbone, seen: int, asked_to_stop: Callable[[], bool]) -> float | None:
-        """The accuracy now, with `bank` images of the training set to learn from; None once it is asked to stop."""
+        """The accuracy now, with `bank` images of the training set to learn from, and `queries` of the other; None once it is asked to stop."""
         try:
             top1 = self._measured(Stoppable(backbone, asked_to_stop))
         except Stopped:
@@ -93,7 +94,7 @@ class OnlineKnn:
         assert self.val is not None
         result = evaluation.evaluate_backbone(
             backbone, self.train, self.val, image_size=int(self.config.image_size or 0), protocols=("knn",),
-            device=self.device, limit=self.bank, precision=precision_of(self.config, self.device),
+            device=self.device, limit=self.bank, val_limit=self.queries, precision=precision_of(self.config, self.device),
         )  # fmt: skip
         return float(result["knn_top1"] or 0.0)
 

@@ -38,7 +38,7 @@ class Recorder:
         self.best = max((facts.get("knn_top1", -1.0) for facts in read_facts(folder).values()), default=-1.0)
         self.first_loss = self.last_loss = float("nan")
         self.trained = self.waited = 0.0
-        self.steps = 0
+        self.steps = self.black = 0
         self._knn: tuple[int, float] | None = None
         self._trouble: str | None = None
         self._care: Care | None = None  # interventions to be written
@@ -88,6 +88,12 @@ class Recorder:
         status.signs = {sign.name: row[sign.name] for sign in self.health.signs if sign.name in row}
         status.alarms = self.health.alarms
         self._log(row, {"images_per_second": status.images_per_second, "data_wait": status.data_wait})
+
+    def decode_errors(self, count: int, path: str) -> None:
+        """Record how often an image could not be decoded until now, and tell of the first."""
+        if count and not self.black:
+            self.say(f"warning: an image of {path} cannot be decoded, and is seen black; pack the images anew")
+        self.black = max(self.black, count)
 
     def skip(self, seen: int) -> None:
         """Record a batch that was left out."""
@@ -175,6 +181,7 @@ class Recorder:
             "loss_last": self.last_loss,
             "vital_signs": dict(self.status.signs),
             "alarms": list(self.status.alarms),
+            "decode_errors": self.black,
             "training_seconds": self.trained,
             "checkpoint_wait": self.checkpoints.held / self.trained if self.trained else None,
         }

@@ -95,6 +95,7 @@ class Training:
         self.loader = make_loader(
             self.train_set.path, self.stepper.objective.views, batch_size=self.step_images // self.world,
             seed=config.seed, rank=self.rank, world=self.world, threads=job.threads, backend=config.loader,
+            pin_memory=self.device.type == "cuda",
         )  # fmt: skip
         self.loader.waiting = self.await_data
         self.late = False
@@ -149,10 +150,11 @@ class Training:
                     values, lr = self.stepper(batch, seen, self.planned, self.care)
                 except TooFewImages as error:
                     raise UserError(f"--batch-size {self.config.batch_size}: {error}") from error
-                means, self.stop, self.due = self.agree(values)
+                means, self.stop, self.due, black = self.agree(values)
                 self.row = {"images": self.seen, **means, "lr": lr}
                 self.health.check(self.row, self.seen)
                 if self.recorder:
+                    self.recorder.decode_errors(black, self.train_set.path)
                     self.recorder.step(self.row, seconds=time.perf_counter() - started, waited=waited)
             else:
                 self.due = True  # perhaps
@@ -169,19 +171,19 @@ class Training:
             self.links.exchange(self.recorder.status)
         self.late = late
 
-    def agree(self, values: dict[str, Tensor]) -> tuple[dict[str, float], bool, bool]:
-        """The mean of each value over all ranks, whether rank 0 was asked to stop, and whether it may have a checkpoint
-        taken: one small reduction a step."""
+    def agree(self, values: dict[str, Tensor]) -> tuple[dict[str, float], bool, bool, int]:
+        """The mean of each value over all ranks, whether rank 0 was asked to stop, whether it may have a checkpoint
+        taken, and how often any rank could not decode an image: one small reduction a step."""
         asked = due = False
         if self.recorder:
             asked = self.recorder.asked_to_stop()
             due = self.knn.due(self.seen) or self.recorder.checkpoint_due()
         packed = torch.stack([v.detach().float().reshape(()) for v in values.values()])
-        packed = torch.cat([packed, packed.new_tensor([asked, due])])
+        packed = torch.cat([packed, packed.new_tensor([asked, due, sum(self.loader.decode_errors.values())])])
         if self.world > 1:
             dist.all_reduce(packed)
-        *sums, stop, may = packed.tolist()
-        return {name: value / self.world for name, value in zip(values, sums)}, stop > 0, may > 0
+        *sums, stop, may, black = packed.tolist()
+        return {name: value / self.world for name, value in zip(values, sums)}, stop > 0, may > 0, int(black)
 
     def measure(self) -> None:
         """Rank 0's online k-NN, and a checkpoint of all ranks, where they are due."""
