@@ -122,7 +122,7 @@ def batches(
         loader.load_state({"epoch": 0, "position": first})
         yield from _first(loader, end - first)
         if black := len(loader.decode_errors):
-            print(f"warning: {black:,} images of {path} cannot be decoded, and count as black", flush=True)
+            print(f"warning: {black:,} image{'s' * (black > 1)} of {path} cannot be decoded, seen as black", flush=True)
 
 
 def _first(loader: Iterable[Batch], images: int) -> Iterator[Batch]:

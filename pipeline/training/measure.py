@@ -82,7 +82,8 @@ class OnlineKnn:
         return bool(self.every) and seen < self.planned and int(seen / self.every) > int(self._last / self.every)
 
     def __call__(self, backbone: Backbone, seen: int, asked_to_stop: Callable[[], bool]) -> float | None:
-        """The accuracy now, with `bank` images of the training set to learn from, and `queries` of the other; None once it is asked to stop."""
+        """The accuracy now on `queries` images, with `bank` of the training set to learn from; None once it is asked to
+        stop."""
         try:
             top1 = self._measured(Stoppable(backbone, asked_to_stop))
         except Stopped:
@@ -94,7 +95,8 @@ class OnlineKnn:
         assert self.val is not None
         result = evaluation.evaluate_backbone(
             backbone, self.train, self.val, image_size=int(self.config.image_size or 0), protocols=("knn",),
-            device=self.device, limit=self.bank, val_limit=self.queries, precision=precision_of(self.config, self.device),
+            device=self.device, limit=self.bank, val_limit=self.queries,
+            precision=precision_of(self.config, self.device),
         )  # fmt: skip
         return float(result["knn_top1"] or 0.0)
 

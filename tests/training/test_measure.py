@@ -9,6 +9,7 @@ import backbones
 from pipeline.config import Config
 from pipeline.evaluation.features import extract
 from pipeline.evaluation.knn import knn
+from pipeline.training import measure
 from pipeline.training.measure import OnlineKnn
 from tests.evaluation.test_evaluate import SIDE, pack
 
@@ -30,6 +31,16 @@ def test_it_is_the_accuracy_by_the_nearest_of_a_part_of_the_training_images(tmp_
     queries, truth = extract(backbone, tmp_path / "val.beton", image_size=SIDE)
     assert measured(backbone, 96, lambda: False) == knn(bank, labels, queries, truth, ks=(20,))[20] > 0.3
     assert backbone.training
+
+
+def test_it_measures_on_a_part_of_many_validation_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "ONLINE_IMAGES", 40)
+    backbone = backbones.create("lenet5", image_size=SIDE).train()
+    measured = online(tmp_path)
+    bank, labels = extract(backbone, measured.train.path, image_size=SIDE, limit=40)
+    queries, truth = extract(backbone, tmp_path / "val.beton", image_size=SIDE, limit=40)
+    assert len(truth) == 40
+    assert measured(backbone, 96, lambda: False) == knn(bank, labels, queries, truth, ks=(20,))[20]
 
 
 @pytest.mark.parametrize(("every", "images"), [(1.0, 96), (0.5, 48), (2.0, 192)])

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,8 @@ from PIL import Image
 import backbones
 from backbones import exported
 from pipeline import evaluate, pretrain
+from pipeline.data.beton import BetonReader, BetonWriter
+from pipeline.evaluation.images import batches, evaluation_view
 from pipeline.training.conclusion import few_cells, usage
 from pipeline.training.run_folder import HELD, WRITING, RunFolder
 
@@ -313,6 +316,25 @@ def test_too_few_images_are_one_line_before_anything_begins(command, tmp_path, c
     (line,) = capsys.readouterr().err.splitlines()
     assert sentence in line
     assert not run.exists()
+
+
+def test_images_that_cannot_be_decoded_are_told_and_counted(command, tmp_path, capsys):
+    beton, generator = tmp_path / "photos.beton", np.random.default_rng(2)
+    with BetonWriter(beton, 24) as writer:
+        for _ in range(24):
+            _, jpeg = cv2.imencode(".jpg", generator.integers(0, 255, (20, 24, 3), np.uint8))
+            writer.write(jpeg.tobytes(), size=(20, 24))
+    record = BetonReader(beton).metadata[5]
+    with beton.open("r+b") as file:
+        file.seek(int(record["data_ptr"]))
+        file.write(bytes(int(record["size"])))
+    words = command("--backbone", "lenet5", "--epochs", "2", *DINO, "--run", str(tmp_path / "runs" / "one"))
+    words[words.index("--data") + 1] = str(beton)
+    assert pretrain.main(words) == 0
+    assert capsys.readouterr().out.count("cannot be decoded, and is seen black") == 1
+    assert json.loads((tmp_path / "runs" / "one" / "summary.json").read_text())["decode_errors"] == 2
+    assert sum(len(batch.index) for batch in batches(beton, [evaluation_view(16)], 8)) == 24
+    assert f"warning: 1 image of {beton} cannot be decoded" in capsys.readouterr().out
 
 
 def test_a_run_without_labels_measures_nothing_and_says_so(command, tmp_path):
