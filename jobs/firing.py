@@ -1,9 +1,17 @@
-"""Which firing of a job this is: the instant it was due, in UTC, as it is written in ids and names of run folders."""
+"""Which firing of a job this is: the instant it was due, in UTC, as it is written in ids and names of run folders.
+
+`python -m jobs.firing JOB` prints the newest of a job's schedule, or now where it has none.
+"""
 
 import re
+import sys
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
+from tyro.conf import Positional
+
 from jobs.job import Job
+from pipeline.command import command
 from pipeline.errors import UserError
 
 FIRING = re.compile(r"\d{8}T\d{6}Z")
@@ -34,3 +42,26 @@ def which_firing(job: Job, asked: str | None, now: datetime) -> str:
     if newest is None:
         raise UserError(f"{job.path}: its schedule has not fired in eight years")
     return firing_name(newest)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Print which firing of a job this is: the newest of its schedule, or now where it has none."""
+
+    job: Positional[str]
+    """A job file, or the name of one in jobs/."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def show(arguments: Arguments) -> int:
+    """Print the firing of the job that is named."""
+    from jobs import spec
+
+    job = spec.load(arguments.job)
+    print(which_firing(job, "scheduled" if job.timetable else None, datetime.now(UTC)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command(Arguments, "jobs.firing", show, None))

@@ -127,6 +127,7 @@ def serve(
         look: sees to failures that nobody has told of.
     """
     refused: Counter[str] = Counter()
+    tried: dict[str, datetime] = {}
     away = False
     while True:
         now, soon = clock.now(), LOOK
@@ -136,17 +137,19 @@ def serve(
                 continue
             if job.name not in state.until:  # never seen before: what lies in the past is none of ours
                 state.advance(job.name, now)
-            for firing in due(job, state.until[job.name], now):
+            for firing in due(job, state.until[job.name], now, tried.get(job.name)):
                 try:
                     fire(job, firing_name(firing))
                 except Exception as error:
                     say(f"{job.name} {firing_name(firing)}: not submitted, tried again soon ({error})")
                     refused[job.name] += 1
+                    tried[job.name] = firing
                     if refused[job.name] == TRIES:
                         text = f"not submitted in {TRIES} tries, and tried on ({redact(str(error))})"
                         tell(job, firing_name(firing), "", f"{job.name}-{firing_name(firing)}: {text}")
                     break
                 refused[job.name] = 0
+                tried.pop(job.name, None)
                 state.advance(job.name, firing)
             else:
                 upcoming = job.timetable.schedule.firings(now, now + timedelta(seconds=LOOK))
@@ -162,14 +165,15 @@ def serve(
             return
 
 
-def due(job: Job, after: datetime, now: datetime) -> list[datetime]:
-    """Firings to submit now: all that came since, or of several the last alone, or none but the fresh ones."""
+def due(job: Job, after: datetime, now: datetime, tried: datetime | None = None) -> list[datetime]:
+    """Firings to submit now: all that came since, or of several the last alone, or none but the fresh ones and the one
+    that the cluster was asked for in time and did not take."""
     assert job.timetable is not None
     firings = job.timetable.schedule.firings(after, now)
     if job.timetable.missed == "last":
         return firings[-1:]
     if job.timetable.missed == "none":
-        return [firing for firing in firings if now - firing <= timedelta(seconds=2 * LOOK)]
+        return [firing for firing in firings if now - firing <= timedelta(seconds=2 * LOOK) or firing == tried]
     return firings
 
 

@@ -31,10 +31,9 @@ def render(job: Job, arguments: Arguments) -> str:
     options += [f"mem={math.ceil(takes.memory / (1 << 20))}M"] if takes.memory else []
     options += [f"time={math.ceil(job.time_limit / 60) + 10}"] if job.time_limit else []
     options += [f"array=0-{len(job.cells) - 1}"] if len(job.cells) > 1 else []
-    options += ["output=%x-%j.log"]
-    firing = '"${FIRING:-scheduled}"' if job.timetable else '"${FIRING:-$(date -u +%Y%m%dT%H%M%SZ)}"'
+    options += ["output=%x-%j.log", "open-mode=append"]
     cells = " ".join(shlex.quote(cell.name) for cell in job.cells)
-    words = [*map(shlex.quote, ["-m", "jobs.run", str(job.path)]), "--firing", firing, "--in-place"]
+    words = [*map(shlex.quote, ["-m", "jobs.run", str(job.path)]), "--firing", '"$FIRING"', "--in-place"]
     words += ["--cell", '"${CELLS[${SLURM_ARRAY_TASK_ID:-0}]}"'] if len(job.cells) > 1 else []
     words += ["--set", *map(shlex.quote, job.settings)] if job.settings else []
     plain = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in job.environment.items())
@@ -51,6 +50,17 @@ cd {shlex.quote(arguments.folder)}
 PORT=$(({PLAIN_PORT} + ${{SLURM_JOB_ID:-0}} % 1000))
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export PATH="$PWD/.venv/bin:$PATH" RAY_USAGE_STATS_ENABLED=0 RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600
+# One firing to a submission: that of its first task, for all of them, and after a requeue.
+if [ -z "${{FIRING:-}}" ]; then
+    ID=.firings/${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}} OWN=.firings/$SLURM_JOB_ID.own
+    mkdir -p .firings
+    if [ ! -e "$ID" ]; then
+        python -m jobs.firing {shlex.quote(str(job.path))} >"$OWN"
+        ln "$OWN" "$ID" 2>/dev/null || true
+        rm "$OWN"
+    fi
+    FIRING=$(cat "$ID")
+fi
 BEGAN=$(mktemp -u)
 srun --export=ALL ray symmetric-run --address "$HEAD:$PORT" --min-nodes "$SLURM_JOB_NUM_NODES" --num-cpus {cpus} -- \\
     bash -c 'touch "$0"; exec "$@"' "$BEGAN" python {" ".join(words)}

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -16,7 +17,7 @@ import pytest
 import yaml
 from job_toys import python, schema_of
 
-from jobs import spec
+from jobs import firing, spec
 from jobs.job import Job, Timetable
 from jobs.render import Arguments, render
 from jobs.render.systemd import calendars
@@ -52,7 +53,7 @@ after:
 SLURM = """
 srun() { shift; "$@"; }; scontrol() { echo here; }
 ray() { while [ "$1" != -- ]; do shift; done; shift; "$@"; }
-SLURM_JOB_NODELIST=x SLURM_JOB_NUM_NODES=2
+SLURM_JOB_NODELIST=x SLURM_JOB_NUM_NODES=2 SLURM_JOB_ID=${SLURM_JOB_ID:-7}
 """
 TARGETS = ("cron", "systemd", "kubernetes", "raycronjob", "slurm")
 
@@ -242,9 +243,35 @@ def test_variables_arrive_as_they_are(job, tmp_path):
     assert {name: got[name] for name in values} == values
 
 
+def test_the_tasks_of_a_submission_and_a_requeue_of_it_are_one_firing(job, tmp_path):
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    fake = tmp_path / ".venv" / "bin" / "python"
+    fake.write_text('#!/bin/bash\n[ "$2" = jobs.firing ] && exec date +%N\necho "$5" >>firings\n')
+    fake.chmod(0o755)
+    script = SLURM + rendered(job(JOB.replace("MLFLOW_TRACKING_TOKEN", "HOME")), "slurm", folder=str(tmp_path))
+    tasks = [
+        subprocess.Popen(["bash", "-c", script], env={**os.environ, "SLURM_ARRAY_JOB_ID": array, "SLURM_JOB_ID": task})
+        for array, task in (("1", "1"), ("1", "2"), ("1", "3"), ("1", "4"), ("5", "5"))
+    ]
+    assert [task.wait(30) for task in tasks] == [0] * 5
+    again = {**os.environ, "SLURM_ARRAY_JOB_ID": "1", "SLURM_JOB_ID": "2"}
+    assert subprocess.run(["bash", "-c", script], env=again, timeout=30).returncode == 0
+    told = subprocess.run(["bash", "-c", script], env={**again, "FIRING": "mine"}, timeout=30)
+    assert told.returncode == 0
+    counts = Counter((tmp_path / "firings").read_text().split())
+    assert sorted(counts.values()) == [1, 1, 5]
+    assert counts["mine"] == 1
+
+
+def test_the_firing_of_a_job_can_be_asked_for(job, capsys):
+    job()
+    assert firing.show(firing.Arguments("jobs/night.yaml")) == 0
+    assert firing.FIRING.fullmatch(capsys.readouterr().out.strip())
+
+
 def test_a_ray_that_does_not_start_fails_the_script_though_symmetric_run_says_nothing(job, tmp_path):
     text = rendered(job(JOB.replace("MLFLOW_TRACKING_TOKEN", "HOME")), "slurm", folder=str(tmp_path))
-    script = f"{SLURM}ray() {{ echo Failed to start Ray; }}\n{text}"
+    script = f"{SLURM}FIRING=now\nray() {{ echo Failed to start Ray; }}\n{text}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stderr) == (1, "nothing ran: Ray did not start, for the reason above\n")
 

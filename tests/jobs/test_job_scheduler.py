@@ -131,6 +131,21 @@ def test_what_an_outage_missed(job):
     assert due(job("d", "30 2 * * *", "none"), last, nights[2] + timedelta(seconds=30)) == nights[2:]
 
 
+@pytest.mark.parametrize("missed", ["none", "last", "all"])
+def test_a_firing_waits_for_a_cluster_that_does_not_answer_for_a_while(job, tmp_path, missed):
+    nightly = job("nightly", "0 3 * * *", missed)
+    start = datetime(2026, 11, 24, 1, 55, tzinfo=UTC)  # five minutes before
+    clock, back, fired = FastClock(start, start + timedelta(hours=3)), start + timedelta(minutes=45), []
+
+    def fire(job: Job, firing: str) -> None:
+        if clock.time < back:
+            raise ConnectionError("no cluster answers")
+        fired.append(firing)
+
+    serve(lambda: [nightly], fire, State(tmp_path / "state.json"), clock, say=lambda text: None)
+    assert fired == ["20261124T020000Z"]
+
+
 def test_a_job_that_fails_to_submit_holds_up_no_other(job, tmp_path):
     jobs, fired = [job("bad", "0 * * * *"), job("good", "0 * * * *")], Counter()
 
