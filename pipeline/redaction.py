@@ -4,10 +4,14 @@ import re
 from urllib.parse import parse_qsl
 
 SECRET_NAME = r"[\w.-]*(?:passw(?:or)?d|secret|token|credentials?|signature|api[_-]?key|access[_-]?key)"
+_AT = r"@(?:[^/\s@]*@)*"
 _SECRETS = (
-    # A password may hold slashes; what follows a host's colon up to a slash may be a port.
-    (re.compile(r"\b((?:s3a?|gc?s)://)[^/\s@:]+:[^\s@]+@|(\w://)[^/\s@:]+:(?!\d{1,5}/)[^\s@]+@"), r"\1\2***@"),
-    (re.compile(r"(?<!\w)(?!abfss?:|wasbs?:|az:)(\w[\w+.-]*://)[^/\s@]+@"), r"\1***@"),  # Azure's is a container
+    # A password may hold slashes, and further @; what follows a host's colon up to a slash may be a port.
+    (
+        re.compile(rf"\b((?:s3a?|gc?s)://)[^/\s@:]+:[^\s@]+{_AT}|(\w://)[^/\s@:]+:(?!\d{{1,5}}/)[^\s@]+{_AT}"),
+        r"\1\2***@",
+    ),
+    (re.compile(r"(?<!\w)(?!abfss?:|wasbs?:|az:)(\w[\w+.-]*://)[^/\s]+@"), r"\1***@"),  # Azure's is a container
     (re.compile(r"(?i)(\bauthorization\b\W+(?:basic|bearer)\s+|\bbearer\s+)[\w.~+/=-]+"), r"\1***"),
     (re.compile(rf"(?i)({SECRET_NAME}[\"']?\s*[=:]\s*[\"']?|--{SECRET_NAME}\s+)[^\s\"'&,;}}]+"), r"\1***"),
     (re.compile(r"(?i)([?&](?:sig|key|auth|code|x-amz-[\w-]+|x-goog-[\w-]+)=)[^\s\"'&]+"), r"\1***"),

@@ -1,9 +1,10 @@
 """Parquet files with an image in every row."""
 
+import contextlib
 import json
+import os
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +22,25 @@ _ROWS = 1024  # of labels, read at a time
 
 class ParquetSource(Files):
     """Parquet files with one row per image. Keys are `file.parquet/row`."""
+
+    def identity(self) -> Iterator[str]:
+        """Those of the files, and of the images of this machine that their rows name."""
+        from pyarrow import types
+
+        yield from super().identity()
+        for path in self.paths if is_local(self.files) else ():
+            with self._opened(path) as file:
+                column = self._image_column(file.schema_arrow)
+                kind = file.schema_arrow.field(column).type
+                struct = types.is_struct(kind)
+                if kind.get_field_index("path") < 0 if struct else _holds(kind) == "bytes":
+                    continue
+                for batch in file.iter_batches(batch_size=_ROWS, columns=[f"{column}.path" if struct else column]):
+                    names = batch.column(0).field("path") if struct else batch.column(0)
+                    for named in names.to_pylist():
+                        with contextlib.suppress(OSError, ValueError):  # reported when it is read
+                            facts = os.stat(_beside(path, named or ""))
+                            yield f"{facts.st_size} {facts.st_mtime_ns}"
 
     @cached_property
     def items(self) -> list[Item]:
@@ -81,12 +101,12 @@ class ParquetSource(Files):
             return _image_or_head(value)
         if not value:
             return Unreadable("empty: no image in this row")
-        place = posixpath.join(posixpath.dirname(bare(path)), value)
+        place = _beside(path, value)
         if is_local(self.files):
             return Extent(place)
         return next(fetch(self.files, [(0, place)]))[1]
 
-    @contextmanager
+    @contextlib.contextmanager
     def _opened(self, path: str, column: str | None = None) -> Iterator[Any]:
         """A file; a column of texts that is named is read as numbers of texts."""
         import pyarrow
@@ -107,6 +127,11 @@ class ParquetSource(Files):
         if not found:
             raise UserError(f"{self.address}: no column of images among {', '.join(schema.names)}; name it 'image'")
         return found[0]
+
+
+def _beside(path: str, named: str) -> str:
+    """Where the image lies that a row of the file at `path` names."""
+    return posixpath.join(posixpath.dirname(bare(path)), named)
 
 
 def _holds(kind: Any) -> str:

@@ -87,7 +87,7 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
         value == r, (g - b) * inverse, torch.where(value == g, (b - r) * inverse + 2, (r - g) * inverse + 4)
     )
     sixths = sixths + 6 * turns.view(-1, 1, 1, 1)
-    n = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1)
+    n = torch.arange(5.0, 0.0, -2.0, device=x.device).view(1, 3, 1, 1)
     k = (sixths + n).remainder_(6)
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
 
@@ -164,8 +164,16 @@ class Photometrics:
 
     def _on_device(self, images: Tensor, draws: Draws) -> Tensor:
         x = apply(images.float().div_(255), draws)
-        mean, std = (x.new_tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        mean, std = (
+            upload(np.asarray(values, np.float32), x.device).view(1, -1, 1, 1) for values in (self.mean, self.std)
+        )
         return x.sub_(mean).div_(std)
+
+
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array on a device; a GPU fetches it when it gets there, and nothing waits."""
+    host = torch.from_numpy(array)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def apply(x: Tensor, draws: Draws) -> Tensor:
@@ -174,7 +182,7 @@ def apply(x: Tensor, draws: Draws) -> Tensor:
     factors = np.take_along_axis(draws.factors, draws.order, axis=1)  # [B, 4], by place
     blends = (draws.order != HUE) & (factors != 1) & (colour | (draws.order != SATURATION))
     kinds = np.stack([np.where(blends, factors, 1), draws.order == CONTRAST, draws.order == SATURATION])
-    on_device = torch.from_numpy(kinds.astype(np.float32)).to(device)[..., None, None, None]
+    on_device = upload(kinds.astype(np.float32), device)[..., None, None, None]
     for place in range(4):
         if blends[:, place].any():
             factor, contrast, saturation = on_device[:, :, place]
@@ -183,18 +191,18 @@ def apply(x: Tensor, draws: Draws) -> Tensor:
             x = torch.lerp(target, x, factor).clamp_(0, 1)
         shifted = np.flatnonzero((draws.order[:, place] == HUE) & (factors[:, place] != 0))
         if colour and len(shifted):
-            at = torch.from_numpy(shifted).to(device)
-            x[at] = shift_hue(x[at], torch.from_numpy(factors[shifted, place]).to(device))
+            at = upload(shifted, device)
+            x[at] = shift_hue(x[at], upload(factors[shifted, place], device))
     if colour and draws.gray.any():
-        at = torch.from_numpy(np.flatnonzero(draws.gray)).to(device)
+        at = upload(np.flatnonzero(draws.gray), device)
         x[at] = grey(x[at]).expand(-1, 3, -1, -1)
     if draws.sigma.any():
         blurred = np.flatnonzero(draws.sigma)
-        at = torch.from_numpy(blurred).to(device)
+        at = upload(blurred, device)
         window = kernel_size(x.shape[2]), kernel_size(x.shape[3])
-        x[at] = blur(x[at], torch.from_numpy(draws.sigma[blurred]).to(device), window)
+        x[at] = blur(x[at], upload(draws.sigma[blurred], device), window)
     if draws.solarize.any():
-        at = torch.from_numpy(np.flatnonzero(draws.solarize)).to(device)
+        at = upload(np.flatnonzero(draws.solarize), device)
         part = x[at]
         x[at] = torch.where(part >= SOLARIZE_FROM, 1 - part, part)
     return x

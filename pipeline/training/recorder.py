@@ -1,6 +1,7 @@
 """What rank 0 keeps of a run while it trains: the metrics file, MLflow, the status line, when a checkpoint is due."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
@@ -89,7 +90,7 @@ class Recorder:
         status.alarms = self.health.alarms
         self._log(row, {"images_per_second": status.images_per_second, "data_wait": status.data_wait})
 
-    def decode_errors(self, count: int, path: str) -> None:
+    def decode_errors(self, count: int, path: Path) -> None:
         """Record how often an image could not be decoded until now, and tell of the first."""
         if count and not self.black:
             self.say(f"warning: an image of {path} cannot be decoded, and is seen black; pack the images anew")

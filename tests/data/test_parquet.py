@@ -40,6 +40,20 @@ def test_parquet_images_in_every_shape(tmp_path):
         assert list(found.values()) == list(zip(labels, contents)), name
 
 
+@pytest.mark.parametrize("struct", [False, True])
+def test_a_file_changes_its_identity_with_the_images_that_it_names(tmp_path, struct):
+    (tmp_path / "1.jpg").write_bytes(jpeg(1))
+    rows: list = ["1.jpg", "gone.jpg"]
+    kind = pa.string()
+    if struct:
+        rows, kind = [{"bytes": None, "path": row} for row in rows], pa.struct({"bytes": pa.binary(), "path": kind})
+    pq.write_table(pa.table({"image": pa.array(rows, kind)}), tmp_path / "a.parquet")
+    before = list(open_source(str(tmp_path / "a.parquet")).identity())
+    assert list(open_source(str(tmp_path / "a.parquet")).identity()) == before
+    (tmp_path / "1.jpg").write_bytes(jpeg(9) + b"more")
+    assert list(open_source(str(tmp_path / "a.parquet")).identity()) != before
+
+
 def test_only_wanted_rows_are_read_and_an_empty_one_is_named(tmp_path):
     images = [{"bytes": jpeg(i), "path": None} for i in range(200)]
     images[70] = None

@@ -187,6 +187,8 @@ def test_artifacts_of_a_run_elsewhere_lie_where_it_is_said(uri: str, tmp_path: P
         "AKIAHUNTER2HUNTER2AB".replace("hunter2", ""),
         "s3://KEY:hunt/hunter2@bucket/x",
         "sftp://me:hunt/hunter2@host/x",
+        "sftp://me:p@ss-hunter2@host/x",
+        "s3://KEY:hunt/er@hunter2@bucket/x",
     ],
 )
 def test_secrets_are_redacted(text: str) -> None:
@@ -204,6 +206,7 @@ def test_secrets_are_redacted(text: str) -> None:
         "mask_token",
         "sigma=0.1",
         "http://h:80/a@2x",
+        "s3://bucket/a@2x/b@2x.png",
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:
