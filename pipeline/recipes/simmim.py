@@ -106,5 +106,11 @@ RECIPES = {
         clip=5.0,
         options=options(mask_unit=8),
     ),
-    **embedded(options(mask_unit=16)),
+    **embedded(options(mask_unit=16), "vit"),
+    **embedded(
+        options(mask_unit=8, mask_ratio=0.15),
+        "cnn",
+        but="for smaller and fewer squares (ResNet-20 after 512 steps at 32 px, seed 0: linear 57.4; with 30 % 56.4, "
+        "with 60 % 52.4; untrained 52.2)",
+    ),
 }

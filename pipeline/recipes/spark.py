@@ -103,5 +103,11 @@ RECIPES = {
         betas=(0.9, 0.95),
         options=options(scale=(0.2, 1.0), mask_ratio=0.75, decoder_width=256),
     ),
-    **embedded(options(decoder_width=128)),
+    **embedded(options(decoder_width=128), "vit"),
+    **embedded(
+        options(mask_ratio=0.5, decoder_width=128),
+        "cnn",
+        but="for a mask of half (ResNet-20 after 512 steps at 32 px, seed 0: linear 60.9; with 25 % 59.4, with 60 % "
+        "56.5; untrained 52.2)",
+    ),
 }
