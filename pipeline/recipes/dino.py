@@ -12,6 +12,7 @@ def options(**changes: Any) -> dict[str, Any]:
         "local_scale": (0.05, 0.4),
         "local_views": 8,
         "local_size": None,
+        "blur": (1.0, 0.1, 0.5),
         "out_dim": 65536,
         "hidden_dim": 2048,
         "bottleneck_dim": 256,
@@ -126,8 +127,8 @@ RECIPES = {
         weight_decay=5e-4,
         warmup=0.0,
         options=options(
-            global_scale=(0.08, 1.0),
             local_views=0,
+            blur=(0.0, 0.0, 0.0),
             out_dim=2048,
             ema_start=0.99,
             ema_end=0.99,

@@ -45,8 +45,10 @@ def options(**changes: Any) -> dict[str, Any]:
 
 
 def on_cnn(scale: str) -> dict[str, Any]:
-    """The options of DINO's recipe for CNNs with masks and KoLeo; rates as under its SGD, the same in all layers."""
-    return options(**dino.RECIPES["cnn", scale].options) | {"layer_decay": 1.0, "stem_lr": 1.0}
+    """The options of DINO's recipe for CNNs with DINOv2's masks and KoLeo, and its blur, which is no option; rates as
+    under its SGD, the same in all layers."""
+    inherited = {name: value for name, value in dino.RECIPES["cnn", scale].options.items() if name != "blur"}
+    return options(**inherited) | {"layer_decay": 1.0, "stem_lr": 1.0}
 
 
 RECIPES = {
@@ -123,8 +125,8 @@ RECIPES = {
         options=options(global_scale=(0.7, 1.0), local_scale=(0.2, 0.5), local_size=16, out_dim=1024),
     ),
     ("cnn", "thumbnails"): Recipe(
-        "the recipe of DINO ResNet-18 on CIFAR-10 (lightly-ai/lightly, cifar10_benchmark.py), masks, KoLeo and clip of "
-        "DINOv2; unpublished",
+        "the recipe of DINO ResNet-18 on CIFAR-10 (lightly-ai/lightly, cifar10_benchmark.py), masks, KoLeo, blur and "
+        "clip of DINOv2; unpublished",
         epochs=200,
         batch_size=128,
         image_size=32,

@@ -19,6 +19,7 @@ def options(**changes: Any) -> dict[str, Any]:
         "local_scale": (0.05, 0.25),
         "local_views": 10,
         "local_size": None,
+        "blur": (1.0, 0.1, 0.5),
         "cell_weight": 1.0,
         "masked_share": 0.5,
         "mask_ratio": (0.1, 0.5),

@@ -44,16 +44,26 @@ def dino_views(
     local_views: int,
     global_scale: tuple[float, float],
     local_scale: tuple[float, float],
+    blur: tuple[float, float, float],
 ) -> tuple[View, ...]:
-    """Two global views, one always blurred, one seldom blurred and at times solarised, and the local ones."""
+    """Two global views, the second at times solarised, and the local ones.
+
+    Args:
+        size, local_size: (height, width) in pixels. local_views: number of local ones.
+        global_scale, local_scale: area ranges of the crops.
+        blur: probabilities for the first global view, the second, and each local one.
+    """
 
     def colours(blur_p: float, solarize_p: float) -> Photometric:
         return Photometric(0.4, 0.4, 0.2, 0.1, gray_p=0.2, blur_p=blur_p, solarize_p=solarize_p)
 
     return (
-        View("global 1", size, global_scale, photometric=colours(1.0, 0.0)),
-        View("global 2", size, global_scale, photometric=colours(0.1, 0.2)),
-        *(View(f"local {i + 1}", local_size, local_scale, photometric=colours(0.5, 0.0)) for i in range(local_views)),
+        View("global 1", size, global_scale, photometric=colours(blur[0], 0.0)),
+        View("global 2", size, global_scale, photometric=colours(blur[1], 0.2)),
+        *(
+            View(f"local {i + 1}", local_size, local_scale, photometric=colours(blur[2], 0.0))
+            for i in range(local_views)
+        ),
     )
 
 
@@ -102,6 +112,7 @@ class DINO(Objective):
         global_scale, local_scale: area ranges of the crops.
         local_views: number of local crops, possibly 0.
         local_size: side in pixels; by default 96/224 of the image size, rounded to the backbone's stride.
+        blur: probabilities for the first global view, the second, and each local one.
         out_dim: the number of prototypes K. hidden_dim, bottleneck_dim, head_norm: of the head.
         student_temp: tau_s. teacher_temp: tau_t, reached in a line from teacher_temp_start over the first
             teacher_temp_warmup of the run (a fraction, like freeze_last_layer).
@@ -124,6 +135,7 @@ class DINO(Objective):
         local_scale: tuple[float, float] = (0.05, 0.4),
         local_views: int = 8,
         local_size: int | None = None,
+        blur: tuple[float, float, float] = (1.0, 0.1, 0.5),
         out_dim: int = 65536,
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
@@ -142,7 +154,7 @@ class DINO(Objective):
         size = pair(image_size)
         backbone.grid(*size)
         local = crop_size(backbone, *(pair(local_size) if local_size else (side * 96 / 224 for side in size)))
-        self.views = dino_views(size, local, local_views, global_scale, local_scale)
+        self.views = dino_views(size, local, local_views, global_scale, local_scale, blur)
         self.student_temp = student_temp
         self.teacher_temp = (teacher_temp_start, teacher_temp, teacher_temp_warmup)
         self.centre_momentum = centre_momentum

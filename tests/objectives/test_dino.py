@@ -11,6 +11,7 @@ from torch import nn
 
 import objectives
 from objectives.dino import DINO, dino_loss, teacher_signs
+from pipeline import recipes
 
 SMALL = {
     "out_dim": 64,
@@ -141,6 +142,15 @@ def test_views_are_the_published_ones() -> None:
     assert {(v.photometric.blur_p, v.photometric.solarize_p) for v in locals_} == {(0.5, 0.0)}
     for p in (v.photometric for v in objective.views):
         assert (p.brightness, p.contrast, p.saturation, p.hue, p.jitter_p, p.gray_p) == (0.4, 0.4, 0.2, 0.1, 0.8, 0.2)
+
+
+def test_blur_can_be_had_otherwise_and_is_not_on_cifar_as_lightly_does() -> None:
+    objective = DINO(ToyBackbone(), image_size=32, **{**SMALL, "blur": (0.3, 0.2, 0.1)})
+    assert [v.photometric.blur_p for v in objective.views] == [0.3, 0.2, 0.1, 0.1]
+    one, two = DINO(ToyBackbone(), image_size=32, **recipes.find("dino", "cnn", "thumbnails").options).views
+    assert (one.scale, two.scale) == ((0.4, 1.0), (0.4, 1.0))
+    assert (one.photometric.blur_p, two.photometric.blur_p) == (0.0, 0.0)
+    assert (one.photometric.solarize_p, two.photometric.solarize_p) == (0.0, 0.2)
 
 
 @pytest.mark.parametrize(("image_size", "expected"), [(64, (24, 24)), ((32, 64), (16, 24)), (16, (8, 8))])

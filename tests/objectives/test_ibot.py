@@ -149,6 +149,8 @@ def test_views_and_head_are_the_published_ones() -> None:
     objective = IBOT(MaskedToy(), image_size=224)
     assert [v.size for v in objective.views] == [(224, 224)] * 2 + [(96, 96)] * 10
     assert [v.scale for v in objective.views] == [(0.25, 1.0)] * 2 + [(0.05, 0.25)] * 10
+    assert [v.photometric.blur_p for v in objective.views] == [1.0, 0.1] + [0.5] * 10
+    assert [v.photometric.blur_p for v in small(blur=(0.3, 0.2, 0.1)).views[:3]] == [0.3, 0.2, 0.1]
     assert objective.student.cell_head is None
     assert tuple(objective.student.head.last_layer.direction.shape) == (8192, 256)
     assert objective.student.head.last_layer.scale.requires_grad
