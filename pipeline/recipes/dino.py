@@ -40,7 +40,7 @@ RECIPES = {
         base_lr=5e-4,
         weight_decay=0.04,
         weight_decay_end=0.4,
-        lr_end=2e-3,
+        lr_end=1e-3,
         clip=3.0,
         drop_path=0.1,
         options=options(),
@@ -77,7 +77,7 @@ RECIPES = {
     ("cnn", "small"): Recipe(
         "DINO ResNet-18 on Imagenette at 128 px, 200 epochs: k-NN 87.3 (lightly-ai/lightly, imagenette_benchmark.py)",
         epochs=200,
-        batch_size=128,
+        batch_size=256,
         image_size=128,
         optimiser="sgd",
         base_lr=0.06,

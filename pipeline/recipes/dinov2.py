@@ -100,7 +100,7 @@ RECIPES = {
         "the recipe of DINO ResNet-18 on Imagenette (lightly-ai/lightly, imagenette_benchmark.py), masks, KoLeo and "
         "clip of DINOv2; unpublished",
         epochs=200,
-        batch_size=128,
+        batch_size=256,
         image_size=128,
         optimiser="sgd",
         base_lr=0.06,

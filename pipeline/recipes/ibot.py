@@ -93,7 +93,7 @@ RECIPES = {
         "the recipe of DINO ResNet-18 on Imagenette (lightly-ai/lightly, imagenette_benchmark.py), masks of iBOT "
         "ViT-S/16, clip of facebookresearch/dino; unpublished",
         epochs=200,
-        batch_size=128,
+        batch_size=256,
         image_size=128,
         optimiser="sgd",
         base_lr=0.06,

@@ -39,7 +39,7 @@ RECIPES = {
         base_lr=5e-4,
         weight_decay=0.04,
         weight_decay_end=0.4,
-        lr_end=2e-3,
+        lr_end=1e-3,
         clip=3.0,
         drop_path=0.1,
         options=options(queue_size=3840),

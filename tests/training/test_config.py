@@ -42,6 +42,17 @@ def test_the_published_options_are_the_defaults_of_the_objective(objective):
     assert {name: parameters[name].default for name in recipes.options_of(objective)} == recipes.options_of(objective)
 
 
+@pytest.mark.parametrize("key", [
+    *(("dino", "vit", scale) for scale in ("large", "small")),
+    *(("ibot", "vit", scale) for scale in ("large", "small")),
+    *(("dinov2", "vit", scale) for scale in ("large", "small", "thumbnails")),
+    ("swav", "vit", "large"),
+])  # fmt: skip
+def test_rates_end_at_a_millionth_where_their_authors_say_so(key):
+    recipe = recipes.RECIPES[key]
+    assert recipe.base_lr * recipe.batch_size / 256 * recipe.lr_end == pytest.approx(1e-6, rel=0.03)
+
+
 @pytest.mark.parametrize("objective", recipes.OBJECTIVES)
 @pytest.mark.parametrize("backbone", ["resnet18", "vit_ti16"])
 @pytest.mark.parametrize(("images", "side"), [(500, 32), (2000, 300), (1_300_000, 400)])
