@@ -113,7 +113,7 @@ RECIPES = {
         weight_decay=0.04,
         weight_decay_end=0.4,
         warmup=0.15,
-        lr_end=2e-3,
+        lr_end=5e-3,
         clip=3.0,
         options=of_dino("vit", "thumbnails"),
     ),
