@@ -32,7 +32,8 @@ def options(**changes: Any) -> dict[str, Any]:
 
 RECIPES = {
     ("vit", "large"): Recipe(
-        "DINO ViT-S/16 on ImageNet-1k, 100 epochs: k-NN 69.3, linear 74.0 (facebookresearch/dino, README.md)",
+        "DINO ViT-S/16 on ImageNet-1k, 100 epochs: k-NN 69.3, linear 74.0 (facebookresearch/dino, README.md, with "
+        "a clip for each parameter alone)",
         epochs=100,
         batch_size=512,
         image_size=224,
@@ -46,7 +47,8 @@ RECIPES = {
         options=options(),
     ),
     ("cnn", "large"): Recipe(
-        "DINO ResNet-50 on ImageNet-1k, 100 epochs (facebookresearch/dino, README.md; accuracy not given)",
+        "DINO ResNet-50 on ImageNet-1k, 100 epochs (facebookresearch/dino, README.md, with a clip for each parameter "
+        "alone; accuracy not given)",
         epochs=100,
         batch_size=512,
         image_size=224,
@@ -59,7 +61,7 @@ RECIPES = {
     ("vit", "small"): Recipe(
         "DINO ViT-S/16 on Imagenette, 200 epochs: k-NN 83.8, linear 86.1 (rbalestr-lab/stable-pretraining, "
         "benchmarks/imagenet10); out_dim 2048 from lightly-ai/lightly imagenette_benchmark.py; weight-decay ramp, "
-        "clip and frozen last layer from facebookresearch/dino",
+        "clip (there for each parameter alone) and frozen last layer from facebookresearch/dino",
         epochs=200,
         batch_size=128,
         image_size=160,
@@ -94,8 +96,8 @@ RECIPES = {
         ),
     ),
     ("vit", "thumbnails"): Recipe(
-        "DINO with a small ViT on CIFAR-10, 200 epochs (hananshafi/vits-for-small-scale-datasets, train_ssl.py; "
-        "only fine-tuned accuracy published)",
+        "DINO with a small ViT on CIFAR-10, 200 epochs (hananshafi/vits-for-small-scale-datasets, train_ssl.py, "
+        "with a clip for each parameter alone; only fine-tuned accuracy published)",
         epochs=200,
         batch_size=512,
         image_size=32,

@@ -47,7 +47,8 @@ def of_dino(family: str, scale: str) -> dict[str, Any]:
 
 RECIPES = {
     ("vit", "large"): Recipe(
-        "iBOT ViT-S/16 on ImageNet-1k, 800 epochs: k-NN 75.2, linear 77.9 (bytedance/ibot, README.md)",
+        "iBOT ViT-S/16 on ImageNet-1k, 800 epochs: k-NN 75.2, linear 77.9 (bytedance/ibot, README.md, with a clip "
+        "for each parameter alone)",
         epochs=800,
         batch_size=1024,
         image_size=224,
@@ -62,8 +63,8 @@ RECIPES = {
         options=options(),
     ),
     ("cnn", "large"): Recipe(
-        "optimiser, crops and temperature of DINO ResNet-50 on ImageNet-1k (facebookresearch/dino, README.md), masks "
-        "and 8192 shared prototypes of iBOT ViT-S/16; unpublished",
+        "optimiser, crops and temperature of DINO ResNet-50 on ImageNet-1k (facebookresearch/dino, README.md, with "
+        "a clip for each parameter alone), masks and 8192 shared prototypes of iBOT ViT-S/16; unpublished",
         epochs=100,
         batch_size=512,
         image_size=224,
@@ -75,7 +76,7 @@ RECIPES = {
     ),
     ("vit", "small"): Recipe(
         "the recipe of DINO ViT-S/16 on Imagenette (rbalestr-lab/stable-pretraining, benchmarks/imagenet10), masks of "
-        "iBOT ViT-S/16, drop path of both papers; unpublished",
+        "iBOT ViT-S/16, drop path and clip (there for each parameter alone) of both papers; unpublished",
         epochs=200,
         batch_size=128,
         image_size=160,
@@ -91,7 +92,7 @@ RECIPES = {
     ),
     ("cnn", "small"): Recipe(
         "the recipe of DINO ResNet-18 on Imagenette (lightly-ai/lightly, imagenette_benchmark.py), masks of iBOT "
-        "ViT-S/16, clip of facebookresearch/dino; unpublished",
+        "ViT-S/16, clip (there for each parameter alone) of facebookresearch/dino; unpublished",
         epochs=200,
         batch_size=256,
         image_size=128,
@@ -103,8 +104,8 @@ RECIPES = {
         options=of_dino("cnn", "small"),
     ),
     ("vit", "thumbnails"): Recipe(
-        "the recipe of DINO with a small ViT on CIFAR-10 (hananshafi/vits-for-small-scale-datasets, train_ssl.py), "
-        "masks of iBOT ViT-S/16; unpublished",
+        "the recipe of DINO with a small ViT on CIFAR-10 (hananshafi/vits-for-small-scale-datasets, train_ssl.py, with "
+        "a clip for each parameter alone), masks of iBOT ViT-S/16; unpublished",
         epochs=200,
         batch_size=512,
         image_size=32,
@@ -119,7 +120,7 @@ RECIPES = {
     ),
     ("cnn", "thumbnails"): Recipe(
         "the recipe of DINO ResNet-18 on CIFAR-10 (lightly-ai/lightly, cifar10_benchmark.py), masks of iBOT ViT-S/16, "
-        "clip of facebookresearch/dino; unpublished",
+        "clip (there for each parameter alone) of facebookresearch/dino; unpublished",
         epochs=200,
         batch_size=128,
         image_size=32,
