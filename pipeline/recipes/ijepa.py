@@ -32,7 +32,7 @@ def options(**changes: Any) -> dict[str, Any]:
 RECIPES = {
     ("vit", "large"): Recipe(
         "I-JEPA ViT-H/14 on ImageNet-1k, 300 epochs: linear 79.3 (facebookresearch/ijepa, "
-        "configs/in1k_vith14_ep300.yaml)",
+        "configs/in1k_vith14_ep300.yaml, with fixed sine positions, and initial weights that shrink with depth)",
         epochs=300,
         batch_size=2048,
         image_size=224,

@@ -20,7 +20,8 @@ def options(**changes: Any) -> dict[str, Any]:
 
 RECIPES = {
     ("vit", "large"): Recipe(
-        "MAE ViT-B/L/H on ImageNet-1k, 800 epochs: fine-tuning 83.3 / 85.5 / – (facebookresearch/mae, PRETRAIN.md)",
+        "MAE ViT-B/L/H on ImageNet-1k, 800 epochs: fine-tuning 83.3 / 85.5 / – (facebookresearch/mae, PRETRAIN.md, "
+        "with fixed sine positions and Xavier's initial weights)",
         epochs=800,
         batch_size=4096,
         image_size=224,
