@@ -3,13 +3,14 @@
 Sections are the paper's; what it leaves open follows the authors' code (src/train.py, src/masks/multiblock.py).
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from objectives.cell_transformer import CellTransformer
 from objectives.contract import Objective, pair
@@ -26,6 +27,18 @@ if TYPE_CHECKING:
 
 class Predictor(CellTransformer):
     """g_phi of sec. 3: from the context and the places of one target block to the features in that block."""
+
+    def initialise(self) -> None:
+        """Weights as they start in the authors' code (vision_transformer.py): of standard deviation 0.02, and smaller
+        by sqrt(2 l) in the two layers by which block l = 1, 2, ... adds to its input; no bias."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        block: Any
+        for depth, block in enumerate(self.blocks, start=1):
+            for layer in (block.attn.proj, block.mlp.fc2):
+                nn.init.trunc_normal_(layer.weight, std=0.02 / math.sqrt(2 * depth))
 
     def forward(self, cells: Tensor, context: Tensor, blocks: Tensor) -> Tensor:
         """Predictions [B, M, T, D] from cells [B, K, D] at `context` [B, K], for the cells `blocks` [B, M, T].
