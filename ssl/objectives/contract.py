@@ -44,6 +44,9 @@ class Objective(nn.Module):
     continues: ClassVar[bool] = False
     """Whether it goes on from a trained run, which its option `checkpoint` must name."""
 
+    tokens_decay: ClassVar[bool] = True
+    """Whether class tokens and absolute positions decay, as DINO's, MAE's and MoCo v3's authors have it."""
+
     views: tuple[View, ...]
     """The views `forward` expects, in this order."""
     vital_signs: tuple[VitalSign, ...]
@@ -70,18 +73,36 @@ class Objective(nn.Module):
         """Move what follows the optimiser: teachers, centres, queues."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Trainable parameters in groups with `lr_scale` and `wd_scale`; no decay on biases and 1-D parameters.
+        """Trainable parameters in groups with `lr_scale` and `wd_scale`.
 
-        A group with `constant_lr` keeps the peak learning rate throughout.
+        No decay on biases, 1-D parameters, gains (of NFNets, [C, 1, 1, 1]), and what the networks want `spared`. A
+        group with `constant_lr` keeps the peak learning rate throughout.
         """
+        named = spared(self, tokens=not self.tokens_decay)
         decayed: list[nn.Parameter] = []
         plain: list[nn.Parameter] = []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                bare = parameter.ndim <= 1 or name.endswith(".bias")
+                bare = parameter.ndim <= 1 or name.endswith((".bias", ".gain")) or name in named
                 (plain if bare else decayed).append(parameter)
         groups = [(decayed, 1.0), (plain, 0.0)]
         return [{"params": group, "lr_scale": 1.0, "wd_scale": wd} for group, wd in groups if group]
+
+
+def spared(module: nn.Module, *, tokens: bool) -> set[str]:
+    """Names of the parameters inside `module` that its networks want without weight decay (timm's `no_weight_decay()`).
+
+    Relative position biases, for one (Swin, BEiT), and temperatures (Swin V2, XCiT).
+
+    Args:
+        tokens: whether class tokens and absolute positions are among them.
+    """
+    return {
+        f"{prefix}.{name}"
+        for prefix, network in module.named_modules()
+        for name in getattr(network, "no_weight_decay", set)()
+        if tokens or not ("token" in name or "pos_embed" in name)
+    }
 
 
 def pair(image_size: int | tuple[int, int]) -> tuple[int, int]:

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from objective_toys import ToyBackbone
+from timm.models import Beit, SwinTransformer, SwinTransformerV2, VisionTransformer, Xcit, create_model
 from torch import nn
 
 import objectives
 from objectives.centring import Centre
+from objectives.contract import Objective
 from objectives.heads import WeightNormLinear, mlp
 from objectives.masks import random_cells, visible_count
 from objectives.multicrop import crop_size, pooled_features
@@ -21,6 +23,37 @@ from objectives.precision import full_precision
 from objectives.schedules import cosine, linear, warmup
 from objectives.spread import effective_rank, feature_spread
 from objectives.teacher import Teacher
+
+SMALL: dict = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "num_classes": 0}
+SWIN: dict = {**SMALL, "window_size": 4, "depths": (1,), "num_heads": (2,)}
+DEEP: dict = {**SMALL, "depth": 1, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("network", "spared", "tokens"),
+    [
+        (SwinTransformer(**SWIN), {"relative_position_bias_table"}, set()),
+        (SwinTransformerV2(**SWIN), {"logit_scale", "cpb_mlp.0.weight", "cpb_mlp.2.weight"}, set()),
+        (Beit(**DEEP, use_rel_pos_bias=True), {"relative_position_bias_table"}, {"cls_token", "pos_embed"}),
+        (Xcit(**DEEP), {"temperature"}, {"cls_token"}),
+        (VisionTransformer(**DEEP, reg_tokens=2), set(), {"cls_token", "pos_embed", "reg_token"}),
+        (create_model("test_nfnet", num_classes=0), {"gain"}, set()),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_what_networks_want_without_decay_has_none_but_tokens(
+    network: nn.Module, spared: set[str], tokens: set[str]
+) -> None:
+    objective = Objective()
+    objective.encoder = nn.ModuleDict({"network": network})
+    for tokens_decay, expected in ((True, spared), (False, spared | tokens)):
+        objective.tokens_decay = tokens_decay  # type: ignore[misc]
+        groups = objective.parameter_groups()
+        assert sum(len(g["params"]) for g in groups) == len(list(network.parameters()))
+        plain = {id(p) for g in groups for p in g["params"] if not g["wd_scale"]}
+        found = {name for name, p in network.named_parameters() if id(p) in plain and p.ndim > 1}
+        assert found == {name for name, _ in network.named_parameters() if name.endswith(tuple(expected))}
+        assert {end for end in expected for name in found if name.endswith(end)} == expected
 
 
 def test_schedules_equal_their_closed_forms() -> None:
