@@ -13,7 +13,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbones.contract import Backbone, Features, gather_cells, number_depths, replace_pixels, show_only
+from backbones.contract import Backbone, Features, as_mask, gather_cells, number_depths, replace_pixels, show_only
 from backbones.masking import visible_only
 
 
@@ -74,7 +74,7 @@ class FeatureMap(Backbone):
             last, stages = self._maps(images, grid, layers or summaries)
             cells = rearrange(last, "b d h w -> b (h w) d")
         else:
-            images, seen = show_only(images, visible, grid)
+            images, seen = show_only(images, as_mask(visible, grid[0] * grid[1]), grid)
             with visible_only(self.network, seen):
                 last, stages = self._maps(images, grid, layers or summaries)
             cells = gather_cells(rearrange(last, "b d h w -> b (h w) d"), visible)

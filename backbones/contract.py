@@ -131,10 +131,13 @@ def replace_pixels(images: Tensor, replaced: Tensor, grid: tuple[int, int], toke
     return torch.where(over_pixels(replaced, grid, images), token.to(images.dtype).view(1, -1, 1, 1), images)
 
 
-def show_only(images: Tensor, visible: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Images [B, C, H, W] that are zero outside the `visible` [B, K] cells, and the mask over cells [B, 1, h, w]."""
-    seen = torch.zeros(len(images), grid[0] * grid[1], dtype=torch.bool, device=images.device)
-    seen = seen.scatter(1, visible, True)
+def as_mask(visible: Tensor, cells: int) -> Tensor:
+    """The `visible` [B, K] indices of cells as a bool mask [B, N] over all `cells`."""
+    return torch.zeros(len(visible), cells, dtype=torch.bool, device=visible.device).scatter(1, visible, True)
+
+
+def show_only(images: Tensor, seen: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Images [B, C, H, W] that are zero outside the cells of the mask `seen` [B, N], and that as a map [B, 1, h, w]."""
     shown = torch.where(over_pixels(seen, grid, images), images, images.new_zeros(()))
     return shown, seen.view(-1, 1, *grid)
 

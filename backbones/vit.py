@@ -14,7 +14,7 @@ from timm.layers import PatchEmbed, resample_abs_pos_embed, trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbones.contract import Backbone, Features, gather_cells, show_only
+from backbones.contract import Backbone, Features, as_mask, gather_cells, show_only
 from backbones.masking import visible_only
 
 
@@ -23,6 +23,7 @@ class Transformer(Backbone):
 
     visible: the other patches are dropped before they are embedded, so they cost nothing (He et al. 2022, section 3).
     replaced: a replaced patch is embedded as `mask_token` [D]; its position stays (Bao et al. 2022, BEiT, section 2.3).
+    A convolutional stem, whose patches overlap, runs masked either way: it sees no pixel of a patch that is hidden.
     Position tables are resampled to the grid of the images (bicubic, antialiased).
     """
 
@@ -59,7 +60,7 @@ class Transformer(Backbone):
         summaries: bool = False,
     ) -> Features:
         net, (h, w) = self.network, self._check(images, visible, replaced)
-        x = self._embed(images, visible, (h, w))
+        x = self._embed(images, visible, replaced, (h, w))
         if replaced is not None:
             hidden = replaced if visible is None else replaced.gather(1, visible)
             x = torch.where(hidden.unsqueeze(-1), self.mask_token.to(x.dtype), x)
@@ -96,8 +97,9 @@ class Transformer(Backbone):
     def blocks(self) -> list[nn.Module]:
         return list(self.network.blocks)
 
-    def _embed(self, images: Tensor, visible: Tensor | None, grid: tuple[int, int]) -> Tensor:
-        """Patch embeddings [B, N or K, D] before positions; with `visible`, no other patch is even multiplied."""
+    def _embed(self, images: Tensor, visible: Tensor | None, replaced: Tensor | None, grid: tuple[int, int]) -> Tensor:
+        """Patch embeddings [B, N or K, D] before positions; with `visible`, no other patch is even multiplied. What
+        stands at the `replaced` ones means nothing, and their pixels reach no other."""
         embed, p = self.network.patch_embed, self.stride
         if type(embed) is PatchEmbed:
             if visible is None:
@@ -106,11 +108,15 @@ class Transformer(Backbone):
                 patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
                 x = F.linear(gather_cells(patches, visible), embed.proj.weight.flatten(1), embed.proj.bias)
             return embed.norm(x)
-        if visible is None:  # a convolutional stem: its patches overlap, so it runs masked
+        seen = None if visible is None else as_mask(visible, grid[0] * grid[1])
+        if replaced is not None:
+            seen = ~replaced if seen is None else seen & ~replaced
+        if seen is None:
             return _as_tokens(embed(images), grid)
-        images, seen = show_only(images, visible, grid)
+        images, seen = show_only(images, seen, grid)
         with visible_only(embed, seen):
-            return gather_cells(_as_tokens(embed(images), grid), visible)
+            x = _as_tokens(embed(images), grid)
+        return x if visible is None else gather_cells(x, visible)
 
     def _positions(self, h: int, w: int) -> tuple[Tensor | None, Tensor | None]:
         """Position embeddings of the prefix tokens [1, P, D] (None where they have none) and of the cells [1, N, D]."""

@@ -89,6 +89,36 @@ def test_masked_pixels_influence_neither_features_nor_batch_statistics(name: str
         assert torch.equal(before, after)
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_r_s16_p8_224", "vit_small_resnet26d_224", "vitamin_small_224"])
+def test_replaced_pixels_do_not_pass_a_convolutional_stem(name: str) -> None:
+    """Not even into the embeddings of neighbours, nor into batch statistics; what is not replaced does matter."""
+    backbone = made(name, 64).train()
+    backbone.learn_mask_token()
+    images = images_for(backbone)
+    h, w = backbone.grid(*images.shape[-2:])
+    replaced = torch.stack([torch.randperm(h * w) % 2 == 0 for _ in images])
+    shown = pixels_of((~replaced).nonzero()[:, 1].view(2, -1), backbone, images)
+    twin, third = copy.deepcopy(backbone), copy.deepcopy(backbone)
+    with torch.no_grad():
+        one = backbone(images, replaced=replaced)
+        other = twin(torch.where(shown, images, torch.nan), replaced=replaced)
+        moved = third(torch.where(shown, -images, images), replaced=replaced)
+    assert torch.equal(one.cells, other.cells)
+    assert torch.equal(one.pooled, other.pooled)
+    assert not torch.allclose(one.cells, moved.cells, atol=0.1)
+    for before, after in zip(statistics(backbone).values(), statistics(twin).values()):
+        assert torch.equal(before, after)
+    order = torch.stack([torch.randperm(h * w) for _ in images])
+    backbone.eval(), twin.load_state_dict(backbone.state_dict())
+    with torch.no_grad():
+        both = twin.eval()(images, visible=order, replaced=replaced).cells
+        torch.testing.assert_close(both, gather_cells(backbone(images, replaced=replaced).cells, order))
+        none = backbone(images, replaced=torch.zeros_like(replaced)).cells
+        torch.testing.assert_close(none, backbone(images).cells, rtol=1e-4, atol=1e-4)
+        everything = backbone(images, replaced=torch.ones_like(replaced)).cells
+    torch.testing.assert_close(everything[0], everything[1])  # no content left
+
+
 @pytest.mark.parametrize(("name", "size"), NETWORKS)
 def test_with_everything_visible_it_is_the_plain_network(name: str, size: int) -> None:
     for training in (False, True):
