@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from objectives.centring import Centre
 from objectives.contract import Objective, pair
 from objectives.heads import DINOHead, WeightNormLinear
-from objectives.multicrop import crop_size, multicrop_features
+from objectives.multicrop import local_crop_size, multicrop_features
 from objectives.precision import full_precision
 from objectives.schedules import cosine, warmup
 from objectives.spread import effective_rank, feature_spread
@@ -111,7 +111,8 @@ class DINO(Objective):
         image_size: of the global views, in pixels: a side or (height, width).
         global_scale, local_scale: area ranges of the crops.
         local_views: number of local crops, possibly 0.
-        local_size: side in pixels; by default 96/224 of the image size, rounded to the backbone's stride.
+        local_size: side in pixels; by default 96/224 of the image size, rounded to the backbone's stride;
+            that of the global views where the backbone takes one size only.
         blur: probabilities for the first global view, the second, and each local one.
         out_dim: the number of prototypes K. hidden_dim, bottleneck_dim, head_norm: of the head.
         student_temp: tau_s. teacher_temp: tau_t, reached in a line from teacher_temp_start over the first
@@ -153,7 +154,7 @@ class DINO(Objective):
         super().__init__()
         size = pair(image_size)
         backbone.grid(*size)
-        local = crop_size(backbone, *(pair(local_size) if local_size else (side * 96 / 224 for side in size)))
+        local = local_crop_size(backbone, size, local_size, 96)
         self.views = dino_views(size, local, local_views, global_scale, local_scale, blur)
         self.student_temp = student_temp
         self.teacher_temp = (teacher_temp_start, teacher_temp, teacher_temp_warmup)

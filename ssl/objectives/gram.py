@@ -93,7 +93,8 @@ class GramAnchoring(Objective):
             needs the checkpoint's.
         checkpoint: a run folder, or a `.pt` file in it, on a disk that every worker reads.
         gram_weight: w_Gram of the loss.
-        gram_resolution: side of what the Gram teacher sees over `image_size`, rounded to the backbone's stride.
+        gram_resolution: side of what the Gram teacher sees over `image_size`, rounded to the backbone's stride; 1 where
+            the backbone takes one size only.
         refresh_every: share of the run after which the Gram teacher becomes the EMA teacher of the moment, again and
             again (published in iterations: 10k). refreshes: how often at most.
         ema: of the teacher.
@@ -129,7 +130,8 @@ class GramAnchoring(Objective):
         self.register_buffer("refreshed", torch.zeros((), dtype=torch.int64))
         self.refresh_every, self.refreshes = refresh_every, refreshes
         self.gram_weight = gram_weight
-        self.size, large = size, crop_size(backbone, *(side * gram_resolution for side in size))
+        self.size = size
+        large = crop_size(backbone, (size[0] * gram_resolution, size[1] * gram_resolution), size)
         self.grid, self.gram_grid = backbone.grid(*size), backbone.grid(*large)
         if self.grid == (1, 1):
             raise ValueError(

@@ -14,7 +14,7 @@ from objectives.contract import Objective, pair
 from objectives.distributed import from_first_rank, mean_with_gradient, world_size
 from objectives.heads import mlp
 from objectives.joint_embedding import Jitter, refuse_one_image, signs
-from objectives.multicrop import crop_size, pooled_features
+from objectives.multicrop import local_crop_size, pooled_features
 from objectives.precision import full_precision
 from objectives.views import Photometric, View, VitalSign
 
@@ -64,7 +64,8 @@ class LeJEPA(Objective):
         backbone: the encoder's; its pooled features go into the projector.
         image_size: of the global views, in pixels: a side or (height, width).
         global_scale, local_scale: area ranges of the crops. global_views, local_views: how many.
-        local_size: side in pixels; by default 98/224 of the image size, rounded to the backbone's stride.
+        local_size: side in pixels; by default 98/224 of the image size, rounded to the backbone's stride;
+            that of the global views where the backbone takes one size only.
         jitter, blur, solarize: of every view.
         hidden_dim, out_dim: of the three-layer projector.
         sigreg_weight: lambda. slices: random directions a step. knots, t_max: of the integral.
@@ -102,7 +103,7 @@ class LeJEPA(Objective):
         size = pair(image_size)
         backbone.grid(*size)
         colours = Photometric(*jitter, gray_p=0.2, blur_p=blur, solarize_p=solarize)
-        local = crop_size(backbone, *(pair(local_size) if local_size else (side * 98 / 224 for side in size)))
+        local = local_crop_size(backbone, size, local_size, 98)
         self.views = (
             *(View(f"global {i + 1}", size, global_scale, photometric=colours) for i in range(global_views)),
             *(View(f"local {i + 1}", local, local_scale, photometric=colours) for i in range(local_views)),

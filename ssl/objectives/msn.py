@@ -15,7 +15,7 @@ from objectives.contrast import cosines
 from objectives.distributed import gather, world_size
 from objectives.heads import mlp
 from objectives.masks import random_cells, visible_count
-from objectives.multicrop import crop_size, pooled_features
+from objectives.multicrop import local_crop_size, pooled_features
 from objectives.precision import full_precision
 from objectives.schedules import linear
 from objectives.sinkhorn import sinkhorn_knopp
@@ -83,7 +83,8 @@ class MSN(Objective):
         image_size: of the target and the anchor, in pixels: a side or (height, width).
         scale, focal_scale: area ranges of their crops and of the focal ones.
         focal_views: number of focal crops, possibly 0; they are not masked.
-        focal_size: side in pixels; by default 96/224 of the image size, rounded to the backbone's stride.
+        focal_size: side in pixels; by default 96/224 of the image size, rounded to the backbone's stride;
+            that of the global views where the backbone takes one size only.
         mask_ratio: share of the anchor's cells that is dropped.
         n_prototypes: K. hidden_dim, embedding_dim, head_norm: of the head.
         temp: tau of the predictions. sharpening: T. sinkhorn: iterations on the targets, 0 for none.
@@ -128,7 +129,7 @@ class MSN(Objective):
                 f"{size[0]}x{size[1]} pixels; take larger images, a backbone of smaller stride, or another mask_ratio"
             )
         colours = Photometric(0.4, 0.4, 0.4, 0.1, gray_p=0.2, blur_p=0.5)
-        focal = crop_size(backbone, *(pair(focal_size) if focal_size else (side * 96 / 224 for side in size)))
+        focal = local_crop_size(backbone, size, focal_size, 96)
         self.views = (
             View("target", size, scale, photometric=colours),
             View("anchor", size, scale, photometric=colours),

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from objectives.contract import pair
+
 if TYPE_CHECKING:
     from backbones import Backbone
 
@@ -33,21 +35,33 @@ def multicrop_features(backbone: "Backbone", views: Sequence[Tensor], **masking:
     return (torch.cat([pooled, pooled_features(backbone, locals_)]) if locals_ else pooled), cells
 
 
-def crop_size(backbone: "Backbone", height: float, width: float) -> tuple[int, int]:
+def crop_size(backbone: "Backbone", wished: tuple[float, float], known: tuple[int, int]) -> tuple[int, int]:
     """The size (height, width) next to the wished one, in pixels, that the backbone's stride divides.
 
-    Where the backbone is too deep for so small a crop, the next larger multiples of the stride are tried.
+    Where the backbone takes no such size, the next ones on the way to the known size are tried, by steps of the stride
+    up to it, and at last that: it is all there is for networks that take one size only.
+
+    Args:
+        known: a size that the backbone takes, larger or smaller than the wished one.
 
     Raises:
-        ValueError: the backbone's own, where it accepts none of them.
+        ValueError: the backbone's own, where it does not take the known size either.
     """
-    sides = [max(round(side / backbone.stride), 1) for side in (height, width)]
-    for extra in range(8):
-        h, w = (round((side + extra) * backbone.stride) for side in sides)
+    stride = backbone.stride
+    h, w = (max(round(side / stride), 1) * stride for side in wished)
+    while (h, w) != known:
         try:
             backbone.grid(h, w)
-        except ValueError as error:
-            reason = error
+        except ValueError:
+            h, w = (min(side + stride, most) for side, most in zip((h, w), known))
         else:
             return h, w
-    raise reason
+    backbone.grid(*known)
+    return known
+
+
+def local_crop_size(backbone: "Backbone", size: tuple[int, int], wished: int | None, published: int) -> tuple[int, int]:
+    """The size (height, width) of local crops in pixels beside global ones of `size`: a side of `wished`, or where that
+    is None in proportion to the `published` side beside global ones of 224."""
+    proportional = (size[0] * published / 224, size[1] * published / 224)
+    return crop_size(backbone, pair(wished) if wished else proportional, size)

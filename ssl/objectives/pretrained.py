@@ -94,7 +94,7 @@ def from_checkpoint(file: str, fetch: Callable[[str], bytes], name: str) -> "Bac
 class Frozen(nn.Module):
     """A teacher that never changes: no gradient, no training mode, no moving statistics; its weights are state.
 
-    It sees the student's views, resized to the nearest size that its stride divides.
+    It sees the student's views, resized to the nearest size that its stride divides, or the only one it takes.
 
     Args:
         mean, std: of the channels, what its images were normalised with. Views come in with ImageNet's, and so do
@@ -127,7 +127,8 @@ class Frozen(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple["Features", tuple[int, int]]:
         """Features of the images [B, C, h, w], and the grid of their cells."""
-        size = crop_size(self.backbone, *images.shape[-2:])
+        height, width = images.shape[-2:]
+        size = crop_size(self.backbone, (height, width), self.backbone.config["image_size"])
         if size != tuple(images.shape[-2:]):
             images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
         if self.renormalises:

@@ -16,7 +16,7 @@ from objectives.dino import dino_loss
 from objectives.distributed import world_size
 from objectives.heads import mlp
 from objectives.memory import Queue
-from objectives.multicrop import crop_size, pooled_features
+from objectives.multicrop import local_crop_size, pooled_features
 from objectives.precision import full_precision
 from objectives.simclr import simclr_colours
 from objectives.sinkhorn import sinkhorn_knopp
@@ -44,7 +44,8 @@ class SwAV(Objective):
         image_size: of the global views, in pixels: a side or (height, width).
         global_scale, local_scale: area ranges of the crops.
         local_views: number of local crops, possibly 0.
-        local_size: side in pixels; by default 96/224 of the image size, rounded to the backbone's stride.
+        local_size: side in pixels; by default 96/224 of the image size, rounded to the backbone's stride;
+            that of the global views where the backbone takes one size only.
         jitter: strength of the colour jitter. blur_p: share of blurred views.
         hidden_dim, out_dim: of the projection to z. prototypes: the number K of rows of C.
         temperature: tau of eq. 2. epsilon, sinkhorn_iterations: of the codes (eq. 3 to 5).
@@ -80,7 +81,7 @@ class SwAV(Objective):
         super().__init__()
         size = pair(image_size)
         backbone.grid(*size)
-        local = crop_size(backbone, *(pair(local_size) if local_size else (side * 96 / 224 for side in size)))
+        local = local_crop_size(backbone, size, local_size, 96)
         colours = simclr_colours(jitter, blur_p)
         self.views = (
             *(View(f"global {i + 1}", size, global_scale, photometric=colours) for i in range(2)),

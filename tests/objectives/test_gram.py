@@ -238,6 +238,17 @@ def test_a_vit_at_another_size_and_a_single_cell_get_a_sentence(tmp_path: Path) 
         GramAnchoring(MaskedToy(), image_size=8, checkpoint=saved(tmp_path / "one", one, "dino"), **SMALL)
 
 
+def test_a_network_of_one_size_is_held_at_that(tmp_path: Path) -> None:
+    """There the Gram teacher sees what the student sees."""
+    name = "test_vit_relpos"
+    run = saved(tmp_path, trained("dino", backbones.create(name, image_size=32)), "dino")
+    objective = GramAnchoring(backbones.create(name, image_size=32), image_size=32, checkpoint=run)
+    assert {view.size for view in objective.views} == {(32, 32)}
+    loss, scalars = objective(random_views(objective), 0.0)
+    assert loss.isfinite()
+    assert scalars["gram"] >= 0
+
+
 def test_it_holds_cells_that_would_drift_and_its_sign_trips_where_they_do(run: str) -> None:
     images, drift = toy_images(256)[0], {}
     for weight in (0.0, 2.0):

@@ -12,12 +12,13 @@ from objective_toys import ToyBackbone
 from timm.models import Beit, SwinTransformer, SwinTransformerV2, VisionTransformer, Xcit, create_model
 from torch import nn
 
+import backbones
 import objectives
 from objectives.centring import Centre
 from objectives.contract import Objective
 from objectives.heads import WeightNormLinear, mlp
 from objectives.masks import random_cells, visible_count
-from objectives.multicrop import crop_size, pooled_features
+from objectives.multicrop import crop_size, local_crop_size, pooled_features
 from objectives.positions import sincos
 from objectives.precision import full_precision
 from objectives.schedules import cosine, linear, warmup
@@ -236,20 +237,37 @@ def test_views_of_one_size_share_a_pass_and_keep_their_order() -> None:
 
 
 def test_crop_size_goes_up_to_what_the_backbone_takes() -> None:
-    class Deep(ToyBackbone):
+    class Only(ToyBackbone):
+        """Takes sides of 24 pixels and more, or where told one size only."""
+
+        def __init__(self, only: tuple[int, int] | None = None) -> None:
+            super().__init__()
+            self.only = only
+
         def grid(self, height: int, width: int) -> tuple[int, int]:
-            if min(height, width) < 24:
-                raise ValueError("too small")
+            if min(height, width) < 24 if self.only is None else (height, width) != self.only:
+                raise ValueError("not this size")
             return super().grid(height, width)
 
-    class Never(ToyBackbone):
-        def grid(self, height: int, width: int) -> tuple[int, int]:
-            raise ValueError("too small")
+    assert crop_size(ToyBackbone(), (13.7, 3), (64, 64)) == (16, 8)
+    assert crop_size(Only(), (13.7, 13.7), (64, 64)) == (24, 24)
+    for known in ((224, 224), (40, 136), (136, 40)):  # far above what is wished, and of other proportions
+        assert crop_size(Only(known), (13.7, 13.7), known) == known
+        assert crop_size(Only(known), (448, 448), known) == known
+        assert local_crop_size(Only(known), known, None, 96) == known
+        assert local_crop_size(Only(known), known, 32, 96) == known
+    assert local_crop_size(ToyBackbone(), (224, 112), None, 96) == (96, 48)
+    assert local_crop_size(ToyBackbone(), (32, 32), 64, 96) == (64, 64)
+    with pytest.raises(ValueError, match="not this size"):
+        crop_size(Only((32, 64)), (13.7, 13.7), (64, 64))
 
-    assert crop_size(ToyBackbone(), 13.7, 3) == (16, 8)
-    assert crop_size(Deep(), 13.7, 13.7) == (24, 24)
-    with pytest.raises(ValueError, match="too small"):
-        crop_size(Never(), 13.7, 13.7)
+
+@pytest.mark.parametrize("name", ["dino", "dinov2", "ibot", "swav", "lejepa", "msn"])
+def test_local_crops_have_the_size_of_globals_where_a_network_takes_no_other(name: str) -> None:
+    backbone = backbones.create("test_vit_relpos", image_size=224)
+    objective = objectives.create(name, backbone, image_size=224)
+    assert len(objective.views) > 2
+    assert {view.size for view in objective.views} == {(224, 224)}
 
 
 def test_full_precision_keeps_what_is_precise() -> None:
