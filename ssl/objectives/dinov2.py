@@ -46,7 +46,8 @@ class DINOv2(IBOT):
         koleo_weight: weight of KoLeo, on the pooled student features of each global, before the head.
         separate_heads: a head of its own, of the same size, for cells (long run), in place of the shared one.
         layer_decay: factor of the learning rate from each block to the one before.
-        stem_lr: factor of the stem's learning rate besides.
+        stem_lr: factor of the learning rate of the patch projection besides, or of a CNN's first layers; not of tokens
+            and positions.
         others: as of `IBOT`.
 
     Raises:

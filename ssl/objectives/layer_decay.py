@@ -14,13 +14,12 @@ def decay_by_depth(
     Args:
         groups: of `Objective.parameter_groups`. What is not the backbone's keeps its rate.
         backbone: whose `depths()` count; the deepest parameters keep their rate too.
-        stem: what the rate of depth 0 is multiplied by besides (DINOv2 does it to the patch embedding, which shares
-            its depth with positions and tokens).
+        stem: what the rate of `stem_of` it is multiplied by besides. Tokens and positions have that of depth 0 without.
     """
     depths = backbone.depths()
-    last = max(depths.values())
+    last, first_layers = max(depths.values()), stem_of(depths)
     scales = {
-        id(parameter): decay ** (last - depths[name]) * (stem if depths[name] == 0 else 1.0)
+        id(parameter): decay ** (last - depths[name]) * (stem if name in first_layers else 1.0)
         for name, parameter in backbone.named_parameters()
     }
     split: dict[tuple[int, float], dict[str, Any]] = {}
@@ -30,3 +29,11 @@ def decay_by_depth(
             new = {**group, "params": [], "lr_scale": group["lr_scale"] * scale}
             split.setdefault((i, scale), new)["params"].append(parameter)
     return list(split.values())
+
+
+def stem_of(depths: dict[str, int]) -> set[str]:
+    """Which parameters of depth 0 are the patch projection, or where there is none a CNN's first layers; tokens and
+    positions, which share the depth, are not."""
+    first = {name for name, depth in depths.items() if depth == 0}
+    patches = {name for name in first if "patch_embed" in name}
+    return patches or {name for name in first if not name.endswith(("_token", "_pos", "pos_embed"))}

@@ -184,7 +184,8 @@ def test_published_settings() -> None:
 
 @pytest.mark.parametrize("name", ["vit_ti8", "resnet20"])
 def test_layers_slow_down_towards_the_pixels(name: str) -> None:
-    """Factors of every parameter, on real backbones: .9 a block, the stem .2 besides, heads and last norm untouched."""
+    """Factors of every parameter, on real backbones: .9 a block, the layers of the stem .2 besides, heads and last norm
+    untouched. The authors' code gives .2 to what has patch_embed in its name, not to tokens and positions."""
     backbone = backbones.create(name, image_size=32)
     objective = DINOv2(backbone, image_size=32, **SMALL)
     scale = {id(p): g["lr_scale"] for g in objective.parameter_groups() for p in g["params"]}
@@ -193,9 +194,12 @@ def test_layers_slow_down_towards_the_pixels(name: str) -> None:
     last = max(depths.values())
     for parameter_name, parameter in backbone.named_parameters():
         depth = depths[parameter_name]
-        expected = 0.9 ** (last - depth) * (0.2 if depth == 0 else 1)
+        plain = parameter_name.split(".")[-1] in ("mask_token", "cls_token", "pos_embed")
+        expected = 0.9 ** (last - depth) * (0.2 if depth == 0 and not plain else 1)
         assert scale[id(parameter)] == pytest.approx(expected), parameter_name
+    assert scale[id(backbone.mask_token)] == pytest.approx(0.9**last)
     if name == "vit_ti8":
+        assert scale[id(backbone.network.cls_token)] == scale[id(backbone.network.pos_embed)] == pytest.approx(0.9**13)
         assert scale[id(backbone.network.patch_embed.proj.weight)] == pytest.approx(0.2 * 0.9**13)
         assert scale[id(backbone.network.blocks[11].mlp.fc1.weight)] == pytest.approx(0.9)
         assert scale[id(backbone.norm.weight)] == 1
