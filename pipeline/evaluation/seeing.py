@@ -3,7 +3,7 @@
 All pictures are of the same few validation images for every backbone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,11 +22,13 @@ FIELD_IMAGES = 32
 
 
 def seeing(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float | Tensor] | None:
-    """`field_radius`: within how many pixels of its centre half of a cell's gradient lies; of a transformer
-    `attention_distance`, the mean over its blocks and heads, in shares of the image's side.
+    """`field_radius`: within how many pixels of its centre half of a cell's gradient lies; of a plain transformer,
+    every block of which attends among all cells, `attention_distance`, the mean over its blocks and heads, in shares of
+    the image's side.
 
     As evidence: `images` uint8 [n, 3, H, W]; `cells` uint8 [n, h, w, 3]; `field` float32 [H, W]; `neighbours` uint8
-    [n, k, 3, H, W]; of a transformer `attention` float32 [n, heads, h, w] of the last block and `distance` [L, heads].
+    [n, k, 3, H, W]; of a plain transformer `attention` float32 [n, heads, h, w] of the last block and `distance`
+    [L, heads].
     """
     if val.images is None or train.images is None:
         return None
@@ -49,20 +51,27 @@ def seeing(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float 
         "field_radius": half_radius(field),
         "neighbours": _fetched(train, _nearest(train.features, pooled)),
     }
-    with _attending(backbone) as maps:
+    prefix = int(getattr(getattr(backbone, "network", None), "num_prefix_tokens", 0))
+    with _attending(backbone) as maps, torch.no_grad():
         if maps is not None:
-            with torch.no_grad():
-                backbone(inputs)
-            cells_only = [_among_cells(one, grid[0] * grid[1]) for one in maps]
-            distance = torch.stack([attention_distance(one, grid) for one in cells_only])
-            prefix = maps[-1].shape[-1] - grid[0] * grid[1]
-            last = maps[-1][:, :, 0, prefix:] if prefix else cells_only[-1].mean(2)
-            found |= {
-                "attention": rearrange(last, "n a (h w) -> n a h w", h=grid[0]).float(),
-                "distance": distance,
-                "attention_distance": distance.mean().item(),
-            }
+            backbone(inputs)
+    if maps and among_all(maps, len(few), prefix + cells.shape[1]):
+        cells_only = [_among_cells(one, cells.shape[1]) for one in maps]
+        distance = torch.stack([attention_distance(one, grid) for one in cells_only])
+        last = maps[-1][:, :, 0, prefix:] if prefix else cells_only[-1].mean(2)
+        found |= {
+            "attention": rearrange(last, "n a (h w) -> n a h w", h=grid[0]).float(),
+            "distance": distance,
+            "attention_distance": distance.mean().item(),
+        }
     return found
+
+
+def among_all(maps: Sequence[Tensor], images: int, tokens: int) -> bool:
+    """Whether each of these attention maps is [images, heads, tokens, tokens], of as many heads: attention in windows
+    (Swin), to fewer keys (PVT), of a class token alone (CaiT) or of channels (XCiT) is not, and cannot be told by
+    cells."""
+    return {tuple(one.shape) for one in maps} == {(images, maps[0].shape[1], tokens, tokens)}
 
 
 def in_colour(cells: Tensor) -> Tensor:
@@ -157,8 +166,8 @@ def _fetched(train: FeatureSet, nearest: Tensor) -> Tensor:
 
 @contextmanager
 def _attending(backbone: nn.Module) -> Iterator[list[Tensor] | None]:
-    """A list that the attention [B, heads, T, T] of every block is added to in a forward within; None for a network
-    without attention of that kind."""
+    """A list that the attention of every block, [B, heads, T, T] of a plain transformer, is added to in a forward
+    within; None for a network without attention of that kind."""
     blocks: list[Any] = [m for m in backbone.modules() if hasattr(m, "fused_attn") and hasattr(m, "attn_drop")]
     if not blocks:
         yield None

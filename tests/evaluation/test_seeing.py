@@ -10,6 +10,8 @@ import backbones
 from backbones.cost import receptive_field
 from pipeline.data.packed import Packed
 from pipeline.evaluation import examine, seeing
+from pipeline.evaluation.feature_set import FeatureSet
+from pipeline.evaluation.images import Images
 from pipeline.evaluation.seeing import attention_distance, effective_field, half_radius, in_colour
 from tests.evaluation.test_evaluate import pack
 
@@ -97,12 +99,23 @@ def test_what_is_seen_of_a_transformer_and_of_a_cnn(sets: tuple[Packed, Packed],
     assert all(p.grad is None for p in backbone.parameters())
 
 
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "cait_xxs24_224"])
+def test_attention_that_is_not_among_all_cells_is_left_out(sets: tuple[Packed, Packed], name: str) -> None:
+    """Swin attends in windows; of CaiT only the class token's attention, [B, heads, 1, T], can be seen."""
+    backbone = backbones.create(name, image_size=SIDE)
+    images = Images(backbone.eval(), sets[1].path, torch.zeros(16), SIDE, torch.device("cpu"))
+    which = torch.arange(16)
+    shown = FeatureSet(torch.randn(16, backbone.width), torch.zeros(16), (), images=images, which=which)
+    found = seeing.seeing(shown, shown, seed=0)
+    assert found is not None
+    assert found["cells"].shape == (seeing.IMAGES, *backbone.grid(SIDE, SIDE), 3)
+    assert not {"attention", "distance", "attention_distance"} & set(found)
+
+
 def test_the_gradient_at_a_depth_is_autograds(sets: tuple[Packed, Packed]) -> None:
     torch.manual_seed(0)
     backbone = backbones.create("lenet5", image_size=SIDE)
     found = examine({"": backbone}, *sets, image_size=SIDE, protocols=("depth",))[""].evidence["depth_gradient"]
-    from pipeline.evaluation.images import Images
-
     images = Images(backbone.eval(), sets[1].path, torch.zeros(16), SIDE, torch.device("cpu"))
     pooled = backbone(images.normalised(next(iter(images.batches(64))).images)).pooled
     (pooled * torch.randn(pooled.shape, generator=torch.Generator().manual_seed(0))).sum().div(16).backward()
