@@ -12,6 +12,7 @@ from tyro.conf import Positional
 
 from pipeline.blocks import around, write
 from pipeline.command import command
+from pipeline.config import Config
 from pipeline.errors import UserError
 
 COLUMNS = ("data", "backbone", "objective", "px", "epochs", "k-NN", "linear")
@@ -44,7 +45,7 @@ def row(run: str) -> tuple[list[str], str]:
         config = yaml.safe_load(Path(run, "config.yaml").read_text())
     except OSError:
         raise UserError(f"{run}: is no finished run (it has no summary.json beside a config.yaml)") from None
-    scores = measured(summary)
+    scores = measured(summary, config["data"])
     floors = (scores["untrained"], scores["pixels"])
     images = f"{summary['train_images']:,}" if summary.get("train_images") else "unlabelled"
     cells = [
@@ -59,16 +60,21 @@ def row(run: str) -> tuple[list[str], str]:
     return cells, f"{summary['device']}{workers}, torch {summary['versions']['torch']}"
 
 
-def measured(summary: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The scores of the run's end; where its last checkpoint was evaluated again on the same images, of that."""
-    again = [
-        scores
-        for name, scores in summary.get("evaluations", {}).items()
-        if name.endswith(f" at {summary['checkpoint_images']} images")
-        and all(scores.get(count) == summary[count] for count in ("train_images", "val_images"))
-        and all(score in scores for score in SCORES)
-    ]
-    return again[-1] if again else summary
+def measured(summary: Mapping[str, Any], data: str) -> Mapping[str, Any]:
+    """The scores of the run's end; where its last checkpoint was evaluated again on the same images, of that.
+
+    Args:
+        data: the address that the run learnt from: what was measured on other data, or by other labels, is another
+            number.
+    """
+    if "evaluations" not in summary:
+        return summary
+    from pipeline.training.launch import data_name  # torch comes with it
+
+    name = f"{data_name(Config(data=data))} at {summary['checkpoint_images']} images"
+    again = summary["evaluations"].get(name, {})
+    alike = all(again.get(count) == summary[count] for count in ("train_images", "val_images"))
+    return again if alike and all(score in again for score in SCORES) else summary
 
 
 def accuracy(name: str, trained: Mapping[str, Any], floors: Sequence[Mapping[str, Any]]) -> str:

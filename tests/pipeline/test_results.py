@@ -33,11 +33,13 @@ def test_a_run_is_a_row_with_its_floors(run: Path) -> None:
 
 def test_what_was_measured_again_of_the_same_images_counts(run: Path) -> None:
     scores = {**SUMMARY, "linear_top1": 0.6, "val_images": 100}
-    elsewhere = {**scores, "linear_top1": 0.9, "val_images": 200}
+    other = {**scores, "linear_top1": 0.9}
     summary = {**SUMMARY, "val_images": 100, "checkpoint_images": 64}
     for again, expected in (
-        ({"photos at 64 images": scores, "others at 64 images": elsewhere}, "60.0"),
+        ({"photos at 64 images": scores, "others at 64 images": other, "photos by kind at 64 images": other}, "60.0"),
         ({"photos at 32 images": scores}, "50.0"),
+        ({"photos at 64 images": {**scores, "val_images": 200}}, "50.0"),
+        ({"photos at 64 images": {"knn_top1": 0.6, "train_images": 2400, "val_images": 100}}, "50.0"),
     ):
         (run / "summary.json").write_text(json.dumps({**summary, "evaluations": again}))
         assert f"**{expected}** / 30.0 / 35.1 |" in table([str(run)])
