@@ -30,26 +30,26 @@ def accuracy(contest: Contest) -> Iterator[Picture]:
     shown = [m for m in MEASURES if m.key in keys and contest.entries[0].trained.numbers.get(m.key) is not None]
     if not shown:
         return
-    rows = [(one.name, one.trained.numbers, one.untrained.numbers, c) for one, c in coloured(contest)]
+    rows = coloured(contest)
     figure = Figure(figsize=(WIDTH, 0.55 + len(shown) * (0.3 + 0.24 * len(rows))))
     axes = figure.subplots()
     ticks, y = [], 0.0
     for measure in shown:
         top = y
-        pixels = contest.pixels.numbers.get(measure.key)
-        for name, trained, untrained, colour in rows:
+        for one, colour in rows:
+            trained = one.trained.numbers
             value, low, high = (
                 100 * float(trained[k] or 0) for k in (measure.key, f"{measure.bounds}_low", f"{measure.bounds}_high")
             )
             bar = [[max(0, value - low)], [max(0, high - value)]]  # a bootstrap of mAP need not hold the value
             axes.errorbar(value, y, xerr=bar, fmt="o", color=colour, capsize=2, ms=5)
-            if (floor := untrained.get(measure.key)) is not None:
+            if (floor := one.untrained.numbers.get(measure.key)) is not None:
                 axes.plot(100 * float(floor), y, "|", color=colour, ms=11, mew=1.5)
-            axes.annotate(f"{name}  {value:.1f}", (high, y), xytext=(6, 0), textcoords="offset points", va="center",
+            if (pixels := one.pixels.numbers.get(measure.key)) is not None:
+                axes.vlines(100 * float(pixels), y - 0.5, y + 0.5, color=INK, lw=0.8, ls=":")
+            axes.annotate(f"{one.name}  {value:.1f}", (high, y), xytext=(6, 0), textcoords="offset points", va="center",
                           fontsize=8, color=INK)  # fmt: skip
             y += 1
-        if pixels is not None:
-            axes.vlines(100 * float(pixels), top - 0.4, y - 0.6, color=INK, lw=0.8, ls=":")
         ticks.append(((top + y - 1) / 2, measure.title))
         y += 0.8
     axes.set_yticks([t for t, _ in ticks], [label for _, label in ticks])
@@ -157,7 +157,8 @@ def factors(contest: Contest) -> Iterator[Picture]:
         axes.axhline(y, color=INK, lw=0.3, alpha=0.3)
         for _, numbers, colour, mark in marks:
             axes.plot(100 * float(numbers[f"factors_{name}_held"] or 0), y, mark, color=colour, ms=7, alpha=0.85)
-        axes.plot(100 * float(contest.pixels.numbers.get(f"factors_{name}_held") or 0), y, "|", color=INK, ms=12)
+        for held in {float(one.pixels.numbers.get(f"factors_{name}_held") or 0) for one in contest.entries}:
+            axes.plot(100 * held, y, "|", color=INK, ms=12)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlim(-3, 103)

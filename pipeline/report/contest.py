@@ -1,5 +1,6 @@
 """Examine several runs on the same images: what is known of each, what it cost, and what every protocol found."""
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,14 +17,20 @@ from pipeline.evaluation import BY_TABLE, floors, judge
 from pipeline.evaluation.duplicates import duplicates
 from pipeline.evaluation.evaluate import Findings, examine
 from pipeline.evaluation.table import Table
+from pipeline.redaction import redact
 from pipeline.report.cost import Cost, cost
 from pipeline.training import launch
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One backbone of a contest, and its own untrained self. `run` is None where nobody pretrained it; `field` is the
-    side of its theoretical receptive field in pixels, None where that is the whole image."""
+    """One backbone of a contest, and what it must beat: its own untrained self, and raw pixels at its image size.
+
+    name    of no other entry
+    run     None where nobody pretrained it
+    field   side of its theoretical receptive field in pixels, None where that is the whole image
+    floors  what the untrained self and the raw pixels are called: alike where they are the same for several entries
+    """
 
     name: str
     run: str | None
@@ -33,6 +40,8 @@ class Entry:
     field: int | None
     trained: Findings
     untrained: Findings
+    pixels: Findings
+    floors: tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,6 @@ class Contest:
     """Backbones examined on the same images.
 
     classes    of the labels; none where only columns of a table were examined
-    pixels     what raw pixels achieve
     copies     (training image, validation image) that are the same file
     table      of the labels, where those of the folders do not count
     seconds    spent, by stage
@@ -52,7 +60,6 @@ class Contest:
     train_images: int
     val_images: int
     entries: tuple[Entry, ...]
-    pixels: Findings
     copies: tuple[tuple[str, str], ...]
     protocols: tuple[str, ...]
     seed: int
@@ -87,12 +94,16 @@ def hold(
         epochs: over which protocols train the whole network; None: as their recipes say.
 
     Raises:
-        UserError: fewer than two runs, runs on different data, no labels, or a torn or foreign checkpoint.
+        UserError: fewer than two runs, one named twice, runs on different data, no labels, or a torn or foreign
+            checkpoint.
     """
     if len(runs) + len(fresh) < 2:
         raise UserError(f"a comparison needs at least two runs, not {len(runs) + len(fresh)}")
     begun = time.perf_counter()
     found = [judge.find(run) for run in runs]
+    known = [(one.folder.address if one.folder else run, one.seen) for run, one in zip(runs, found)]
+    if twice := [run for run, one in zip(runs, known) if known.count(one) > 1]:
+        raise UserError(f"{' and '.join(dict.fromkeys(twice))}: one run, named twice, which differs in nothing")
     configs = [*(one.config for one in found), *fresh]
     shared = {one.data for one in configs}
     if data is None and len(shared) > 1:
@@ -114,7 +125,8 @@ def hold(
     seconds = {"reading checkpoints and packing": time.perf_counter() - begun}
 
     entries = []
-    for one, name in zip(found, titles(found)):
+    called = titles(found)
+    for one, name, names_of_floors in zip(found, called, floors_of(found, called)):
         begun = time.perf_counter()
         size, precision = int(one.config.image_size or 0), precision_of(one.config, device)
         one.backbone.to(device)
@@ -132,7 +144,8 @@ def hold(
         entries.append(
             Entry(
                 name, one.folder.address if one.folder else None, one.config, names.family(one.config.backbone), spent,
-                receptive_field(one.backbone), results["trained"], results["untrained"],
+                receptive_field(one.backbone), results["trained"], results["untrained"], results["pixels"],
+                names_of_floors,
             )
         )  # fmt: skip
         one.backbone.to("cpu")
@@ -145,22 +158,36 @@ def hold(
     return Contest(
         data=launch.data_name(config) + (f" by {table.name}" if table else ""), note=note, classes=classes,
         train_images=int(numbers["train_images"] or 0), val_images=int(numbers["val_images"] or 0),
-        entries=tuple(entries), pixels=results["pixels"], copies=tuple(duplicates(train, val)),
-        protocols=tuple(protocols), seed=seed, limit=limit, epochs=epochs, table=table,
+        entries=tuple(entries), copies=tuple(duplicates(train, val)), protocols=tuple(protocols), seed=seed, limit=limit, epochs=epochs, table=table,
         fingerprints=(train.fingerprint, val.fingerprint), device=device_name(device.type), seconds=seconds,
     )  # fmt: skip
 
 
 def titles(found: Sequence[judge.Judged]) -> list[str]:
-    """What each run is called: its backbone and objective, and what tells it from others of the same; a backbone that
-    nobody pretrained by its name."""
+    """What each run is called, no two of them alike: its backbone and objective, and as much of its images seen, its
+    folder's name, its address or a number as tells it from others of the same; a backbone that nobody pretrained by its
+    name. Names of which a file's name keeps no difference are alike."""
     plain = [f"{one.config.backbone} + {one.config.objective}" if one.folder else one.config.backbone for one in found]
     seen = [f"{name} at {one.seen:,} images" for name, one in zip(plain, found)]
-    folders = [
-        f"{name} ({Path(one.folder.address).name if one.folder else 'not pretrained'})"
-        for name, one in zip(seen, found)
-    ]
-    return [
-        names[0] if plain.count(names[0]) == 1 else names[1] if seen.count(names[1]) == 1 else names[2]
-        for names in zip(plain, seen, folders)
-    ]
+    addresses = [redact(one.folder.address) if one.folder else "not pretrained" for one in found]
+    by_folder = [f"{name} ({Path(address).name})" for name, address in zip(seen, addresses)]
+    by_address = [f"{name} ({address})" for name, address in zip(seen, addresses)]
+    numbered = [f"{name}, number {i}" for i, name in enumerate(by_address, 1)]
+    levels = [plain, seen, by_folder, by_address, numbered]
+    files = [[re.sub(r"[^a-z0-9_]+", "-", name.lower()) for name in level] for level in levels]
+    first_alone = [next(k for k, level in enumerate(files) if level.count(level[i]) == 1) for i in range(len(found))]
+    return [levels[k][i] for i, k in enumerate(first_alone)]
+
+
+def floors_of(found: Sequence[judge.Judged], called: Sequence[str]) -> list[tuple[str, str]]:
+    """What the untrained self of each run and the raw pixels it is set against are called: by the backbone where all of
+    that name are the same untrained, of the same options, size and seed, else by the run; and by the image size where
+    not all have one."""
+    made = [(one.config.backbone, one.config.seed, {**one.backbone.config, "drop_path": 0.0}) for one in found]
+    sizes = [one.config.image_size for one in found]
+    names_of = []
+    for (backbone, *_), name, size in zip(made, called, sizes):
+        alike = all(one == other for one in made for other in made if one[0] == other[0] == backbone)
+        untrained = f"{backbone if alike else name} untrained"
+        names_of.append((untrained, "raw pixels" if len(set(sizes)) == 1 else f"raw pixels at {size} px"))
+    return names_of

@@ -55,7 +55,6 @@ def as_json(contest: Contest) -> dict[str, Any]:
         "limit": contest.limit,
         "epochs": contest.epochs,
         "seconds": dict(contest.seconds),
-        "pixels": plain(contest.pixels.numbers),
         "entries": [
             {
                 "name": one.name,
@@ -67,6 +66,7 @@ def as_json(contest: Contest) -> dict[str, Any]:
                 "choices": dict(one.trained.choices),
                 "confusions": confusions(one, contest.classes),
                 "untrained": plain(one.untrained.numbers),
+                "pixels": plain(one.pixels.numbers),
             }
             for one in contest.entries
         ],

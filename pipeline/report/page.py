@@ -29,8 +29,8 @@ def render(contest: Contest, pictures: Sequence[Picture], command: list[str]) ->
     shown: list[tuple[str, Results, str, bool]] = [
         (one.name, one.trained.numbers, colours[one.name], False) for one in contest.entries
     ]
-    floors = {f"{one.config.backbone} untrained": one.untrained.numbers for one in contest.entries}
-    floors["raw pixels"] = contest.pixels.numbers
+    floors = {one.floors[0]: one.untrained.numbers for one in contest.entries}
+    floors |= {one.floors[1]: one.pixels.numbers for one in contest.entries}
     shown += [
         (name, numbers, "", True) for name, numbers in floors.items() if any(one.key in numbers for one in MEASURES)
     ]

@@ -116,7 +116,7 @@ def claims(contest: Contest) -> list[Claim]:
         for what, by in measured(first.trained, second.trained, contest.seed):
             found.append((first.name, second.name, what, by, False))
     for one in contest.entries:
-        for floor, findings in ((f"{one.config.backbone} untrained", one.untrained), ("raw pixels", contest.pixels)):
+        for floor, findings in zip(one.floors, (one.untrained, one.pixels)):
             for protocol in LEADING:
                 if above := between(one.trained, findings, protocol, contest.seed):
                     found.append((one.name, floor, ACCURACIES[protocol], above, True))
@@ -190,7 +190,7 @@ def with_evidence(contest: Contest, tested: Sequence[Claim]) -> list[tuple[str, 
         ]
         if unproven:
             floors = " or ".join(
-                f"{'its untrained self' if claim.second.endswith(' untrained') else claim.second} ({_points(claim)}"
+                f"{'its untrained self' if claim.second == one.floors[0] else claim.second} ({_points(claim)}"
                 f"{', significantly worse' if claim.significant else ''})"
                 for claim in unproven
             )

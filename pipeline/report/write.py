@@ -115,7 +115,7 @@ def track(held: Contest, folder: Path, place: Path) -> None:
     headlines = {verdict.headline(name) for name in held.protocols}
     for one in held.entries:
         metrics = {k: v for k, v in one.trained.numbers.items() if v is not None and v == v}  # NaN is no metric
-        for floor, found in (("untrained", one.untrained), ("pixels", held.pixels)):
+        for floor, found in (("untrained", one.untrained), ("pixels", one.pixels)):
             known = {key: found.numbers.get(key) for key in headlines}
             metrics |= {f"{floor}_{key}": value for key, value in known.items() if value is not None and value == value}
         metrics |= {"parameters": one.cost.parameters, "multiply_adds": one.cost.multiply_adds}

@@ -62,7 +62,10 @@ def entry(
         compute=1e14, training=83.3, training_memory=5 << 28, seconds=120.0, device="a processor", workers=1,
     )  # fmt: skip
     field = None if family == "vit" else 435
-    return Entry(f"{backbone} + {objective}", f"runs/{backbone}", config, family, cost, field, trained, untrained)
+    return Entry(
+        f"{backbone} + {objective}", f"runs/{backbone}", config, family, cost, field, trained, untrained,
+        pixels=Findings({}, {}, trained.labels), floors=(f"{backbone} untrained", "raw pixels"),
+    )  # fmt: skip
 
 
 def shaken(found: Findings, own: int, **right: float) -> Findings:
@@ -109,6 +112,6 @@ def scratch(backbone: str, right: float, on_train: float, epochs: float = 2.0) -
 def contest(entries: Sequence[Entry], pixels: Findings, protocols: Sequence[str] = PLAIN) -> Contest:
     return Contest(
         data="photos", note="its own validation part", classes=tuple(f"class <{i}>" for i in range(CLASSES)),
-        train_images=300, val_images=400, entries=tuple(entries), pixels=pixels, copies=(), protocols=tuple(protocols),
-        seed=0, limit=None, fingerprints=("a" * 32, "b" * 32), seconds={"resnet18 + dino": 3.0},
+        train_images=300, val_images=400, entries=tuple(replace(one, pixels=pixels) for one in entries), copies=(),
+        protocols=tuple(protocols), seed=0, limit=None, fingerprints=("a" * 32, "b" * 32), seconds={"resnet18 + dino": 3.0},
     )  # fmt: skip

@@ -155,8 +155,9 @@ def test_robustness_is_drawn_change_by_change(shown: Contest, monkeypatch: pytes
 def test_factors_are_drawn_beside_raw_pixels(shown: Contest, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, *_ = shown.entries
     held = ({"shape": 0.8, "texture": 0.3, "hue": 0.5}, {"shape": 0.2, "texture": 0.7, "hue": 0.6})
-    kept = [replace(one, trained=factored(one.trained, **of)) for one, of in zip((first, second), held)]
-    with_factors = replace(shown, entries=tuple(kept), pixels=factored(shown.pixels, shape=0.1, texture=0.4, hue=0.9))
+    pixels = factored(first.pixels, shape=0.1, texture=0.4, hue=0.9)
+    kept = [replace(one, trained=factored(one.trained, **of), pixels=pixels) for one, of in zip((first, second), held)]
+    with_factors = replace(shown, entries=tuple(kept))
     with rc_context(drawing.STYLE):
         (picture,) = charts.factors(with_factors)
     assert all(f">{name}<" in picture.markup for name in held[0])
