@@ -1,5 +1,6 @@
 """How sure is an accuracy, or any other mean over images?"""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,7 +9,9 @@ from scipy import stats
 from torch import Tensor
 
 DRAWS = 2_000
-"""Bootstrap samples, where samples are drawn."""
+"""Samples, where samples are drawn."""
+EXACT = 8
+"""Runs of which all orders are tried."""
 
 
 def bootstrap(correct: Tensor, level: float = 0.95) -> tuple[float, float]:
@@ -55,18 +58,20 @@ def resampled(values: np.ndarray, seed: int = 0) -> np.ndarray:
     return means
 
 
-def rank_correlation(x: Tensor, y: Tensor, seed: int = 0) -> tuple[float, float, float]:
-    """Spearman's rank correlation of two scores [n] of the same n runs, and its 95 % bootstrap interval over runs.
+def rank_correlation(x: Tensor, y: Tensor, seed: int = 0) -> tuple[float, float]:
+    """Spearman's rank correlation of two scores [n] of the same n runs, and how likely one as far from 0 is where the
+    scores have nothing to do with each other: the share of all orders of the runs in which it is, of up to 8 runs; of
+    more, of orders drawn at random. Of 4 runs no p-value is below 2 / 4! = 0.083.
 
-    NaN where a score is the same for all.
+    NaN, and 1, where a score is the same for all.
     """
-    pairs = torch.stack([x, y]).double().numpy()
+    rank_x, rank_y = (ranks - ranks.mean() for ranks in stats.rankdata(torch.stack([x, y]).double().numpy(), axis=1))
+    scale = math.sqrt((rank_x @ rank_x) * (rank_y @ rank_y))
+    if not scale:
+        return math.nan, 1.0
+    exact = len(rank_x) <= EXACT
     rng = np.random.default_rng(seed)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        drawn = [_spearman(pairs[:, rng.integers(0, len(x), len(x))]) for _ in range(DRAWS)]
-        low, high = np.nanpercentile(drawn, [2.5, 97.5]) if np.isfinite(drawn).any() else (math.nan, math.nan)
-        return _spearman(pairs), float(low), float(high)
-
-
-def _spearman(pairs: np.ndarray) -> float:
-    return float(np.corrcoef(stats.rankdata(pairs, axis=1))[0, 1])
+    orders = itertools.permutations(rank_y) if exact else (rng.permutation(rank_y) for _ in range(DRAWS))
+    found = float(rank_x @ rank_y) / scale
+    as_far = np.abs(np.array(list(orders)) @ rank_x) / scale >= abs(found) - 1e-9
+    return found, float(as_far.mean()) if exact else (1 + int(as_far.sum())) / (1 + DRAWS)

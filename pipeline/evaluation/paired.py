@@ -1,5 +1,6 @@
 """Is one backbone better than another, when both were shown the same images?"""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -36,8 +37,8 @@ def difference(first: Tensor, second: Tensor, seed: int = 0) -> Difference:
 
     Args:
         first, second: one value an image [N], or [R, N] for R repetitions that both went through alike. Where they are
-            bool and not repeated, the p-value is McNemar's; else it is the normal's, by the bootstrap's deviation: a
-            share of samples beyond zero could not be small enough to be adjusted for many comparisons.
+            bool and not repeated, the p-value is McNemar's; else it is Student's, by the bootstrap's deviation: a share
+            of samples beyond zero could not be small enough to be adjusted for many comparisons.
 
     Raises:
         ValueError: not the same images.
@@ -49,23 +50,31 @@ def difference(first: Tensor, second: Tensor, seed: int = 0) -> Difference:
     means = interval.resampled(values, seed)
     low, high = np.percentile(means, [2.5, 97.5])
     if first.dtype.is_floating_point or first.ndim > 1:
-        p = _normal(float(values.mean()), float(means.std()))
+        p = _student(float(values.mean()), float(means.std()), values.shape[1])
     else:
         p = mcnemar(first.cpu(), second.cpu())
     return Difference(float(values.mean()), float(low), float(high), float(p))
 
 
-def of_statistics(first: np.ndarray, second: np.ndarray) -> Difference:
-    """As `difference`, of two statistics [1 + draws] that are no means over images: the first entry of all images, the
-    others of bootstrap samples that were drawn alike. The p-value is the normal's."""
+def of_statistics(first: np.ndarray, second: np.ndarray, images: int) -> Difference:
+    """As `difference`, of two statistics [1 + draws] that are no means over `images`: the first entry of all of them,
+    the others of bootstrap samples that were drawn alike. The p-value is Student's."""
     found, *drawn = first - second
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
-    return Difference(float(found), float(low), float(high), _normal(float(found), float(np.nanstd(drawn))))
+    return Difference(float(found), float(low), float(high), _student(float(found), float(np.nanstd(drawn)), images))
 
 
-def _normal(found: float, spread: float) -> float:
-    """How likely a normal variable of this spread is as far from 0 as what was found."""
-    return float(2 * stats.norm.sf(abs(found) / spread)) if spread else float(found == 0)
+def _student(found: float, spread: float, images: int) -> float:
+    """How likely a difference is as far from 0 as what was found, where there is none, by Student's t.
+
+    The bootstrap's `spread` lacks a factor √(N / (N − 1)). Where it is 0, every image differed alike, and the p-value
+    is that of the sign test.
+    """
+    if images < 2 or not found:
+        return 1.0
+    if spread < 1e-9 * abs(found):
+        return 2.0 ** (1 - images)
+    return float(2 * stats.t.sf(abs(found) / (spread * math.sqrt(images / (images - 1))), images - 1))
 
 
 def holm(p: list[float]) -> list[float]:

@@ -158,7 +158,8 @@ def hold(
     return Contest(
         data=launch.data_name(config) + (f" by {table.name}" if table else ""), note=note, classes=classes,
         train_images=int(numbers["train_images"] or 0), val_images=int(numbers["val_images"] or 0),
-        entries=tuple(entries), copies=tuple(duplicates(train, val)), protocols=tuple(protocols), seed=seed, limit=limit, epochs=epochs, table=table,
+        entries=tuple(entries), copies=tuple(duplicates(train, val)),
+        protocols=tuple(protocols), seed=seed, limit=limit, epochs=epochs, table=table,
         fingerprints=(train.fingerprint, val.fingerprint), device=device_name(device.type), seconds=seconds,
     )  # fmt: skip
 

@@ -39,8 +39,8 @@ def as_json(contest: Contest) -> dict[str, Any]:
             for claim in tested
         ],
         "trust": [
-            plain({"score": score, "accuracy": accuracy, "rank_correlation": rho, "low": low, "high": high})
-            for score, accuracy, rho, low, high in verdict.trust(contest)
+            plain({"score": score, "accuracy": accuracy, "rank_correlation": rho, "p_adjusted": p})
+            for score, accuracy, rho, p in verdict.trust(contest)
         ],
         "data": contest.data,
         "note": contest.note,

@@ -155,7 +155,8 @@ def between(first: Findings, second: Findings, protocol: str, seed: int) -> Diff
         key = f"{protocol}_drawn"
         if key not in first.evidence or key not in second.evidence:
             return None
-        return of_statistics(first.evidence[key].numpy(), second.evidence[key].numpy())
+        images = int(first.numbers["val_images"] or 0)
+        return of_statistics(first.evidence[key].numpy(), second.evidence[key].numpy(), images)
     a, b = right(first, protocol), right(second, protocol)
     return None if a is None or b is None else difference(a, b, seed)
 
@@ -298,9 +299,9 @@ def _earlier(one: Entry) -> Iterator[str]:
             yield f"{begins} {address}"
 
 
-def trust(contest: Contest) -> list[tuple[str, str, float, float, float]]:
-    """How far label-free scores rank the runs as accuracy does: (score, accuracy, Spearman's ρ, low, high) over trained
-    runs; empty for fewer than four, which no correlation can be told from."""
+def trust(contest: Contest) -> list[tuple[str, str, float, float]]:
+    """How far label-free scores rank the runs as accuracy does: (score, accuracy, Spearman's ρ, its p-value adjusted
+    for all rows) over trained runs; empty for fewer than four."""
     if len(contest.entries) < 4 or "label_free" not in contest.protocols:
         return []
     found = []
@@ -313,4 +314,5 @@ def trust(contest: Contest) -> list[tuple[str, str, float, float, float]]:
             if all(value is not None for pair in pairs for value in pair):
                 x, y = (torch.tensor([float(value or 0) for value in column]) for column in zip(*pairs))
                 found.append((name, accuracy, *interval.rank_correlation(x, y)))
-    return found
+    adjusted = holm([one[3] for one in found])
+    return [(*one[:3], p) for one, p in zip(found, adjusted)]

@@ -240,6 +240,20 @@ def test_a_paired_difference_and_how_often_it_errs() -> None:
         paired.difference(first, first[1:])
 
 
+@pytest.mark.parametrize("images", [2, 5, 15])
+def test_few_images_prove_no_more_than_students_test_says(images: int) -> None:
+    a, b = (torch.from_numpy(draws(seed).normal(size=images)) for seed in (2, 3))
+    found = paired.difference(a, b)
+    assert found.p == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=0.1)
+    drawn = np.array([found.mean, *interval.resampled((a - b).numpy()[None])])
+    assert paired.of_statistics(drawn, np.zeros_like(drawn), images).p == pytest.approx(found.p)
+    # Of images that all differ alike, by how many there are.
+    assert paired.difference(a + 0.1, a).p == pytest.approx(0.5 ** (images - 1))
+    assert paired.difference(a, a).p == 1.0
+    assert paired.difference(a[:1], b[:1]).p == 1.0
+    assert paired.difference(a[:1].expand(5, 1), torch.arange(5.0)[:, None]).p == 1.0
+
+
 def test_repetitions_widen_the_interval() -> None:
     """Draws of labels that disagree are an uncertainty of their own."""
     rng = draws()
@@ -255,14 +269,30 @@ def test_holm_by_hand() -> None:
     assert paired.holm([0.9, 0.8]) == [1.0, 1.0]
 
 
-def test_the_interval_of_a_mean_and_of_a_rank_correlation() -> None:
+def test_the_interval_of_a_mean_is_that_of_images_drawn_again() -> None:
     values = torch.from_numpy(draws().normal(2, 1, 400))
     low, high = interval.of_mean(values)
     theirs = stats.bootstrap((values.numpy(),), np.mean, method="percentile", n_resamples=2000, random_state=0)
     assert (low, high) == pytest.approx(tuple(theirs.confidence_interval), abs=0.015)
-    x = torch.from_numpy(draws().normal(size=30))
-    y = x + torch.from_numpy(draws(1).normal(size=30))
-    rho, low, high = interval.rank_correlation(x, y)
-    assert rho == pytest.approx(stats.spearmanr(x, y).statistic)
-    assert low < rho < high <= 1
-    assert math.isnan(interval.rank_correlation(x, torch.ones(30))[0])
+
+
+@pytest.mark.parametrize("runs", [4, 6, 30])
+def test_a_rank_correlation_is_as_likely_as_among_all_orders_of_the_runs(runs: int) -> None:
+    x = torch.from_numpy(draws().normal(size=runs))
+    y = x + torch.from_numpy(draws(1).normal(size=runs))
+    rho, p = interval.rank_correlation(x, y)
+    theirs = stats.spearmanr(x, y)
+    assert rho == pytest.approx(theirs.statistic)
+    if runs > interval.EXACT:
+        assert p == pytest.approx(theirs.pvalue, abs=5 / interval.DRAWS)
+    else:
+        by_hand = [abs(stats.spearmanr(x, y[list(order)]).statistic) for order in itertools.permutations(range(runs))]
+        assert p == pytest.approx(np.mean(np.array(by_hand) >= abs(rho) - 1e-9))
+
+
+def test_four_runs_show_no_rank_correlation() -> None:
+    x = torch.arange(4.0)
+    assert interval.rank_correlation(x, 2 * x) == (pytest.approx(1), pytest.approx(2 / 24))
+    rho, p = interval.rank_correlation(x, torch.ones(4))
+    assert math.isnan(rho)
+    assert p == 1

@@ -99,12 +99,12 @@ def test_what_samples_of_images_say_tells_whether_two_backbones_differ(protocol:
         return scores
 
     good, equal, poor = found(0.5, 1), found(0.5, 2), found(1.5, 3)
-    lead = paired.of_statistics(good["drawn"].numpy(), poor["drawn"].numpy())
+    lead = paired.of_statistics(good["drawn"].numpy(), poor["drawn"].numpy(), 300)
     assert lead.mean == good[key] - poor[key]
     assert 0 < lead.low < lead.mean < lead.high
     assert lead.p < 1e-3
-    assert paired.of_statistics(good["drawn"].numpy(), equal["drawn"].numpy()).p > 0.05
-    assert paired.of_statistics(good["drawn"].numpy(), good["drawn"].numpy()).p == 1
+    assert paired.of_statistics(good["drawn"].numpy(), equal["drawn"].numpy(), 300).p > 0.05
+    assert paired.of_statistics(good["drawn"].numpy(), good["drawn"].numpy(), 300).p == 1
 
 
 def test_what_is_unknown_is_left_out() -> None:
