@@ -31,13 +31,17 @@ def average_precision(gallery: Tensor, gallery_y: Tensor, queries: Tensor, queri
     """Average precision [M], float64, of each query [M, D] on a gallery [N, D] sorted by cosine similarity.
 
     The mean, over the images of the query's class, of the share of that class among all images up to it in the
-    sorting: the area under the precision-recall curve without interpolation.
+    sorting, those as similar included: the area under the precision-recall curve without interpolation, whatever the
+    order of the file.
     """
     bank = F.normalize(gallery.float(), dim=1).T
     found = []
     for part, labels in zip(*(t.split(max(1, AT_ONCE // len(gallery))) for t in (queries, queries_y))):
-        order = (F.normalize(part.float(), dim=1) @ bank).argsort(dim=1, descending=True)
+        similarity, order = (F.normalize(part.float(), dim=1) @ bank).sort(dim=1, descending=True)
         hit = (gallery_y[order] == labels[:, None]).double()
-        place = torch.arange(1, hit.shape[1] + 1, device=hit.device, dtype=torch.float64)
-        found.append((hit.cumsum(1) / place * hit).sum(1) / hit.sum(1).clamp(min=1))
+        place = torch.arange(1, hit.shape[1] + 1, device=hit.device)
+        last = F.pad(similarity.diff(dim=1) != 0, [0, 1], value=True)  # of those as similar
+        up_to = torch.where(last, place, hit.shape[1]).flip(1).cummin(1).values.flip(1)
+        precision = hit.cumsum(1).gather(1, up_to - 1) / up_to
+        found.append((precision * hit).sum(1) / hit.sum(1).clamp(min=1))
     return torch.cat(found)
