@@ -18,7 +18,7 @@ def headline(predicted: Tensor, labels: Tensor) -> dict[str, float | Tensor]:
         predicted: int64 [N]; labels: the true classes [N], on the same device.
     """
     correct = predicted == labels
-    low, high = interval.bootstrap(correct)
+    low, high = interval.of_share(correct)
     return {
         "top1": correct.double().mean().item(), "low": low, "high": high,
         **by_class(confusion(predicted, labels)), "predicted": predicted,
@@ -26,7 +26,8 @@ def headline(predicted: Tensor, labels: Tensor) -> dict[str, float | Tensor]:
 
 
 def by_class(table: Tensor, seed: int = 0) -> dict[str, float]:
-    """balanced and macro_f1 of a table as of `confusion`, each with the percentiles of its bootstrap, `_low`, `_high`.
+    """balanced and macro_f1 of a table as of `confusion`, each with the percentiles of its bootstrap, `_low`, `_high`
+    (NaN where it has no spread).
 
     To draw images again is to draw, as often, the cells of the table that they are counted in: a multinomial draw.
     """
@@ -41,8 +42,8 @@ def by_class(table: Tensor, seed: int = 0) -> dict[str, float]:
     found, samples = drawn[0][:, 0], torch.cat(drawn[1:], dim=1).numpy()
     result: dict[str, float] = {}
     for name, value, sample in zip(("balanced", "macro_f1"), found.tolist(), samples):
-        low, high = np.percentile(sample, [2.5, 97.5])
-        result |= {name: value, f"{name}_low": float(low), f"{name}_high": float(high)}
+        low, high = interval.percentiles(sample)
+        result |= {name: value, f"{name}_low": low, f"{name}_high": high}
     return result
 
 

@@ -1,5 +1,6 @@
 """All numbers of an evaluation: every protocol on the frozen features of a backbone, and of the floors beside it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -32,7 +33,7 @@ OF_FLOORS = {"poolings", "factors", "targets"}
 class Findings(NamedTuple):
     """What was found out about one backbone.
 
-    numbers      scores by name, `<protocol>_<name>`, and `train_images`, `val_images`
+    numbers      scores by name, `<protocol>_<name>`, None where there is none, and `train_images`, `val_images`
     evidence     tensors by name, likewise, on the CPU; those with one entry an image are in the order of `labels`
     labels       int64 [N], of the validation images that have one
     classifiers  by protocol, of those that train one
@@ -216,8 +217,8 @@ def examine(
                     classifiers |= named(protocol, value, backbones[name], classes, image_size, pooling)
                 elif isinstance(value, str):
                     choices[f"{protocol}_{key}"] = value
-                else:
-                    numbers[f"{protocol}_{key}"] = value
+                else:  # NaN, which is no JSON
+                    numbers[f"{protocol}_{key}"] = None if value is None or math.isnan(value) else value
         counts = {"train_images": bank.known(), "val_images": queries.known()}
         truths = queries.labels[queries.labels >= 0].cpu()
         results[name] = Findings({**numbers, **counts}, evidence, truths, classifiers, choices)

@@ -14,36 +14,43 @@ EXACT = 8
 """Runs of which all orders are tried."""
 
 
-def bootstrap(correct: Tensor, level: float = 0.95) -> tuple[float, float]:
-    """The percentile bootstrap interval (Efron 1979) of an accuracy, from which answers [N] were right.
+def of_share(correct: Tensor, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval (1927) of an accuracy, from which answers [N] were right.
 
-    Without drawing a sample: resampling N answers of which a share p is right, and counting, is a binomial draw, so
-    that the bootstrap's percentiles are the binomial's. It tells what another set of images of this size might have
-    given, with this backbone and this probe; not what another seed of pretraining might.
+    It tells what another set of images of this size might have given, with this backbone and this probe; not what
+    another seed of pretraining might. Where all answers were right, or none, it is no point, as a bootstrap's would be.
     """
-    n, right = len(correct), int(correct.sum())
-    if not n:
+    if not len(correct):
         raise ValueError("no answer, no accuracy: the validation set is empty")
-    low, high = stats.binom.ppf([(1 - level) / 2, (1 + level) / 2], n, right / n)
-    return float(low) / n, float(high) / n
+    low, high = stats.binomtest(int(correct.sum()), len(correct)).proportion_ci(level, method="wilson")
+    return float(low), float(high)
 
 
 def of_mean(values: Tensor, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """The percentile bootstrap interval of the mean of values [N], one an image."""
+    """The percentile bootstrap interval (Efron 1979) of the mean of values [N], one an image."""
     if not len(values):
         raise ValueError("no value, no mean: the validation set is empty")
-    means = resampled(values.double().cpu().numpy()[None], seed)
-    low, high = np.percentile(means, [50 * (1 - level), 50 * (1 + level)])
+    return percentiles(resampled(values.double().cpu().numpy()[None], seed), level)
+
+
+def percentiles(drawn: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """The interval that bootstrap samples [draws] of a score span; NaN where all are the same, as of scores of 0 or
+    100 %: they say nothing then of other images."""
+    if np.nanmax(drawn) == np.nanmin(drawn):
+        return math.nan, math.nan
+    low, high = np.nanpercentile(drawn, [50 * (1 - level), 50 * (1 + level)])
     return float(low), float(high)
 
 
 def of_draws(values: Tensor, level: float = 0.95) -> tuple[float, float]:
-    """Student's interval of the mean of values [R], one a repetition; a single repetition knows no interval."""
-    if len(values) < 2:
+    """Student's interval, within [0, 1], of the mean of shares [R], one a repetition; NaN of a single repetition, and
+    where all are the same."""
+    spread = float(values.double().std()) if len(values) > 1 else 0.0
+    if not spread:
         return math.nan, math.nan
-    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * float(values.double().std()) / math.sqrt(len(values))
+    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * spread / math.sqrt(len(values))
     mean = float(values.double().mean())
-    return mean - half, mean + half
+    return max(0.0, mean - half), min(1.0, mean + half)
 
 
 def resampled(values: np.ndarray, seed: int = 0) -> np.ndarray:

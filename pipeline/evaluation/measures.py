@@ -23,9 +23,10 @@ class Measure(NamedTuple):
         return "–" if value is None or math.isnan(value) else self._shown(value)
 
     def interval(self, numbers: Mapping[str, float | None]) -> str:
-        """ "24.5 – 30.0"; empty where no bounds are known."""
-        bounds = [numbers.get(f"{self.bounds}_{side}") for side in ("low", "high")] if self.bounds else []
-        return " – ".join(self._shown(one) for one in bounds if one is not None)
+        """ "24.5 – 30.0"; a dash where nothing can be said of it, empty where it was not asked for."""
+        bounds = [numbers[key] for side in ("low", "high") if (key := f"{self.bounds}_{side}") in numbers]
+        known = [self._shown(one) for one in bounds if one is not None and not math.isnan(one)]
+        return " – ".join(known) or "–" * bool(bounds)
 
     def _shown(self, value: float) -> str:
         return f"{self.factor * value:.{1 if self.factor == 100 else 2}f}".replace("-", "−")

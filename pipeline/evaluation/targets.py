@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.evaluation.feature_set import FeatureSet
-from pipeline.evaluation.interval import DRAWS
+from pipeline.evaluation.interval import DRAWS, percentiles
 from pipeline.evaluation.linear import moments, standardise
 
 HELD_OUT = 0.2
@@ -135,10 +135,10 @@ def _drawn(statistic: Statistic, images: int, seed: int, name: str) -> dict[str,
     interval `low`, `high`, and all of this [1 + draws], drawn alike for every backbone, as `drawn`."""
     rng = np.random.default_rng(seed)
     drawn = [statistic(rng.multinomial(images, np.full(images, 1 / images)).astype(float)) for _ in range(DRAWS // 4)]
-    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    low, high = percentiles(np.array(drawn))
     of_all = statistic(np.ones(images))
     samples = torch.tensor([of_all, *drawn], dtype=torch.float64)
-    return {name: of_all, "low": float(low), "high": float(high), "drawn": samples}
+    return {name: of_all, "low": low, "high": high, "drawn": samples}
 
 
 def _mean_precision(score: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> float:

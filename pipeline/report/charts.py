@@ -1,5 +1,6 @@
 """The charts of a report: every one draws what its protocol found, and nothing where it was not asked."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -37,10 +38,7 @@ def accuracy(contest: Contest) -> Iterator[Picture]:
     for measure in shown:
         top = y
         for one, colour in rows:
-            trained = one.trained.numbers
-            value, low, high = (
-                100 * float(trained[k] or 0) for k in (measure.key, f"{measure.bounds}_low", f"{measure.bounds}_high")
-            )
+            value, low, high = with_bounds(one, measure.key, str(measure.bounds))
             bar = [[max(0, value - low)], [max(0, high - value)]]  # a bootstrap of mAP need not hold the value
             axes.errorbar(value, y, xerr=bar, fmt="o", color=colour, capsize=2, ms=5)
             if (floor := one.untrained.numbers.get(measure.key)) is not None:
@@ -62,9 +60,18 @@ def accuracy(contest: Contest) -> Iterator[Picture]:
     axes.set_xlim(left, right + 0.55 * (right - left))
     yield Picture(
         "Accuracy", svg(figure, "Accuracy"),
-        "Point and bar: accuracy and its 95 % bootstrap interval over the validation images. Tick: the same network "
+        "Point and bar: accuracy and its 95 % interval over the validation images. Tick: the same network "
         "untrained. Dotted line: raw pixels.",
     )  # fmt: skip
+
+
+def with_bounds(one: Entry, key: str, bounds: str) -> tuple[float, float, float]:
+    """A score and its interval, in per cent; the interval is the score itself where none is known."""
+    numbers = one.trained.numbers
+    value = float(numbers[key] or 0)
+    found = (numbers[f"{bounds}_{side}"] for side in ("low", "high"))
+    low, high = (value if bound is None or math.isnan(bound) else float(bound) for bound in found)
+    return 100 * value, 100 * low, 100 * high
 
 
 def low_shot(contest: Contest) -> Iterator[Picture]:
@@ -77,11 +84,10 @@ def low_shot(contest: Contest) -> Iterator[Picture]:
     parts = [[b for b in budgets if b[0] == kind] for kind in "np"]
     for axes, part, unit in zip(figure.subplots(1, 2, sharey=True), parts, ("labels a class", "share of the labels")):
         for one, colour in coloured(contest):
-            value, low, high = (
-                [100 * float(one.trained.numbers[f"low_shot_{b}{k}"] or 0) for b in part] for k in ("", "_low", "_high")
-            )
-            axes.plot(range(len(part)), value, "o-", color=colour, ms=4, label=one.name)
-            axes.fill_between(range(len(part)), low, high, color=colour, alpha=0.15, lw=0)
+            of_part = [with_bounds(one, f"low_shot_{b}", f"low_shot_{b}") for b in part]
+            axes.plot(range(len(part)), [value for value, *_ in of_part], "o-", color=colour, ms=4, label=one.name)
+            band = [low for _, low, _ in of_part], [high for *_, high in of_part]
+            axes.fill_between(range(len(part)), *band, color=colour, alpha=0.15, lw=0)
         axes.set_xticks(range(len(part)), [labelled[b] for b in part])
         axes.margins(x=0.15)
         axes.set_xlabel(unit)

@@ -96,6 +96,12 @@ def test_several_backbones_see_the_same_images(sets: tuple[Packed, Packed]) -> N
     torch.testing.assert_close(cells.mean(1), both["a"], atol=0.1, rtol=0.1)
 
 
+def test_what_is_no_number_is_none(sets: tuple[Packed, Packed]) -> None:
+    found = examine({"": MeanColour()}, *sets, image_size=SIDE, protocols=("label_free",))[""]
+    assert found.numbers["label_free_alpha_req"] is None  # three features have no power law
+    assert found.numbers["label_free_rankme"]
+
+
 def test_the_backbone_is_evaluated_without_gradients_and_put_back(sets: tuple[Packed, Packed]) -> None:
     backbone = MeanColour().train()
     backbone.norm.eval()
@@ -208,6 +214,7 @@ def test_what_stands_for_a_protocol_is_shown() -> None:
     scores = {"a": 0.314, "b_low": 0.29, "b_high": 0.336}
     assert (percent.text(scores), percent.interval(scores)) == ("31.4", "29.0 – 33.6")
     assert (number.text({"a": -1.5}), number.interval(scores)) == ("−1.50", "")
+    assert percent.interval({"b_low": math.nan, "b_high": math.nan}) == percent.interval({"b_low": None}) == "–"
     assert (percent.text({}), percent.text({"a": None}), percent.text({"a": math.nan})) == ("–", "–", "–")
 
 

@@ -57,6 +57,14 @@ def test_the_intervals_of_imbalanced_classes_are_those_of_images_drawn_again(mon
         assert found[f"{name}_low"] == pytest.approx(whole[f"{name}_low"], abs=0.01)
 
 
+def test_scores_of_imbalanced_classes_without_spread_have_no_interval() -> None:
+    y = torch.tensor([0, 0, 0, 1])
+    found = headline(y, y)
+    assert (found["balanced"], found["macro_f1"]) == (1, 1)
+    assert all(math.isnan(found[f"{name}_{side}"]) for name in ("balanced", "macro_f1") for side in ("low", "high"))
+    assert found["low"] < 0.6
+
+
 @pytest.mark.parametrize("c", [0.01, 1.0])
 def test_logistic_regression_is_scikit_learns(c: float) -> None:
     train = gaussians(300, 4, 12, 1.5, 0)
@@ -125,6 +133,20 @@ def test_average_precision_is_scikit_learns() -> None:
         torch.tensor([0]),
     )
     assert by_hand.item() == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_average_precision_of_equal_similarities_does_not_depend_on_the_order() -> None:
+    """A collapsed backbone finds nothing, also where the gallery happens to begin with the query's class."""
+    labels = torch.arange(100) // 10
+    found = retrieval.average_precision(torch.ones(100, 4), labels, torch.ones(10, 4), torch.arange(10))
+    assert found.tolist() == pytest.approx([0.1] * 10)
+    few = torch.tensor([[1.0, 0, 0], [0, 1, 0], [3, 4, 0]])[torch.from_numpy(draws().integers(0, 3, 60))]
+    queries, wanted = few[:10], labels[:10]
+    found = retrieval.average_precision(few, labels[:60], queries, wanted)
+    bank = torch.nn.functional.normalize(few, dim=1)
+    for i, ap in enumerate(found):
+        theirs = metrics.average_precision_score(labels[:60] == wanted[i], (bank @ bank[i]).round(decimals=5))
+        assert ap.item() == pytest.approx(theirs, abs=1e-6)
 
 
 def test_budgets_and_draws_of_few_labels() -> None:
