@@ -16,6 +16,8 @@ from pipeline.evaluation.logistic import minimise
 
 PER_CLASS = (1, 5, 10)
 PERCENT = (1, 10)
+OFF = 0.1
+"""How far the labels of a budget in per cent may be from that share of the set."""
 DRAWS = 5
 C = 10.0
 """Inverse penalty of the classifier, on features of about unit length: with one image a class, nothing can be held out
@@ -23,8 +25,9 @@ to choose it. Chosen here."""
 
 
 def low_shot(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float | Tensor] | None:
-    """Accuracy of logistic regression on few labels: for n1, n5, n10 (a class), p1, p10 (per cent) the mean over draws,
-    `_low` and `_high` (Student's 95 % interval over draws), and as evidence `_right` bool [draws, N].
+    """Accuracy of logistic regression on few labels: for n1, n5, n10 (a class), p1, p10 (per cent), as far as `budgets`
+    has them, the mean over draws, `_low` and `_high` (Student's 95 % interval over draws), and as evidence `_right`
+    bool [draws, N].
 
     Features are standardised by all training images, since those need no labels.
     """
@@ -49,14 +52,18 @@ def low_shot(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, floa
 
 
 def budgets(labels: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The name of every budget that is smaller than the set, and how many images of each class [C] it labels."""
+    """The name of every budget that is smaller than the set, and how many images of each class [C] it labels.
+
+    Every class has one label at least. Where a share of the set is off by more than a tenth for that, or labels as many
+    of each class as another budget, it is left out.
+    """
     held = torch.bincount(labels)
-    for n in PER_CLASS:
-        if bool((held > n).any()):
-            yield f"n{n}", held.clamp(max=n)
+    per_class = {f"n{n}": held.clamp(max=n) for n in PER_CLASS if bool((held > n).any())}
+    yield from per_class.items()
     for percent in PERCENT:
-        counts = (held * percent / 100).round().long().clamp(min=1).minimum(held)
-        if int(counts.sum()) < len(labels):
+        counts, share = (held * percent / 100).round().long().clamp(min=1).minimum(held), len(labels) * percent / 100
+        known = any(torch.equal(counts, other) for other in per_class.values())
+        if not known and abs(int(counts.sum()) - share) <= OFF * share:
             yield f"p{percent}", counts
 
 

@@ -81,8 +81,9 @@ def low_shot(contest: Contest) -> Iterator[Picture]:
         return
     labelled = {"n1": "1", "n5": "5", "n10": "10", "p1": "1 %", "p10": "10 %"}
     figure = Figure(figsize=(WIDTH, 3.2))
-    parts = [[b for b in budgets if b[0] == kind] for kind in "np"]
-    for axes, part, unit in zip(figure.subplots(1, 2, sharey=True), parts, ("labels a class", "share of the labels")):
+    units = {"n": "labels a class", "p": "share of the labels"}
+    parts = {unit: part for kind, unit in units.items() if (part := [b for b in budgets if b[0] == kind])}
+    for axes, (unit, part) in zip(figure.subplots(1, len(parts), sharey=True, squeeze=False).flat, parts.items()):
         for one, colour in coloured(contest):
             of_part = [with_bounds(one, f"low_shot_{b}", f"low_shot_{b}") for b in part]
             axes.plot(range(len(part)), [value for value, *_ in of_part], "o-", color=colour, ms=4, label=one.name)

@@ -155,9 +155,12 @@ def test_budgets_and_draws_of_few_labels() -> None:
         "n1": [1, 1, 1],
         "n5": [5, 5, 4],
         "n10": [10, 10, 4],
-        "p1": [3, 1, 1],
-        "p10": [30, 4, 1],
+        "p10": [30, 4, 1],  # 1 % would be 3 images, but 5 of which every class has one
     }
+    large = torch.arange(3).repeat_interleave(torch.tensor([3000, 400, 100]))
+    assert dict(low_shot.budgets(large))["p1"].tolist() == [30, 4, 1]
+    even = torch.arange(4).repeat_interleave(100)
+    assert [name for name, _ in low_shot.budgets(even)] == ["n1", "n5", "n10"]  # 1 % is 1 a class, 10 % are 10
     chosen = low_shot.draw(labels, torch.tensor([5, 5, 4]), seed=1)
     assert torch.bincount(labels[chosen]).tolist() == [5, 5, 4]
     assert len(chosen.unique()) == 14
@@ -166,7 +169,7 @@ def test_budgets_and_draws_of_few_labels() -> None:
 
 
 def test_more_labels_are_better_and_the_interval_is_students() -> None:
-    found = low_shot.low_shot(gaussians(400, 4, 12, 2.0, 0), gaussians(300, 4, 12, 2.0, 1), seed=0)
+    found = low_shot.low_shot(gaussians(800, 4, 12, 2.0, 0), gaussians(300, 4, 12, 2.0, 1), seed=0)
     assert found is not None
     assert found["n1"] < found["n5"] < found["n10"] < found["p10"] + 0.05
     each = found["n5_right"].double().mean(1).numpy()

@@ -204,6 +204,14 @@ def test_the_pictures_draw_the_numbers(shown: Contest) -> None:
     for one in shown.entries:
         assert f"{one.name}  {100 * one.trained.numbers['knn_top1']:.1f}" in drawn["Accuracy"]
     assert drawn["Few labels"].count("resnet18 + dino") == 1
+    only = [
+        replace(one, trained=one.trained._replace(numbers={
+            key: value for key, value in one.trained.numbers.items() if not key.startswith("low_shot_p")
+        })) for one in shown.entries
+    ]  # fmt: skip
+    (few,) = charts.low_shot(replace(shown, entries=tuple(only)))
+    assert "share of the labels" in drawn["Few labels"]
+    assert "share of the labels" not in few.markup
     assert "hours of a GPU" in drawn["Accuracy and cost"]
     first, *others = shown.entries
     unknown = replace(first, cost=replace(first.cost, seconds=None))
