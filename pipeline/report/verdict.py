@@ -195,11 +195,10 @@ def with_evidence(contest: Contest, tested: Sequence[Claim]) -> list[tuple[str, 
                 f"{', significantly worse' if claim.significant else ''})"
                 for claim in unproven
             )
-            text = (
-                f"{one.name} was not found to be better than {floors} in {unproven[0].what}: its pretraining has not "
-                "shown its worth here."
-            )
-            found.append((text, unproven))
+            text = f"{one.name} was not found to be better than {floors} in {unproven[0].what}"
+            if any(claim.second == one.floors[0] for claim in unproven):
+                text += ": its pretraining has not shown its worth here"
+            found.append((f"{text}.", unproven))
     return [*found, *((text, []) for text in from_scratch(contest))]
 
 
@@ -258,16 +257,18 @@ def unfair(contest: Contest) -> list[str]:
     """What the backbones do not have in common, and what stands behind them that no count of images shows, in sentences
     for the top of the report."""
     found = []
-    for what, value in (
-        ("images seen in pretraining", lambda one: one.cost.images_seen),
-        ("parameters", lambda one: one.cost.parameters),
-        ("multiply-adds of pretraining", lambda one: one.cost.compute),
+    for what, value, shown in (
+        ("images seen in pretraining", lambda one: one.cost.images_seen, "{:,.0f}"),
+        ("parameters", lambda one: one.cost.parameters, "{:,.0f}"),
+        ("multiply-adds of pretraining", lambda one: one.cost.compute, "{:.2g}"),
     ):
         values = {one.name: float(value(one)) for one in contest.entries}
-        least, most = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+        some = [name for name in values if values[name]]
+        least, most = (choose(some or values, key=values.__getitem__) for choose in (min, max))
+        if none := [name for name in values if not values[name] and some]:
+            found.append(f"{what}: {most} has {shown.format(values[most])}, {' and '.join(none)} none")
         if values[most] > (1 + UNEQUAL) * values[least]:
-            ratio = values[most] / max(values[least], 1.0)
-            found.append(f"{what}: {most} has {ratio:.1f} times as many as {least}")
+            found.append(f"{what}: {most} has {values[most] / values[least]:.1f} times as many as {least}")
     for what, option in (
         ("image size", lambda one: f"{one.config.image_size} px"),
         ("training images", lambda one: f"limit {one.config.limit}" if one.config.limit else "all"),

@@ -63,6 +63,21 @@ def test_no_winner_is_named_where_there_is_none(equal: Contest) -> None:
     assert not any(claim.significant for claim in tested)
 
 
+def test_pretraining_is_doubted_only_where_the_untrained_floor_was_not_beaten(equal: Contest, clear: Contest) -> None:
+    good, poor = clear.entries[1].trained, equal.entries[0].untrained
+    weak = entry("resnet18", "dino", poor, findings(3.0, 9))
+    held = contest([weak, clear.entries[1]], good)
+    lines = [line for line in verdict.sentences(held, verdict.claims(held)) if "was not found to be better" in line]
+    (of_weak,) = (line for line in lines if line.startswith("resnet18"))
+    only = (
+        r"resnet18 \+ dino was not found to be better than raw pixels \(−\S+ points, significantly worse\) "
+        r"in k-NN accuracy\."
+    )
+    assert re.fullmatch(only, of_weak)
+    lines = verdict.sentences(equal, verdict.claims(equal))
+    assert sum(line.endswith("accuracy: its pretraining has not shown its worth here.") for line in lines) == 2
+
+
 def test_who_holds_under_crops_and_corruptions_is_said(equal: Contest) -> None:
     cnn, vit = equal.entries
     firm = replace(vit, trained=shaken(vit.trained, 1, crop=0.9))
@@ -166,6 +181,21 @@ def test_what_is_unequal_is_said(clear: Contest) -> None:
         "images seen in pretraining: vit_ti16 + dino has 3.0 times as many as resnet18 + dino",
         "image size: resnet18 + dino 64 px, vit_ti16 + dino 96 px",
     ]
+
+
+def test_what_saw_nothing_is_set_against_no_multiple(clear: Contest) -> None:
+    cnn, vit = clear.entries
+    bare = replace(cnn, cost=replace(cnn.cost, images_seen=0, compute=0.0))
+    assert verdict.unfair(replace(clear, entries=(bare, vit))) == [
+        "images seen in pretraining: vit_ti16 + dino has 10,000, resnet18 + dino none",
+        "multiply-adds of pretraining: vit_ti16 + dino has 1e+14, resnet18 + dino none",
+    ]
+    more = replace(vit, name="more", cost=replace(vit.cost, images_seen=20_000))
+    assert verdict.unfair(replace(clear, entries=(bare, vit, more)))[:2] == [
+        "images seen in pretraining: more has 20,000, resnet18 + dino none",
+        "images seen in pretraining: more has 2.0 times as many as vit_ti16 + dino",
+    ]
+    assert verdict.unfair(replace(clear, entries=(bare,) * 2)) == []
 
 
 def test_earlier_training_and_tuning_are_said(clear: Contest) -> None:
