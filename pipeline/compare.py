@@ -39,15 +39,16 @@ class Arguments:
     storage: str = "runs"
     """Where those runs go, and are found again."""
     data: str | None = None
-    """Labelled images to learn from; left open: the runs' own. Any source that pretraining takes."""
+    """Images to learn from, labelled where a protocol needs labels; left open: the runs' own. Any source that
+    pretraining takes."""
     val_data: str | None = None
-    """Labelled images to be judged on; left open: a train/ + val/ pair, else a split by content."""
+    """Images to be judged on; left open: a train/ + val/ pair, else a split by content."""
     labels: str | None = None
     """A table (.csv, .tsv) of labels in place of those of the folders: its first row names the columns, the first
     column holds paths. One column of classes; or for multilabel columns of 0 and 1, for regression quantities."""
     protocols: tuple[str, ...] = COMPARED
     """What to examine; attentive, finetune and scratch, which train for minutes, only where named; and with --labels
-    multilabel, regression."""
+    multilabel, regression. label_free, similarity, seeing and depth need no labels."""
     limit: int | None = None
     """Learn from at most this many labelled images."""
     epochs: int | None = None

@@ -20,15 +20,17 @@ class Arguments:
     run: Positional[str]
     """A run folder, or one of its checkpoints."""
     data: str | None = None
-    """Labelled images to learn from; left open: the run's own. Any source that pretraining takes."""
+    """Images to learn from, labelled where a protocol needs labels; left open: the run's own. Any source that
+    pretraining takes."""
     val_data: str | None = None
-    """Labelled images to be judged on; left open: a train/ + val/ pair, else a split by content."""
+    """Images to be judged on; left open: a train/ + val/ pair, else a split by content."""
     labels: str | None = None
     """A table (.csv, .tsv) of labels in place of those of the folders: its first row names the columns, the first
     column holds paths. One column of classes; or for multilabel columns of 0 and 1, for regression quantities."""
     protocols: tuple[str, ...] = DEFAULT
     """Of knn, linear, logistic, low_shot, retrieval, label_free, factors, layerwise, similarity,
-    robustness, seeing, depth, attentive, finetune, scratch; and with --labels multilabel, regression."""
+    robustness, seeing, depth, attentive, finetune, scratch; and with --labels multilabel, regression. label_free,
+    similarity, seeing and depth need no labels."""
     limit: int | None = None
     """Learn from at most this many images."""
     seed: int = 0

@@ -63,7 +63,7 @@ def evaluate_backbone(
     cache: Path | None = None,
 ) -> Results:
     """Numbers by name: `knn_top1` (k = 20), `knn_low`, `knn_high`, `knn_k10` ..., `linear_top1`, `linear_lr` ..., and
-    how many labelled images they stand on, `train_images` and `val_images`.
+    how many labelled images they stand on, `train_images` and `val_images`; of images without labels, how many in all.
 
     Accuracies are in [0, 1]; a protocol's headline (`knn_top1`, `retrieval_map`) is None where either set has no
     labels.
@@ -219,7 +219,8 @@ def examine(
                     choices[f"{protocol}_{key}"] = value
                 else:  # NaN, which is no JSON
                     numbers[f"{protocol}_{key}"] = None if value is None or math.isnan(value) else value
-        counts = {"train_images": bank.known(), "val_images": queries.known()}
+        counted = {"train_images": bank, "val_images": queries}
+        counts = {key: of.known() if labelled or table else len(of.labels) for key, of in counted.items()}
         truths = queries.labels[queries.labels >= 0].cpu()
         results[name] = Findings({**numbers, **counts}, evidence, truths, classifiers, choices)
     return results

@@ -15,6 +15,7 @@ from pipeline import cluster, evaluation, recipes, tracking
 from pipeline import config as configuration
 from pipeline.config import Config
 from pipeline.data import preparation
+from pipeline.data.pack import Split
 from pipeline.data.packed import Packed
 from pipeline.device import here, precision_of
 from pipeline.errors import UserError
@@ -51,7 +52,7 @@ def judge(
         engine, workers: where features are extracted, as of `cluster.looking`.
 
     Raises:
-        UserError: there is no run, the checkpoint is torn or foreign, or there are no labels to judge by.
+        UserError: there is no run, the checkpoint is torn or foreign, or there are no labels and a protocol needs them.
     """
     own = None if labels is None else table.read(labels)
     if own:
@@ -61,14 +62,7 @@ def judge(
     if data:
         config = replace(config, data=data, val_data=val_data, limit=None)
     config = replace(config, val_data=val_data or config.val_data, cache=cache or config.cache)
-    train, val, note = preparation.prepare(config)
-    if val is None and own:
-        train, val, note = preparation.prepare(config, hold_out=True)
-    if val is None or (own is None and not (train.classes and val.classes)):
-        raise UserError(
-            f"--data {config.data}: has no labels, so no accuracy can be measured (class folders are labels; --labels "
-            "takes a table)"
-        )
+    train, val, note = sets(config, own, protocols)
     device = here()
     scores, classifiers = evaluation.with_floors(
         backbone.to(device), floors.untrained(backbone.config, config.seed).to(device), train, val,
@@ -85,6 +79,29 @@ def judge(
         folder.write(file, save(classifier))
         print(f"classify     python -m pipeline.classify {shlex.quote(folder.path(file))} PHOTOS")
     return scores
+
+
+def sets(config: Config, own: table.Table | None, protocols: Sequence[str]) -> Split:
+    """The images to learn from and to be judged on; of images without labels in their folders, some are held out where
+    a table `own` labels them, or where no protocol needs labels.
+
+    Raises:
+        UserError: a protocol needs labels and there are none, or there are too few images to hold some out.
+    """
+    split = preparation.prepare(config)
+    needing = [name for name in protocols if evaluation.PROTOCOLS[name].labels or name in evaluation.BY_TABLE]
+    labelled = split.train.classes and (split.val is None or split.val.classes)
+    if own is None and needing and not labelled:
+        raise UserError(
+            f"--data {config.data}: has no labels, which --protocols {' '.join(needing)} cannot do without (class "
+            "folders are labels; --labels takes a table); label_free, similarity, seeing and depth can"
+        )
+    split = split if split.val else preparation.prepare(config, hold_out=True)
+    if split.val is None:
+        raise UserError(
+            f"--data {config.data}: too few images ({split.train.images:,}) to hold some out; give --val-data"
+        )
+    return split
 
 
 class Judged(NamedTuple):

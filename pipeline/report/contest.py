@@ -94,8 +94,8 @@ def hold(
         epochs: over which protocols train the whole network; None: as their recipes say.
 
     Raises:
-        UserError: fewer than two runs, one named twice, runs on different data, no labels, or a torn or foreign
-            checkpoint.
+        UserError: fewer than two runs, one named twice, runs on different data, no labels where a protocol needs them,
+            or a torn or foreign checkpoint.
     """
     if len(runs) + len(fresh) < 2:
         raise UserError(f"a comparison needs at least two runs, not {len(runs) + len(fresh)}")
@@ -112,13 +112,8 @@ def hold(
     config = replace(config, val_data=val_data or config.val_data, cache=cache or config.cache)
     if data is not None or len({one.limit for one in configs}) > 1:
         config = replace(config, limit=None)
-    train, val, note = preparation.prepare(config)
-    if val is None and table:
-        train, val, note = preparation.prepare(config, hold_out=True)
-    if val is None or (table is None and not (train.classes and val.classes)):
-        raise UserError(
-            f"--data {config.data}: has no labels to judge by (class folders are labels; --labels takes a table)"
-        )
+    train, val, note = judge.sets(config, table, protocols)
+    assert val is not None
     device = here()
     look = cluster.looking(engine, workers)
     found += [judge.fresh(one, train) for one in fresh]

@@ -303,6 +303,24 @@ def test_two_evaluations_of_the_same_data_stand_together(trained: Path, monkeypa
     assert all("knn_top1" not in one for one in (fewer, fewer["untrained"], fewer["pixels"]))
 
 
+def test_a_run_is_measured_on_images_without_labels(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    Path("plain").mkdir()
+    for file in Path("photos/train").rglob("*.png"):
+        Path("plain", file.name).write_bytes(file.read_bytes())
+    words = [LENET, "--engine", "local", "--cache", "cache", "--data", "plain", "--protocols"]
+    assert evaluate.main([*words, "label_free"]) == 0
+    assert "RankMe" in capsys.readouterr().out
+    scores = json.loads(Path(LENET, "summary.json").read_text())["evaluations"]["plain at 24 images"]
+    assert scores["label_free_rankme"] > 1
+    assert scores["train_images"] + scores["val_images"] == 40
+    assert evaluate.main([*words, "label_free", "knn"]) == 2
+    assert "plain: has no labels, which --protocols knn cannot do without" in capsys.readouterr().err
+
+
 def test_what_was_trained_is_not_trained_again_and_other_options_are_refused(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.evaluation import judge
 from pipeline.evaluation.judge import Judged
-from pipeline.report import contest, page, verdict
+from pipeline.report import contest, page, pictures, verdict
 from pipeline.training.run_folder import RunFolder
 
 
@@ -54,6 +54,26 @@ def test_a_run_that_is_named_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(judge, "find", lambda name: run("runs/a", seen[name]))
     with pytest.raises(UserError, match=r"^runs/a and \./runs/a: one run, named twice"):
         contest.hold(list(seen), protocols=("knn",))
+
+
+def test_images_without_labels_are_compared_as_far_as_no_protocol_needs_labels(tmp_path: Path) -> None:
+    drawn = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for i in range(60):
+        Image.fromarray(drawn.integers(0, 255, (16, 16, 3), np.uint8)).save(tmp_path / "photos" / f"{i}.png")
+    one = Config(backbone="lenet5", objective="supervised", data=str(tmp_path / "photos"), image_size=16)
+    fresh, cache = [one, replace(one, seed=1)], str(tmp_path / "cache")
+    with pytest.raises(UserError, match=r"has no labels, which --protocols knn retrieval cannot do without"):
+        contest.hold([], fresh=fresh, protocols=("knn", "label_free", "retrieval"), cache=cache)
+    held = contest.hold([], fresh=fresh, protocols=("label_free",), cache=cache)
+    assert held.train_images + held.val_images == 60
+    assert held.val_images
+    for entry in held.entries:
+        assert entry.trained.numbers["label_free_rankme"] > 1
+    assert verdict.sentences(held, verdict.claims(held)) == []
+    text = page.render(held, list(pictures.pictures(held)), ["compare"])
+    assert f"{held.train_images} images to learn from" in text
+    assert "<td>RankMe</td>" in text
 
 
 def test_each_backbone_meets_floors_of_its_own_seed_and_size(tmp_path: Path) -> None:
