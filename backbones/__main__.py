@@ -10,7 +10,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m backbones",
         description="List backbones: parameters, multiply-adds, stride, width, receptive field. "
-        "Any timm model works too, and vit_<ti|s|b|l|h><patch> for any patch size.",
+        "timm's models work too, those that give one map of features, and vit_<ti|s|b|l|h><patch> for any patch size.",
         epilog="example: python -m backbones --image-size 64 resnet18 vit_ti8",
     )
     parser.add_argument("names", nargs="*", help="short or timm names; all short names when none is given")

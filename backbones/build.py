@@ -40,7 +40,7 @@ def create(
     drop_path   stochastic depth at the last block, rising linearly from 0 at the first (Huang et al. 2016)
     pretrained  timm's published weights, where it has some
     Weights start as timm starts them, those of `classics` as each says there. Raises UnknownBackbone, or ValueError for
-    an option the network cannot have.
+    an option the network cannot have and for a network of timm's whose features are no single map of cells.
     """
     entry = names.entry(name)
     size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
@@ -164,10 +164,11 @@ def _only_one_stem(name: str, stem: str, pool: str | None) -> None:
 def _feature_map(
     name: str, network: nn.Module, size: tuple[int, int], in_channels: int, config: dict[str, Any]
 ) -> FeatureMap:
-    """Find out what the network gives by running it on shapes alone, then wrap it."""
+    """Find out what the network gives by running it on shapes alone, then wrap it. Raises ValueError where that is no
+    map, or where it takes no images of this `size`."""
     width = int(network.num_features)  # type: ignore[arg-type]
     norm = take_cell_norm(network)
-    probe = _Shapes(network, in_channels, width)
+    probe = _Shapes(name, network, in_channels, width)
     only_size, border = None, 0
     try:
         rows = probe.rows(256)
@@ -175,9 +176,14 @@ def _feature_map(
         if stride * rows != 256 or stride & (stride - 1):  # unpadded layers lost some cells at the edge
             stride = round(256 / (probe.rows(512) - rows))
             border = bisect.bisect_left(range(4 * stride), 256 // stride, key=lambda b: probe.rows(256 + 2 * b))
+        probe.rows(3 * stride + 2 * border)  # windows may fit powers of two alone
     except (RuntimeError, AssertionError, ValueError, ZeroDivisionError):  # its modules allow one size only
-        only_size = size
-        stride = round(size[0] / probe.rows(*size))
+        only_size, border = size, 0
+        try:
+            stride = round(size[0] / probe.rows(*size))
+        except (RuntimeError, AssertionError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+            raise ValueError(f"{name} takes no images of {size[0]} x {size[1]} pixels ({reason}).") from error
     _remove(network, {k for k, _ in network.named_parameters()} - probe.used)
     return FeatureMap(
         name, network, norm=norm, width=width, stride=stride, in_channels=in_channels, config=config,
@@ -188,27 +194,33 @@ def _feature_map(
 class _Shapes(nn.Module):
     """Runs `forward_features` of a network on meta tensors: only shapes, and which parameters it uses, come of it."""
 
-    def __init__(self, network: nn.Module, in_channels: int, width: int) -> None:
+    def __init__(self, name: str, network: nn.Module, in_channels: int, width: int) -> None:
         super().__init__()
-        self.network, self.in_channels, self.width = network, in_channels, width
-        self.prefix_tokens = int(getattr(network, "num_prefix_tokens", 0))
+        self.name, self.network, self.in_channels, self.width = name, network, in_channels, width
+        token = getattr(network, "cls_token", None)
+        self.prefix_tokens = int(getattr(network, "num_prefix_tokens", 0 if token is None else token.shape[1]))
         self.used: set[str] = set()
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network.forward_features(images)  # type: ignore[operator]
 
     def rows(self, height: int, width: int | None = None) -> int:
-        """Rows of the feature map of an image of this size. Parameters that took part in it are added to `used`."""
+        """Rows of the feature map of an image of this size. Parameters that took part in it are added to `used`.
+        Raises ValueError where its features are no map."""
         width = width or height
         meta = {k: torch.empty_like(v, device="meta") for k, v in (*self.named_parameters(), *self.named_buffers())}
         training = self.network.training
         self.network.eval()
         try:
             with torch.no_grad(), _Uses(meta) as uses:
-                out = functional_call(self, meta, (torch.empty(1, self.in_channels, height, width, device="meta"),))
+                images = torch.empty(1, self.in_channels, height, width, device="meta")
+                out = functional_call(self, meta, (images,), tie_weights=False)  # tied, CoaT's shared ones stay on meta
         finally:
             self.network.train(training)
         self.used |= {name.removeprefix("network.") for name in uses.names}
+        if not isinstance(out, Tensor) or (out.ndim == 3 and out.shape[1] <= self.prefix_tokens):
+            given = "class tokens alone" if isinstance(out, Tensor) else f"{len(out)} tensors"
+            raise ValueError(f"{self.name} cannot be a backbone: timm gives {given} as its features, not one map.")
         if out.ndim == 3:
             return round(((out.shape[1] - self.prefix_tokens) * height / width) ** 0.5)
         return as_map(out, self.width, (0, 0)).shape[2]

@@ -3,6 +3,7 @@
 Also `fc`, the yardstick: one fully connected layer, whose single cell is the whole image.
 """
 
+import re
 from math import inf
 from typing import Any
 
@@ -47,7 +48,6 @@ class FeatureMap(Backbone):
         self.pool, self.config, self.only_size, self.border = "mean", config, only_size, border
         self.network = network
         self.norm = norm or nn.Identity()
-        self.prefix_tokens = int(getattr(network, "num_prefix_tokens", 0))
         self.mask_token = nn.Parameter(torch.zeros(in_channels), requires_grad=False)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -86,8 +86,11 @@ class FeatureMap(Backbone):
         )  # fmt: skip
 
     def depths(self) -> dict[str, int]:
-        groups = self.network.group_matcher(coarse=False)  # type: ignore[operator]
-        inside = group_parameters(self.network, groups, reverse=True)
+        matcher: Any = getattr(self.network, "group_matcher", None)
+        if matcher is None:
+            inside = depths_in_order(self.network)
+        else:
+            inside = group_parameters(self.network, matcher(coarse=False), reverse=True)
         found = {f"network.{name}": depth for name, depth in inside.items()}
         return number_depths({name: found.get(name, inf if name.startswith("norm.") else -1) for name in _names(self)})
 
@@ -96,10 +99,11 @@ class FeatureMap(Backbone):
 
         def visit(module: nn.Module, prefix: str) -> None:
             for name, child in module.named_children():
-                inside = {depths[f"{prefix}{name}.{key}"] for key, _ in child.named_parameters()}
+                names = (f"{prefix}{name}.{key}" for key, _ in child.named_parameters())
+                inside = {depths[key] for key in names if key in depths}  # what is shared stands under one name only
                 if len(inside) == 1:
                     found[inside.pop()] = child
-                else:
+                elif inside:
                     visit(child, f"{prefix}{name}.")
 
         visit(self, "")
@@ -113,16 +117,25 @@ class FeatureMap(Backbone):
             last, stages = self.network.forward_intermediates(images, output_fmt="NCHW")  # type: ignore[operator]
         else:
             last, stages = self.network.forward_features(images), []  # type: ignore[operator]
-        return self.norm(as_map(last, self.width, grid, self.prefix_tokens)), stages
+        return self.norm(as_map(last, self.width, grid)), stages
 
 
-def as_map(out: Tensor, width: int, grid: tuple[int, int], prefix_tokens: int = 0) -> Tensor:
-    """A network's output, as map [B, D, h, w] whether it was that, [B, h, w, D], or tokens [B, P + h w, D]."""
+def as_map(out: Tensor, width: int, grid: tuple[int, int]) -> Tensor:
+    """A network's output, as map [B, D, h, w] whether it was that, [B, h, w, D], or tokens [B, P + h w, D], P >= 0 of
+    which are in front of the cells."""
     if out.ndim == 3:
-        return rearrange(out[:, prefix_tokens:], "b (h w) d -> b d h w", h=grid[0], w=grid[1])
+        return rearrange(out[:, -grid[0] * grid[1] :], "b (h w) d -> b d h w", h=grid[0], w=grid[1])
     if out.shape[1] != width and out.shape[-1] == width:
         return rearrange(out, "b h w d -> b d h w")
     return out
+
+
+def depths_in_order(network: nn.Module) -> dict[str, int]:
+    """Depths of the parameters of a network for which timm has no groups: a number for each of its parts and each block
+    in them, in the order in which it holds them, which is that in which they run."""
+    part = {name: re.match(r"\w+(\.\d+)*(\.blocks\.\d+)?", name).group() for name, _ in network.named_parameters()}  # type: ignore[union-attr]
+    number = {found: depth for depth, found in enumerate(dict.fromkeys(part.values()))}
+    return {name: number[found] for name, found in part.items()}
 
 
 def _names(backbone: Backbone) -> list[str]:

@@ -60,7 +60,7 @@ def _on_shapes(model: nn.Module, size: int | tuple[int, int], in_channels: int |
     training = model.training
     model.eval()
     try:
-        return functional_call(model, meta, (image,))
+        return functional_call(model, meta, (image,), tie_weights=False)
     finally:
         model.train(training)
 

@@ -1,6 +1,7 @@
 """Which backbones exist and what they are called, answered without importing torch.
 
-Short names stand in `SHORT`; `vit_<size><patch>` works for any patch size; every name timm registers works too.
+Short names stand in `SHORT`; `vit_<size><patch>` works for any patch size; every name timm registers is
+known too, and works where the model gives one map of features (see `build.create`).
 """
 
 import difflib

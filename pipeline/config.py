@@ -25,7 +25,7 @@ class Config:
     """
 
     backbone: str = "vit_s16"
-    """lenet5, resnet18, efficientnet_b0, vit_s16 ... or any timm name; `python -m backbones` lists them."""
+    """lenet5, resnet18, efficientnet_b0, vit_s16 ... or a timm name; `python -m backbones` lists them."""
     objective: str = recipes.DEFAULT
     """The self-supervised objective; `python -m objectives` lists them. Left open: dino; for the generated images
     lejepa, which learns from them in minutes."""

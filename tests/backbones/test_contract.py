@@ -38,6 +38,8 @@ EVERY = [
     ("swin_tiny_patch4_window7_224", 224, 768, 32),
     ("mixer_s32_224", 224, 512, 32),
     ("coatnet_pico_rw_224", 224, 512, 32),
+    ("poolformerv2_s12", 64, 512, 32),
+    ("coat_lite_tiny", 224, 320, 32),
 ]
 IDS = [f"{e[0]}-{e[1]}" for e in EVERY]
 
@@ -177,6 +179,11 @@ def test_a_size_that_does_not_fit_is_refused_in_a_sentence(name: str, size: int,
         ({"name": "lenet5", "pretrained": True}, "timm has no weights for lenet5"),
         ({"name": "resnet18", "in_channels": 0}, "must be at least 1"),
         ({"name": "resnet19x"}, "did you mean resnet1"),
+        ({"name": "coat_tiny"}, "coat_tiny cannot be a backbone: timm gives 3 tensors as its features"),
+        ({"name": "efficientvim_m1"}, "efficientvim_m1 cannot be a backbone: timm gives 4 tensors"),
+        ({"name": "crossvit_tiny_240", "image_size": 240}, "timm gives 2 tensors as its features, not one map"),
+        ({"name": "pit_ti_224"}, "pit_ti_224 cannot be a backbone: timm gives class tokens alone"),
+        ({"name": "test_maxvit", "image_size": 100}, "test_maxvit takes no images of 100 x 100 pixels"),
     ],
 )
 def test_options_that_make_no_sense_are_refused_in_a_sentence(options: dict, sentence: str) -> None:
@@ -197,6 +204,23 @@ def test_a_network_of_one_size_says_so() -> None:
     backbone = create("mixer_s32_224", image_size=224)
     with pytest.raises(ValueError, match=r"works at 224 x 224 pixels only.*image_size=\(256, 256\)"):
         backbone(torch.randn(1, 3, 256, 256))
+
+
+def test_windows_that_fit_one_size_are_found_out() -> None:
+    """Its windows of 8 x 8 cells of stride 4 fit 256 and 512 pixels, but not what lies between."""
+    with torch.device("meta"):
+        backbone = create("test_maxvit", image_size=256)
+    with pytest.raises(ValueError, match="works at 256 x 256 pixels only"):
+        backbone.grid(96, 96)
+
+
+def test_tokens_before_the_cells_are_left_out() -> None:
+    """VOLO has a class token that timm does not count as a prefix."""
+    backbone = create("volo_d1_224").eval()
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        tokens = backbone.network.forward_features(images)  # type: ignore[union-attr, operator]
+        assert torch.equal(backbone(images).cells, tokens[:, 1:])
 
 
 def test_fc_takes_other_sizes_by_resizing() -> None:
@@ -258,6 +282,8 @@ def test_the_result_is_a_named_tuple_whatever_the_make() -> None:
         ("efficientnet_b0", 17, "network.bn2.weight"),
         ("convnext_atto", 14, "norm.weight"),
         ("vit_ti8", 14, "norm.weight"),
+        ("poolformerv2_s12", 17, "norm.weight"),
+        ("csatv2", 26, "norm.weight"),
     ],
 )
 def test_depths_rise_from_the_stem_to_the_last_norm(name: str, count: int, deepest: str) -> None:
@@ -266,6 +292,9 @@ def test_depths_rise_from_the_stem_to_the_last_norm(name: str, count: int, deepe
     assert set(depths) == {key for key, _ in backbone.named_parameters()}
     assert sorted(set(depths.values())) == list(range(count))
     assert depths[deepest] == count - 1
-    stem = {"lenet5": "stages.0.0", "resnet18": "conv1", "vit_ti8": "patch_embed.proj"}.get(name)
+    assert len(backbone.blocks()) == (count - 2 if name == "vit_ti8" else count)
+    stem = {
+        "lenet5": "stages.0.0", "resnet18": "conv1", "vit_ti8": "patch_embed.proj", "poolformerv2_s12": "stem.conv"
+    }.get(name)  # fmt: skip
     assert depths["mask_token"] == 0
     assert stem is None or depths[f"network.{stem}.weight"] == 0
