@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -277,12 +278,13 @@ def packed_and_trained(data: str, tmp_path: Path, capfd: pytest.CaptureFixture) 
 
 
 def judged(data: str, tmp_path: Path, capfd: pytest.CaptureFixture) -> str:
-    """Evaluate the run `one` on an address, and compare it with itself; what was said."""
+    """Evaluate the run `one` on an address, and compare it with a copy of itself; what was said."""
     more = ["--data", data, "--cache", str(tmp_path / "cache"), "--protocols", "knn", "--limit", "20"]
     more += ["--engine", "local"]
     run = str(tmp_path / "runs" / "one")
     assert evaluate.main([run, *more]) == 0, capfd.readouterr().err
-    assert compare.main([run, run, *more]) == 0, capfd.readouterr().err
+    shutil.copytree(run, tmp_path / "runs" / "two")
+    assert compare.main([run, str(tmp_path / "runs" / "two"), *more]) == 0, capfd.readouterr().err
     return str(capfd.readouterr())
 
 
