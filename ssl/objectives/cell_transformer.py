@@ -12,7 +12,7 @@ from objectives.positions import sincos
 class CellTransformer(nn.Module):
     """What such a network is made of: cells [.., n_in] into `width`, a mask token, blocks, and out to [.., n_out].
 
-    Positions [h * w, width] of the grid are fixed.
+    Positions [h * w, width] of the grid are fixed. Initialised as in MAE's code.
     """
 
     positions: Tensor
@@ -29,10 +29,6 @@ class CellTransformer(nn.Module):
         self.predict = nn.Linear(width, n_out)
         self.register_buffer("positions", sincos(grid, width), persistent=False)
         nn.init.normal_(self.mask_token, std=0.02)
-        self.initialise()
-
-    def initialise(self) -> None:
-        """Weights of linear layers as they start in MAE's code (models_mae.py): Xavier's, and no bias."""
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)

@@ -1,8 +1,6 @@
 """I-JEPA against the paper in float64, its predictor against LightlySSL's, its masks, and its behaviour around them."""
 
 import copy
-import math
-import re
 
 import numpy as np
 import objective_checks as check
@@ -115,18 +113,6 @@ def test_the_predictor_equals_lightlys_with_the_same_weights() -> None:
         assert torch.allclose(parameter.grad, theirs.get_parameter(their_name(name)).grad, rtol=1e-8, atol=1e-12), name
 
 
-def test_the_predictors_weights_start_as_the_authors_have_them() -> None:
-    torch.manual_seed(0)
-    predictor = Predictor(128, 128, (4, 4), 128, 3, 4)
-    for name, parameter in predictor.named_parameters():
-        block = re.fullmatch(r"blocks\.(\d)\.(attn\.proj|mlp\.fc2)\.weight", name)
-        if name.endswith("bias"):
-            assert not parameter.any(), name
-        elif parameter.ndim > 1:
-            expected = 0.02 / math.sqrt(2 * int(block[1]) + 2) if block else 0.02
-            assert parameter.std().item() == pytest.approx(expected, rel=0.15 if "token" in name else 0.03), name
-
-
 def test_gradient_equals_finite_differences() -> None:
     torch.manual_seed(0)
     predictor = Predictor(4, 4, (2, 3), 8, 1, 2).double()
@@ -232,7 +218,7 @@ def test_a_state_dict_is_the_whole_state(kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "steps", "lr"), [("vit", 800, 2e-3), ("cnn", 300, 2e-3)])
+@pytest.mark.parametrize(("kind", "steps", "lr"), [("vit", 800, 5e-3), ("cnn", 300, 2e-3)])
 def test_it_learns_what_it_never_saw_a_label_of_and_stays_well(kind: str, steps: int, lr: float) -> None:
     objective = small(kind, ema_start=0.99, scale=(0.8, 1.0), predictor_width=32, predictor_depth=2)
     images, kinds = toy_images(384)
