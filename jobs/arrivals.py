@@ -1,9 +1,9 @@
 """`python -m jobs.arrivals --data FOLDER --run STORAGE/NAME-FIRING`: pretrain on what arrived since the last firing.
 
 Takes every option of pretraining. The runs of one job differ in the firing that their names hold. Each keeps the list
-of its images in its folder, `arrived/DATA.csv`; what stands in none of the finished runs' lists, by path, size and time
-of change, has arrived: a file that was half copied one night comes whole the next. The new run begins with the newest
-finished one (`--init`); the first one takes all there is.
+of its images in its folder, `arrived/DATA.csv`; what stands in none of the finished runs' lists, by path and size, has
+arrived: a file that was half copied one night comes whole the next, and one that is copied again as it was does not.
+The new run begins with the newest finished one (`--init`); the first one takes all there is.
 """
 
 import csv
@@ -68,7 +68,7 @@ def prepare(configuration: Config) -> Config | None:
             print(f"fewer than {LEAST}: they wait for the next firing", flush=True)
             return None
         text = io.StringIO()
-        csv.writer(text).writerows([("path", "label", "state"), *new])
+        csv.writer(text).writerows([("path", "label", "size"), *new])
         folder.write(listed, text.getvalue().encode(errors="surrogateescape"))
     return dataclasses.replace(configuration, data=folder.path(listed), init=last)
 
@@ -92,14 +92,14 @@ def earlier(address: str) -> list[str]:
 
 
 def rows(run: "RunFolder", listed: str) -> list[list[str]]:
-    """The (path, label, state) of each image in a run's list."""
+    """The (path, label, size) of each image in a run's list."""
     if not run.exists(listed):
         return []
     return list(csv.reader(io.StringIO(run.read(listed).decode(errors="surrogateescape"))))[1:]
 
 
 def images(address: str) -> list[tuple[str, str, str]]:
-    """The path, label and state of every image in a folder: its size and version, and no label where it has none."""
+    """The path, label and size in bytes of every image in a folder, the label empty where it has none."""
     from pipeline.data.remote import given
     from pipeline.data.source import LocalFolder, RemoteFolder, open_source
 
@@ -118,8 +118,7 @@ def images(address: str) -> list[tuple[str, str, str]]:
         keys = [source.files.unstrip_protocol(key) for key in keys]
     else:
         keys = [str(Path(key).absolute()) for key in keys]
-    states = [f"{item.size} {item.version}" for item in items]
-    return [(key, label or "", state) for key, label, state in zip(keys, source.labels(wanted), states)]
+    return [(key, label or "", str(item.size)) for key, label, item in zip(keys, source.labels(wanted), items)]
 
 
 if __name__ == "__main__":

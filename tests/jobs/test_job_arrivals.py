@@ -54,7 +54,7 @@ def test_each_firing_takes_what_no_finished_one_had(tmp_path, capsys):
     assert fifth.init.endswith(f"night-{firing(2)}")
 
 
-def test_a_file_that_was_half_copied_or_has_changed_arrives_anew(tmp_path):
+def test_a_file_that_was_half_copied_arrives_whole_and_one_that_is_copied_again_does_not(tmp_path):
     photographs(tmp_path / "photos", range(20))
     whole = {path: path.read_bytes() for path in sorted((tmp_path / "photos").rglob("*.png"))}
     for path, content in whole.items():
@@ -64,7 +64,12 @@ def test_a_file_that_was_half_copied_or_has_changed_arrives_anew(tmp_path):
     finish(tmp_path, 1)
     for path, content in whole.items():
         path.write_bytes(content)
-    assert {path for path, _ in listed(prepared(tmp_path, 2))} == set(map(str, whole))
+    second = prepared(tmp_path, 2)
+    assert {path for path, _ in listed(second)} == set(map(str, whole))
+    finish(tmp_path, 2)
+    for path, content in whole.items():
+        path.write_bytes(content)
+    assert prepared(tmp_path, 3) is None
 
 
 def test_names_that_are_no_utf_8_arrive_too(tmp_path):
