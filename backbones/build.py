@@ -176,7 +176,8 @@ def _feature_map(
         if stride * rows != 256 or stride & (stride - 1):  # unpadded layers lost some cells at the edge
             stride = round(256 / (probe.rows(512) - rows))
             border = bisect.bisect_left(range(4 * stride), 256 // stride, key=lambda b: probe.rows(256 + 2 * b))
-        probe.rows(3 * stride + 2 * border)  # windows may fit powers of two alone
+        if probe.rows(3 * stride + 2 * border) != 3:  # windows may fit powers of two alone, others are resized to fit
+            raise ValueError("its map is no multiple of the stride")
     except (RuntimeError, AssertionError, ValueError, ZeroDivisionError):  # its modules allow one size only
         only_size, border = size, 0
         try:

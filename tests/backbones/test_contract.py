@@ -40,6 +40,7 @@ EVERY = [
     ("coatnet_pico_rw_224", 224, 512, 32),
     ("poolformerv2_s12", 64, 512, 32),
     ("coat_lite_tiny", 224, 320, 32),
+    ("mobilevitv2_050", 224, 256, 28),
 ]
 IDS = [f"{e[0]}-{e[1]}" for e in EVERY]
 

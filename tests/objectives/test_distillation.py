@@ -118,6 +118,14 @@ def test_batch_norms_of_a_teacher_stay_as_they_are() -> None:
     assert all(torch.equal(value, before[name]) for name, value in frozen.state_dict().items())
 
 
+def test_a_teacher_of_one_size_sees_views_at_that() -> None:
+    frozen = Frozen(backbones.create("test_vit_relpos", **SIZE))
+    for size in ((16, 48), (32, 32), (64, 64)):
+        features, grid = frozen(torch.randn(1, 3, *size))
+        assert grid == (2, 2)
+        assert features.cells.shape[1] == 4
+
+
 def test_what_every_objective_keeps() -> None:
     check.learns_with_every_parameter(small())
     check.continues_exactly(small)
