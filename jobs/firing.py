@@ -50,6 +50,8 @@ class Arguments:
 
     job: Positional[str]
     """A job file, or the name of one in jobs/."""
+    set: tuple[str, ...] = ()
+    """name=value: arguments that take the place of the file's."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -58,7 +60,7 @@ def show(arguments: Arguments) -> int:
     """Print the firing of the job that is named."""
     from jobs import spec
 
-    job = spec.load(arguments.job)
+    job = spec.load(arguments.job, arguments.set)
     print(which_firing(job, "scheduled" if job.timetable else None, datetime.now(UTC)))
     return 0
 

@@ -35,7 +35,8 @@ def render(job: Job, arguments: Arguments) -> str:
     cells = " ".join(shlex.quote(cell.name) for cell in job.cells)
     words = [*map(shlex.quote, ["-m", "jobs.run", str(job.path)]), "--firing", '"$FIRING"', "--in-place"]
     words += ["--cell", '"${CELLS[${SLURM_ARRAY_TASK_ID:-0}]}"'] if len(job.cells) > 1 else []
-    words += ["--set", *map(shlex.quote, job.settings)] if job.settings else []
+    settings = ["--set", *map(shlex.quote, job.settings)] if job.settings else []
+    words += settings
     plain = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in job.environment.items())
     needed = "".join(f': "${{{name}:?is not set; export it before sbatch}}"\n' for name in job.secrets)
     return (
@@ -55,7 +56,7 @@ if [ -z "${{FIRING:-}}" ]; then
     ID=.firings/${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}} OWN=.firings/$SLURM_JOB_ID.own
     mkdir -p .firings
     if [ ! -e "$ID" ]; then
-        python -m jobs.firing {shlex.quote(str(job.path))} >"$OWN"
+        python -m jobs.firing {" ".join([shlex.quote(str(job.path)), *settings])} >"$OWN"
         ln "$OWN" "$ID" 2>/dev/null || true
         rm "$OWN"
     fi

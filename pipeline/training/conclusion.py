@@ -100,6 +100,7 @@ def conclude(
             "seconds",
             "vital_signs",
             "alarms",
+            "decode_errors",
         )
         summary |= {key: before[key] for key in kept if key in before}
     patiently(lambda: folder.write_json("summary.json", summary), folder)

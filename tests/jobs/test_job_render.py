@@ -248,7 +248,8 @@ def test_the_tasks_of_a_submission_and_a_requeue_of_it_are_one_firing(job, tmp_p
     fake = tmp_path / ".venv" / "bin" / "python"
     fake.write_text('#!/bin/bash\n[ "$2" = jobs.firing ] && exec date +%N\necho "$5" >>firings\n')
     fake.chmod(0o755)
-    script = SLURM + rendered(job(JOB.replace("MLFLOW_TRACKING_TOKEN", "HOME")), "slurm", folder=str(tmp_path))
+    night = job(JOB.replace("MLFLOW_TRACKING_TOKEN", "HOME"), "storage=elsewhere")
+    script = SLURM + rendered(night, "slurm", folder=str(tmp_path))
     tasks = [
         subprocess.Popen(["bash", "-c", script], env={**os.environ, "SLURM_ARRAY_JOB_ID": array, "SLURM_JOB_ID": task})
         for array, task in (("1", "1"), ("1", "2"), ("1", "3"), ("1", "4"), ("5", "5"))
@@ -258,6 +259,7 @@ def test_the_tasks_of_a_submission_and_a_requeue_of_it_are_one_firing(job, tmp_p
     assert subprocess.run(["bash", "-c", script], env=again, timeout=30).returncode == 0
     told = subprocess.run(["bash", "-c", script], env={**again, "FIRING": "mine"}, timeout=30)
     assert told.returncode == 0
+    assert "jobs.firing jobs/night.yaml --set storage=elsewhere >" in script
     counts = Counter((tmp_path / "firings").read_text().split())
     assert sorted(counts.values()) == [1, 1, 5]
     assert counts["mine"] == 1
@@ -265,7 +267,7 @@ def test_the_tasks_of_a_submission_and_a_requeue_of_it_are_one_firing(job, tmp_p
 
 def test_the_firing_of_a_job_can_be_asked_for(job, capsys):
     job()
-    assert firing.show(firing.Arguments("jobs/night.yaml")) == 0
+    assert firing.show(firing.Arguments("jobs/night.yaml", ("storage=elsewhere",))) == 0
     assert firing.FIRING.fullmatch(capsys.readouterr().out.strip())
 
 
