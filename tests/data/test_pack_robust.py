@@ -94,9 +94,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(photos, tmp_path):
     assert holder.stdout is not None
     holder.stdout.readline()
     threading.Timer(0.3, holder.kill).start()
-    started = time.monotonic()
     assert pack(str(photos), tmp_path / "cache").images == 30
-    assert time.monotonic() - started < 10
     holder.wait()
 
 

@@ -26,6 +26,7 @@ from pipeline.redaction import redact
 from pipeline.tracking import Tracker, child_run, default_uri, description, end_run, resume_run, start_run
 from pipeline.tracking.__main__ import main
 from pipeline.tracking.description import PARAM_LENGTH, DatasetInput
+from pipeline.tracking.entries import Recipient
 from pipeline.tracking.spool import Spool, read, spool_of
 from pipeline.tracking.store import TrackingError, accepted, artifacts_of, connect
 from pipeline.tracking.tickets import PENDING
@@ -247,15 +248,17 @@ def test_run_says_what_it_is(uri: str, tmp_path: Path) -> None:
     assert list((tmp_path / "cwd").iterdir()) == []  # MLflow's own defaults would write here
 
 
-def test_metrics_artifacts_and_system_load_arrive(uri: str, tmp_path: Path) -> None:
+def test_metrics_artifacts_and_system_load_arrive(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_id = begin(uri)
     weights = tmp_path / "backbone.safetensors"
     weights.write_bytes(b"weights")
+    send, answers = Recipient.send, threading.Event()
+    monkeypatch.setattr(Recipient, "send", lambda store, request: answers.wait(60) and send(store, request))
     tracker = Tracker(uri, run_id, system_metrics=0.1, interval=0.05)
-    begun = time.perf_counter()
     for step in range(1, 2501):
         tracker.log({"loss": 1 / step, "images_per_second": 80.0, "knn_top1": None}, step * 64)
-    assert time.perf_counter() - begun < 1.0  # handing over 5,000 values holds up nothing
+    assert len(tracker.spool) >= 5000  # all handed over while the store has not taken one
+    answers.set()
     tracker.log_artifact(weights, "checkpoints")
     tracker.log_backbone(weights, {"name": "vit_s16", "image_size": 64}, usage="import backbones\n")
     eventually(lambda: "system/cpu_utilization_percentage" in connect(uri).get_run(run_id).data.metrics)
@@ -604,10 +607,8 @@ def test_server_down_in_the_middle_costs_nothing(server: Server, caplog: pytest.
     tracker.log({"loss": 0.0}, 0)
     assert tracker.flush()
     server.stop()
-    begun = time.perf_counter()
     for step in range(1, 1001):
         tracker.log({"loss": float(step)}, step)
-    assert time.perf_counter() - begun < 0.5
     assert not tracker.flush(2.0)
     assert len(tracker.spool.path.read_text().splitlines()) == 1000
     server.start()
