@@ -15,7 +15,6 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ from pipeline.data.beton import BetonError
 from pipeline.data.listing import Source
 from pipeline.data.packed import Packed, read_packed, write_atomically
 from pipeline.data.parts import Choice, Options, Progress, fill
-from pipeline.data.remote import given, is_local, locate, version
+from pipeline.data.remote import given, is_local, locate, said, version
 from pipeline.data.source import open_source
 from pipeline.data.workers import cores
 from pipeline.errors import UserError
@@ -102,27 +101,34 @@ def pack(
 
 def _packed(address: str, cache: Path, options: Options, choice: Choice) -> Split:
     """The packed parts of one source: from the cache, or packed now. Without a division there is only `train`."""
-    source: Source | Packed
-    if bare(address).endswith(".beton"):
-        if options.resize:
-            raise UserError(f"{address}: is packed already; --resize needs the images it was made of")
-        source = _beton_here(address, cache)
-        if choice != "split" and options.limit is None:
-            return Split(source, None, "")
-        identity = [source.fingerprint]
-    else:
-        source = open_source(address)
-        identity = list(source.identity())
-    key = hashlib.blake2b(digest_size=6)
-    held = ["held out"] if options.hold_out else []
-    for word in (VERSION, options.limit, options.resize, choice, *identity, *held):
-        key.update(f"{word}\n".encode(errors="surrogateescape"))
-    name = "".join(c if c.isalnum() or c in "._-" else "_" for c in Path(bare(address).rstrip("/")).stem)[:40]
-    folder = cache / f"{name}-{key.hexdigest()}"
-    try:
+    with _told(cache):
+        source: Source | Packed
+        if bare(address).endswith(".beton"):
+            if options.resize:
+                raise UserError(f"{address}: is packed already; --resize needs the images it was made of")
+            source = _beton_here(address, cache)
+            if choice != "split" and options.limit is None:
+                return Split(source, None, "")
+            identity = [source.fingerprint]
+        else:
+            source = open_source(address)
+            identity = list(source.identity())
+        key = hashlib.blake2b(digest_size=6)
+        held = ["held out"] if options.hold_out else []
+        for word in (VERSION, options.limit, options.resize, choice, *identity, *held):
+            key.update(f"{word}\n".encode(errors="surrogateescape"))
+        name = "".join(c if c.isalnum() or c in "._-" else "_" for c in Path(bare(address).rstrip("/")).stem)[:40]
+        folder = cache / f"{name}-{key.hexdigest()}"
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_name(folder.name + ".lock")):
             return _read(folder) or _fill_anew(folder, address, source, options, choice)
+
+
+@contextlib.contextmanager
+def _told(cache: Path) -> Iterator[None]:
+    """Have a cache that takes nothing told to the user."""
+    try:
+        yield
     except OSError as error:
         if error.errno in _FULL:
             raise UserError(f"{cache}: the disk is full; free some space, or give --cache another place") from error
@@ -181,19 +187,27 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _beton_here(address: str, cache: Path) -> Packed:
-    """A .beton as a packed set; a remote one is brought into the cache first."""
+    """A .beton as a packed set; a remote one is brought into the cache first, and again where that copy is damaged."""
     files, path, info = locate(address)
-    try:
-        if is_local(files):
-            return read_packed(path)
-        key = hashlib.blake2b(f"{address} {version(info)}".encode(), digest_size=6).hexdigest()
-        target = cache / f"{Path(bare(address)).stem}-{key}.beton"
-        cache.mkdir(parents=True, exist_ok=True)
-        with _locked(target.with_suffix(".lock")):
-            if not target.exists():
-                partial = target.with_suffix(".partial")
-                files.get_file(path, str(partial))
-                partial.replace(target)
-        return replace(read_packed(target), path=target)
-    except BetonError as error:
-        raise UserError(str(error)) from error
+    if is_local(files):
+        return read_packed(path)
+    key = hashlib.blake2b(f"{address} {version(info)}".encode(), digest_size=6).hexdigest()
+    target = cache / f"{Path(bare(address)).stem}-{key}.beton"
+    cache.mkdir(parents=True, exist_ok=True)
+    with _locked(target.with_suffix(".lock")):
+        with contextlib.suppress(BetonError):
+            return read_packed(target)
+        partial = target.with_suffix(".partial")
+        try:
+            files.get_file(path, str(partial))
+            partial.replace(target)
+        except OSError as error:
+            if error.errno in _FULL or str(cache) in str(error):
+                raise
+            raise UserError(f"{address}: cannot be fetched ({said(error)}); try again") from error
+        finally:
+            partial.unlink(missing_ok=True)
+        try:
+            return read_packed(target)
+        except BetonError as error:
+            raise UserError(f"{address}: {error}") from error

@@ -183,6 +183,31 @@ def fill(files: fsspec.AbstractFileSystem, root: str, tmp_path: Path) -> None:
     files.pipe(f"{root}/set.beton", whole.path.read_bytes())
 
 
+def test_a_beton_brought_here_is_whole_or_not_there(tmp_path, monkeypatch):
+    files, cache = fsspec.filesystem("memory"), tmp_path / "cache"
+    write(tmp_path / "set", [f"{i}.jpg" for i in range(4)])
+    content = pack(str(tmp_path / "set"), tmp_path / "packed").path.read_bytes()
+    files.pipe("/brought/set.beton", content)
+    files.pipe("/brought/cut.beton", content[:-5])
+    packed = pack("memory://brought/set.beton", cache)
+    packed.path.write_bytes(content[:-5])  # its copy here is damaged
+    assert pack("memory://brought/set.beton", cache) == packed
+    assert packed.path.read_bytes() == content
+    with pytest.raises(UserError, match=r"^memory://brought/cut\.beton: .*cut short"):
+        pack("memory://brought/cut.beton", cache)
+    for number, sentence in ((28, "the disk is full"), (5, "memory://brought/new.beton: cannot be fetched")):
+
+        def failing(_path, to, number=number):
+            Path(to).write_bytes(content[:99])
+            raise OSError(number, "as it were")
+
+        files.pipe("/brought/new.beton", content)
+        monkeypatch.setattr(type(files), "get_file", lambda self, *words, failing=failing: failing(*words))
+        with pytest.raises(UserError, match=sentence):
+            pack("memory://brought/new.beton", cache)
+        assert not list(cache.glob("new*.beton")) + list(cache.glob("*.partial"))
+
+
 def check_every_form(files: fsspec.AbstractFileSystem, root: str, protocol: str, tmp_path: Path) -> None:
     fill(files, root, tmp_path)
     expected = sorted(jpeg(i) for i in range(12))
