@@ -26,13 +26,6 @@ def of_share(correct: Tensor, level: float = 0.95) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def of_mean(values: Tensor, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """The percentile bootstrap interval (Efron 1979) of the mean of values [N], one an image."""
-    if not len(values):
-        raise ValueError("no value, no mean: the validation set is empty")
-    return percentiles(resampled(values.double().cpu().numpy()[None], seed), level)
-
-
 def percentiles(drawn: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """The interval that bootstrap samples [draws] of a score span; NaN where all are the same, as of scores of 0 or
     100 %: they say nothing then of other images."""
@@ -42,27 +35,42 @@ def percentiles(drawn: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def of_draws(values: Tensor, level: float = 0.95) -> tuple[float, float]:
-    """Student's interval, within [0, 1], of the mean of shares [R], one a repetition; NaN of a single repetition, and
-    where all are the same."""
-    spread = float(values.double().std()) if len(values) > 1 else 0.0
-    if not spread:
+def of_mean(shares: Tensor, level: float = 0.95) -> tuple[float, float]:
+    """Student's interval, within [0, 1], of the mean of shares [N], one an image or a repetition; NaN of a single one,
+    and where all are the same."""
+    if len(shares) < 2 or shares.min() == shares.max():
         return math.nan, math.nan
-    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * spread / math.sqrt(len(values))
-    mean = float(values.double().mean())
+    mean, error, freedom = mean_error(shares.double().cpu().numpy()[None])
+    half = stats.t.ppf((1 + level) / 2, freedom) * error
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
-def resampled(values: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Means [DRAWS] of values [R, N], both repetitions and images drawn with replacement."""
-    rng = np.random.default_rng(seed)
+def mean_error(values: np.ndarray) -> tuple[float, float, float]:
+    """The mean of values [R, N], of R repetitions on the same N images, its standard error, and the error's degrees of
+    freedom: 0 of a single value.
+
+    Other repetitions might have gone otherwise, and other images: the mean squares between both are added, less what is
+    in both (the random two-way layout without replication; freedom by Satterthwaite 1946). Where that is more than the
+    smaller one, the larger stands alone. Of R = 1 they are those of Student's test.
+    """
     repetitions, images = values.shape
-    means = np.empty(DRAWS)
-    for first in range(0, DRAWS, 100):
-        weights = rng.multinomial(images, np.full(images, 1 / images), 100) / images
-        rows = rng.multinomial(repetitions, np.full(repetitions, 1 / repetitions), 100) / repetitions
-        means[first : first + 100] = np.einsum("dr,rn,dn->d", rows, values, weights, optimize=True)
-    return means
+    mean = float(values.mean())
+    rows, columns = values.mean(1) - mean, values.mean(0) - mean
+    rest = values - mean - rows[:, None] - columns
+    parts = []
+    for squares, freedom in (
+        (images * float(rows @ rows), repetitions - 1),
+        (repetitions * float(columns @ columns), images - 1),
+        (float((rest**2).sum()), (repetitions - 1) * (images - 1)),
+    ):
+        parts.append((squares / freedom if freedom else 0.0, freedom))
+    *between, (within, _) = parts
+    least, most = sorted(between)
+    squares, freedom = most
+    if within < least[0]:
+        squares = most[0] + least[0] - within
+        freedom = squares**2 / sum(part**2 / count for part, count in parts)
+    return mean, math.sqrt(squares / values.size), freedom
 
 
 def rank_correlation(x: Tensor, y: Tensor, seed: int = 0) -> tuple[float, float]:

@@ -45,7 +45,7 @@ def low_shot(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, floa
             weight, bias = minimise(x[chosen], train.labels[chosen], int(train.labels.max()) + 1, C, iterations=50)
             right.append((queries @ weight + bias).argmax(1) == val.labels)
         answers = torch.stack(right)
-        low, high = interval.of_draws(answers.double().mean(1))
+        low, high = interval.of_mean(answers.double().mean(1))
         found |= {name: answers.double().mean().item(), f"{name}_low": low, f"{name}_high": high}
         found[f"{name}_right"] = answers
     return found or None

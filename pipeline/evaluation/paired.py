@@ -32,13 +32,14 @@ def mcnemar(first: Tensor, second: Tensor) -> float:
     return float(stats.binomtest(only_first, only_first + only_second).pvalue)
 
 
-def difference(first: Tensor, second: Tensor, seed: int = 0) -> Difference:
+def difference(first: Tensor, second: Tensor) -> Difference:
     """Compare two scores of the same images.
 
     Args:
         first, second: one value an image [N], or [R, N] for R repetitions that both went through alike. Where they are
-            bool and not repeated, the p-value is McNemar's; else it is Student's, by the bootstrap's deviation: a share
-            of samples beyond zero could not be small enough to be adjusted for many comparisons.
+            bool and not repeated, the p-value is McNemar's; else it is Student's, with the degrees of freedom of
+            `interval.mean_error`: a share of samples beyond zero could not be small enough to be adjusted for many
+            comparisons.
 
     Raises:
         ValueError: not the same images.
@@ -47,13 +48,13 @@ def difference(first: Tensor, second: Tensor, seed: int = 0) -> Difference:
         raise ValueError(f"a paired test needs the same images: {list(first.shape)} and {list(second.shape)} differ")
     values = (first.double() - second.double()).cpu().numpy()
     values = values[None] if values.ndim == 1 else values
-    means = interval.resampled(values, seed)
-    low, high = np.percentile(means, [2.5, 97.5])
+    mean, error, freedom = interval.mean_error(values)
+    half = float(stats.t.ppf(0.975, freedom)) * error if freedom else math.inf
     if first.dtype.is_floating_point or first.ndim > 1:
-        p = _student(float(values.mean()), float(means.std()), values.shape[1])
+        p = _student(mean, error, freedom, values.shape[1])
     else:
         p = mcnemar(first.cpu(), second.cpu())
-    return Difference(float(values.mean()), float(low), float(high), float(p))
+    return Difference(mean, mean - half, mean + half, p)
 
 
 def of_statistics(first: np.ndarray, second: np.ndarray, images: int) -> Difference:
@@ -61,20 +62,18 @@ def of_statistics(first: np.ndarray, second: np.ndarray, images: int) -> Differe
     the others of bootstrap samples that were drawn alike. The p-value is Student's."""
     found, *drawn = first - second
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
-    return Difference(float(found), float(low), float(high), _student(float(found), float(np.nanstd(drawn)), images))
+    error = float(np.nanstd(drawn)) * math.sqrt(images / max(1, images - 1))  # a bootstrap's lacks that
+    return Difference(float(found), float(low), float(high), _student(float(found), error, images - 1, images))
 
 
-def _student(found: float, spread: float, images: int) -> float:
-    """How likely a difference is as far from 0 as what was found, where there is none, by Student's t.
-
-    The bootstrap's `spread` lacks a factor √(N / (N − 1)). Where it is 0, every image differed alike, and the p-value
-    is that of the sign test.
-    """
-    if images < 2 or not found:
+def _student(found: float, error: float, freedom: float, images: int) -> float:
+    """How likely a difference is as far from 0 as what was found, where there is none, by Student's t; where every
+    image differed alike, so that its standard error is 0, by the sign test."""
+    if images < 2 or freedom <= 0 or not found:
         return 1.0
-    if spread < 1e-9 * abs(found):
-        return 2.0 ** (1 - images)
-    return float(2 * stats.t.sf(abs(found) / (spread * math.sqrt(images / (images - 1))), images - 1))
+    if error < 1e-9 * abs(found):
+        return float(2.0 ** (1 - images))
+    return float(2 * stats.t.sf(abs(found) / error, freedom))
 
 
 def holm(p: list[float]) -> list[float]:

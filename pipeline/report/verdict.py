@@ -113,43 +113,43 @@ def claims(contest: Contest) -> list[Claim]:
     """Everything that is tested, the p-values adjusted together."""
     found = []
     for first, second in rivals(contest):
-        for what, by in measured(first.trained, second.trained, contest.seed):
+        for what, by in measured(first.trained, second.trained):
             found.append((first.name, second.name, what, by, False))
     for one in contest.entries:
         for floor, findings in zip(one.floors, (one.untrained, one.pixels)):
             for protocol in LEADING:
-                if above := between(one.trained, findings, protocol, contest.seed):
+                if above := between(one.trained, findings, protocol):
                     found.append((one.name, floor, ACCURACIES[protocol], above, True))
                     break
     adjusted = holm([one[3].p for one in found])
     return [Claim(*one[:4], p, one[4]) for one, p in zip(found, adjusted)]
 
 
-def measured(first: Findings, second: Findings, seed: int) -> Iterator[tuple[str, Difference]]:
+def measured(first: Findings, second: Findings) -> Iterator[tuple[str, Difference]]:
     """What two backbones can be compared in on the same images, and how they differ in it."""
     for protocol, what in ACCURACIES.items():
-        if by := between(first, second, protocol, seed):
+        if by := between(first, second, protocol):
             yield what, by
     mine, theirs = first.evidence, second.evidence
     if (key := "scratch_train_right") in mine and key in theirs:
-        yield "accuracy on what was learnt from scratch", difference(mine[key], theirs[key], seed)
+        yield "accuracy on what was learnt from scratch", difference(mine[key], theirs[key])
     for budget, what in BUDGETS.items():
         if (key := f"low_shot_{budget}_right") in mine and key in theirs:
-            yield f"accuracy with {what}", difference(mine[key], theirs[key], seed)
+            yield f"accuracy with {what}", difference(mine[key], theirs[key])
     if (key := "retrieval_precision") in mine and key in theirs:
-        yield "retrieval mAP", difference(mine[key], theirs[key], seed)
+        yield "retrieval mAP", difference(mine[key], theirs[key])
     if "robustness_clean_right" in mine and "robustness_clean_right" in theirs:
         for name in GEOMETRY:
             a, b = (one[f"robustness_{name}_right"].double().mean(0) for one in (mine, theirs))
-            yield f"{UNDER}{name.replace('_', ' ')}", difference(a, b, seed)
+            yield f"{UNDER}{name.replace('_', ' ')}", difference(a, b)
         a, b = (
             torch.stack([one[f"robustness_{name}_right"].double().mean(0) for name in CORRUPTIONS]).mean(0)
             for one in (mine, theirs)
         )
-        yield f"{UNDER}corruptions", difference(a, b, seed)
+        yield f"{UNDER}corruptions", difference(a, b)
 
 
-def between(first: Findings, second: Findings, protocol: str, seed: int) -> Difference | None:
+def between(first: Findings, second: Findings, protocol: str) -> Difference | None:
     """How two backbones differ in a protocol's headline; None where one of them did not go through it."""
     if protocol in BY_TABLE:
         key = f"{protocol}_drawn"
@@ -158,7 +158,7 @@ def between(first: Findings, second: Findings, protocol: str, seed: int) -> Diff
         images = int(first.numbers["val_images"] or 0)
         return of_statistics(first.evidence[key].numpy(), second.evidence[key].numpy(), images)
     a, b = right(first, protocol), right(second, protocol)
-    return None if a is None or b is None else difference(a, b, seed)
+    return None if a is None or b is None else difference(a, b)
 
 
 def right(findings: Findings, protocol: str) -> Tensor | None:
