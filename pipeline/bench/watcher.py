@@ -1,4 +1,5 @@
-"""A training run with and without `jobs.watch` beside it, which evaluates its checkpoints on a core left free."""
+"""A training run with and without `jobs.watch` beside it, which evaluates its checkpoints on a core left free; and with
+a loop there that computes nothing, at the same lowest priority: what it costs that the core is not idle."""
 
 import contextlib
 import json
@@ -14,19 +15,20 @@ from pipeline.bench.contender import Arguments, Bench
 from pipeline.errors import UserError
 
 TRAINING = (
-    *("--backbone", "vit_ti16", "--objective", "lejepa", "--image-size", "64", "--limit", "1024", "--epochs", "12"),
+    *("--backbone", "vit_ti16", "--objective", "lejepa", "--image-size", "64", "--limit", "1024", "--epochs", "6"),
     *("--knn-every", "0", "--checkpoint-every", "0.1"),
 )
 """A checkpoint every 6 seconds: when an evaluation ends, another is due."""
 FEWEST = 2
 """Evaluations beside a run, below which it was not watched."""
+LOOP = "import os; os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))\nwhile True: pass"
 
 
 class Watched(NamedTuple):
-    """A run on all cores of a cluster but one, and whether that one evaluates it."""
+    """A run on all cores of a cluster but one, and what runs on that one: "nothing", a "loop" or `jobs.watch`."""
 
     title: str
-    evaluated: bool
+    there: str
 
     def figure(self, path: Path, arguments: Arguments) -> float:
         """Images per second of its steps, from the first to the last.
@@ -48,12 +50,16 @@ class Watched(NamedTuple):
             run.parent.mkdir()
             fixed = ("--run", str(run), "--storage", str(run.parent), "--batch-size", str(arguments.batch_size), *kept)
             train = [sys.executable, "-m", "pipeline.pretrain", *TRAINING, *fixed]
-            watch = [sys.executable, "-m", "jobs.watch", str(run.parent), "--every", "1", *kept]
-            with beside(watch, environment) if self.evaluated else contextlib.nullcontext():
+            commands = {
+                "loop": [sys.executable, "-c", LOOP],
+                "jobs.watch": [sys.executable, "-m", "jobs.watch", str(run.parent), "--every", "1", *kept],
+            }
+            command = commands.get(self.there)
+            with beside(command, environment) if command else contextlib.nullcontext():
                 done = subprocess.run(train, env=environment, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"the run failed: {(done.stderr.strip().splitlines() or ['without a word'])[-1]}")
-            if self.evaluated and (count := evaluations(run)) < FEWEST:
+            if self.there == "jobs.watch" and (count := evaluations(run)) < FEWEST:
                 raise RuntimeError(f"{count} evaluations beside the run: too few to call it watched")
             return float(json.loads((run / "summary.json").read_text())["images_per_second"])
 
@@ -78,8 +84,9 @@ def evaluations(run: Path) -> int:
 BENCH = Bench(
     "training steps of LeJEPA with ViT-Ti/16 at 64 pixels, Ray Train, one core left free",
     {
-        "alone": Watched("nothing on that core", evaluated=False),
-        "watched": Watched("`jobs.watch` on that core, one checkpoint after the other", evaluated=True),
+        "alone": Watched("nothing on that core", "nothing"),
+        "loop": Watched("an empty loop on that core", "loop"),
+        "watched": Watched("`jobs.watch` on that core, one checkpoint after the other", "jobs.watch"),
     },
     limit=1200,
     paired=True,
