@@ -201,8 +201,8 @@ def _beton_here(address: str, cache: Path) -> Packed:
         try:
             files.get_file(path, str(partial))
             partial.replace(target)
-        except OSError as error:
-            if error.errno in _FULL or str(cache) in str(error):
+        except Exception as error:  # each kind of storage has its own
+            if isinstance(error, OSError) and (error.errno in _FULL or str(cache) in str(error)):
                 raise
             raise UserError(f"{address}: cannot be fetched ({said(error)}); try again") from error
         finally:

@@ -95,7 +95,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(photos, tmp_path):
     holder.stdout.readline()
     threading.Timer(0.3, holder.kill).start()
     assert pack(str(photos), tmp_path / "cache").images == 30
-    holder.wait()
+    assert holder.wait() == -signal.SIGKILL  # it was not waited for until it ended by itself
 
 
 def test_too_many_broken_files_are_listed(photos, tmp_path):

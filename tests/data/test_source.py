@@ -195,11 +195,16 @@ def test_a_beton_brought_here_is_whole_or_not_there(tmp_path, monkeypatch):
     assert packed.path.read_bytes() == content
     with pytest.raises(UserError, match=r"^memory://brought/cut\.beton: .*cut short"):
         pack("memory://brought/cut.beton", cache)
-    for number, sentence in ((28, "the disk is full"), (5, "memory://brought/new.beton: cannot be fetched")):
+    lost = "memory://brought/new.beton: cannot be fetched"
+    for failure, sentence in (
+        (OSError(28, "no room"), "the disk is full"),
+        (OSError(5, "as it were"), lost),
+        (RuntimeError("a storage's own"), lost),
+    ):
 
-        def failing(_path, to, number=number):
+        def failing(_path, to, failure=failure):
             Path(to).write_bytes(content[:99])
-            raise OSError(number, "as it were")
+            raise failure
 
         files.pipe("/brought/new.beton", content)
         monkeypatch.setattr(type(files), "get_file", lambda self, *words, failing=failing: failing(*words))

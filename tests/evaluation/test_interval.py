@@ -25,6 +25,7 @@ def test_few_answers_are_no_certainty() -> None:
     low, high = of_share(torch.zeros(5, dtype=torch.bool))
     assert low == pytest.approx(0)
     assert high > 0.4
+    assert np.isnan(of_mean(torch.ones(5))).all()
     with pytest.raises(ValueError, match="empty"):
         of_share(torch.ones(0, dtype=torch.bool))
 
