@@ -23,6 +23,7 @@ import torch
 from ffcv import _libffcv
 from ffcv.loader import Loader as FFCVLoader
 from ffcv.loader.epoch_iterator import EpochIterator
+from ffcv.memory_managers import OSCacheManager
 from ffcv.pipeline import Compiler, PipelineSpec
 from ffcv.pipeline.operation import Operation
 from ffcv.pipeline.state import State
@@ -44,6 +45,11 @@ _imdecode = types.ExternalFunction(
     types.int32(
         types.voidptr, types.uint64, *[types.uint32] * 2, types.voidptr, *[types.uint32] * 6, *[types.boolean] * 2
     ),
+)
+
+# FFCV's own sets `mutable` of numba's one type of bytes in a row: what had been compiled for it is not found again.
+OSCacheManager.state_type = property(
+    lambda _: types.Tuple([types.Array(types.uint8, 1, "C", readonly=True), *[types.uint64[::1]] * 2])
 )
 
 

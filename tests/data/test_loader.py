@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from numba import njit, typeof
 
 from objectives.views import View
 from pipeline.data.beton import BetonReader, BetonWriter
@@ -360,6 +361,17 @@ def test_without_ffcv_auto_takes_opencv_and_ffcv_is_refused(betons, monkeypatch)
         assert loader.backend == "opencv"
     with pytest.raises(ImportError, match="use 'opencv'"):
         make_loader(betons["raw"], VIEWS, batch_size=8, backend="ffcv")
+
+
+@pytest.mark.skipif(not has_ffcv(), reason="FFCV is not installed")
+def test_what_was_compiled_before_ffcv_is_found_after_it(betons):
+    """FFCV changes a type that all of numba shares, and with it the key of what was compiled for that."""
+    compiled = njit(lambda out: out.size)
+    given = np.zeros(3, np.uint8)
+    assert compiled(given) == 3
+    take(1, betons["raw"], backend="ffcv")
+    assert typeof(given).mutable
+    assert list(compiled.overloads.values())
 
 
 @pytest.mark.skipif(not has_ffcv(), reason="FFCV is not installed")
