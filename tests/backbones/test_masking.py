@@ -338,6 +338,7 @@ def test_it_compiles_into_one_graph() -> None:
         torch.testing.assert_close(compiled(images, visible=visible).cells, backbone(images, visible=visible).cells)
 
 
+@pytest.mark.slow
 def test_it_compiles_in_training_too() -> None:
     backbone = made("resnet20", 32).train()
     twin = copy.deepcopy(backbone)

@@ -66,7 +66,7 @@ def test_it_names_new_images_as_well_as_was_measured(tmp_path: Path, capsys: pyt
     asked = ("linear", "logistic", "attentive", "finetune")
     found = examine(
         {"": backbones.create("lenet5", image_size=SIDE)}, train, val, image_size=SIDE,
-        protocols=asked,
+        protocols=asked, epochs=5,
     )[""]  # fmt: skip
     assert set(found.classifiers) == set(asked)
     truth = BetonReader(val.path).metadata["label"].tolist()

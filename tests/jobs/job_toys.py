@@ -62,6 +62,16 @@ def free_ports(count: int) -> list[int]:
         return found
 
 
+def kill(process: subprocess.Popen) -> None:
+    """End what `ray start --block` began, and it: SIGTERM would have it wait half a minute for its node to drain."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(family, 10)
+    process.wait()
+
+
 @contextlib.contextmanager
 def cluster_of(home: Path, cpus: int = 2, **variables: str) -> Iterator[Cluster]:
     names = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port",
@@ -95,12 +105,7 @@ def cluster_of(home: Path, cpus: int = 2, **variables: str) -> Iterator[Cluster]
             time.sleep(0.2)
         yield Cluster(address, home)
     finally:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        for member in family:  # SIGTERM would have it wait half a minute for its node to drain
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-        psutil.wait_procs(family, 10)
-        process.wait()
+        kill(process)
         shutil.rmtree(temporary, ignore_errors=True)
 
 

@@ -32,7 +32,9 @@ told("watching")
 """
 
 
-@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.ray)])
+@pytest.mark.parametrize(
+    "engine", [pytest.param("local", marks=pytest.mark.slow), pytest.param("ray", marks=pytest.mark.ray)]
+)
 def test_a_run_speaks_to_nobody_outside(tmp_path, engine):
     log = tmp_path / "network.log"
     (tmp_path / "watch").mkdir()

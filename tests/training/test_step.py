@@ -99,6 +99,7 @@ def test_every_objective_takes_features_in_fp32_from_a_backbone_in_bf16(name, ba
     assert losses[1] == pytest.approx(losses[0], rel=0.1, abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_compiled_backbone_takes_the_same_step(tmp_path):
     words = ("--backbone", "lenet5", "--optimiser", "sgd", "--warmup", "0.0")
     plain = stepper(*words, folder=tmp_path)
