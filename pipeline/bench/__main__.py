@@ -1,8 +1,8 @@
 """`python -m pipeline.bench loader`: what the parts cost here, measured against their alternatives.
 
 Every contender runs in a process of its own, under a time limit, several times by turns; its best round counts, since
-whatever else a machine does can only slow a round down. Where a difference of one in a hundred is looked for, the two
-of a round are compared with each other.
+whatever else a machine does can only slow a round down. Where a difference of one in a hundred is looked for, there is
+one run, which is measured by turns.
 """
 
 import json
@@ -52,10 +52,10 @@ def run(arguments: Arguments) -> int:
 
                 path = pack(arguments.data, folder).path
             caption = f"{describe(path)}; {caption}"
-        figures = rounds(bench, path, arguments)
+        figures = bench.by_turns(arguments) if bench.by_turns else rounds(bench, path, arguments)
     counted = f"best of {arguments.rounds} rounds" + f" of {arguments.seconds:g} s" * (bench.limit is None)
-    if bench.paired:
-        counted = f"medians of {arguments.rounds} pairs by turns, in brackets the lowest and the highest"
+    if bench.by_turns:
+        counted = f"means of {arguments.rounds} times {arguments.seconds:g} s by turns in one run, with 95 % intervals"
     text = table(bench, figures, f"{caption}{counted}; {machine()}.")
     print(text)
     if arguments.write:

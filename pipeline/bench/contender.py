@@ -29,7 +29,7 @@ class Arguments:
     seconds: float = 5.0
     """How long a round measures."""
     rounds: int = 3
-    """Rounds of each contender; the best counts, of a watcher the middle one."""
+    """Rounds of each contender; the best counts, of a watcher their mean."""
     write: str | None = None
     """A file whose block `<!-- bench:NAME -->` … `<!-- /bench:NAME -->` takes the table."""
     only: str | None = None
@@ -64,14 +64,15 @@ class Bench(NamedTuple):
     """Contenders for one job, the first of which is the yardstick of the ratios.
 
     limit: seconds that a whole run may take; None where a round takes `--seconds`.
-    paired: ratios are those within a round, for differences smaller than a machine's own from round to round.
+    by_turns: figures of all contenders by turns in one run, for differences smaller than a machine's own from one run
+        to the next; ratios are then those within a turn.
     unit: of the figures: "images/s", or "s", of which less is better.
     """
 
     job: str
     contenders: Mapping[str, Measured]
     limit: float | None = None
-    paired: bool = False
+    by_turns: Callable[[Arguments], dict[str, list[float]]] | None = None
     unit: str = "images/s"
 
     def best(self, figures: Sequence[float]) -> float:

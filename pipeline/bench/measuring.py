@@ -5,9 +5,10 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median
+from statistics import mean, stdev
 
 from pipeline.bench.contender import Arguments, Bench
 
@@ -70,8 +71,8 @@ def machine() -> str:
     return f"{model}, {cores()} core{'s' * (cores() != 1)}; Python {platform.python_version()}, {', '.join(versions)}"
 
 
-def table(bench: Bench, figures: dict[str, list[float] | str], caption: str) -> str:
-    """A Markdown table with the ratio to the first contender: of the best rounds, or of the rounds in pairs."""
+def table(bench: Bench, figures: Mapping[str, list[float] | str], caption: str) -> str:
+    """A Markdown table with the ratio to the first contender: of the best rounds, or of turns, with its interval."""
     yardstick = figures[next(iter(bench.contenders))]
     lines = [f"| {bench.job} | {bench.unit} | ratio |", "|---|---:|---:|"]
     for name, contender in bench.contenders.items():
@@ -80,15 +81,24 @@ def table(bench: Bench, figures: dict[str, list[float] | str], caption: str) -> 
             lines.append(f"| {contender.title} | – ({own}) | – |")
             continue
         ratio = "–"
-        if bench.paired and own is not yardstick and not isinstance(yardstick, str):
-            ratios = [figure / other for figure, other in zip(own, yardstick)]
-            ratio = f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-        elif not isinstance(yardstick, str):
-            ratio = f"{bench.best(own) / bench.best(yardstick):.2f}"
-        lines.append(
-            f"| {contender.title} | {bench.words(median(own) if bench.paired else bench.best(own))} | {ratio} |"
-        )
+        if isinstance(yardstick, list):
+            turns = bench.by_turns and own is not yardstick
+            ratio = mean_ratio(own, yardstick) if turns else f"{bench.best(own) / bench.best(yardstick):.2f}"
+        counts = mean(own) if bench.by_turns else bench.best(own)
+        lines.append(f"| {contender.title} | {bench.words(counts)} | {ratio} |")
     return "\n".join([*lines, "", caption])
+
+
+def mean_ratio(figures: Sequence[float], others: Sequence[float]) -> str:
+    """The mean of the ratios within a turn, and its 95 % interval by Student's t."""
+    from scipy import stats
+
+    ratios = [figure / other for figure, other in zip(figures, others, strict=True)]
+    words = f"{mean(ratios):.3f}"
+    if len(ratios) < 2:
+        return words
+    off = float(stats.t.ppf(0.975, len(ratios) - 1)) * stdev(ratios) / len(ratios) ** 0.5
+    return f"{words} ({mean(ratios) - off:.3f} to {mean(ratios) + off:.3f})"
 
 
 def draw_photographs(path: Path, images: int = SYNTHETIC) -> None:

@@ -1,5 +1,9 @@
-"""A training run with and without `jobs.watch` beside it, which evaluates its checkpoints on a core left free; and with
-a loop there that computes nothing, at the same lowest priority: what it costs that the core is not idle."""
+"""What it costs a run that `jobs.watch` evaluates its checkpoints all the time, on a machine of their own.
+
+Two Ray nodes on this machine, one of all its cores but one and one of that one, each of whose processes stay on the
+cores of their node. A machine's own speed differs more from run to run than is looked for, so that there is one run,
+and the evaluations are halted and continued by turns.
+"""
 
 import contextlib
 import json
@@ -7,72 +11,171 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.bench.contender import Arguments, Bench
 from pipeline.errors import UserError
 
 TRAINING = (
-    *("--backbone", "vit_ti16", "--objective", "lejepa", "--image-size", "64", "--limit", "1024", "--epochs", "6"),
+    *("--backbone", "vit_ti16", "--objective", "lejepa", "--image-size", "64", "--limit", "1024"),
     *("--knn-every", "0", "--checkpoint-every", "0.1"),
 )
 """A checkpoint every 6 seconds: when an evaluation ends, another is due."""
-FEWEST = 2
-"""Evaluations beside a run, below which it was not watched."""
-LOOP = "import os; os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))\nwhile True: pass"
+EPOCHS = "100000"
+"""More than any bench lasts: it ends the run."""
+PATIENCE = 600  # seconds until a run trains and is watched
+GIB = 1 << 30
 
 
-class Watched(NamedTuple):
-    """A run on all cores of a cluster but one, and what runs on that one: "nothing", a "loop" or `jobs.watch`."""
+class Side(NamedTuple):
+    """One of two that are measured by turns."""
 
     title: str
-    there: str
 
     def figure(self, path: Path, arguments: Arguments) -> float:
-        """Images per second of its steps, from the first to the last.
+        """None of its own.
 
         Raises:
-            UserError: this machine has one core.
-            RuntimeError: the run failed, or was not watched.
+            UserError: always.
         """
-        from pipeline import cluster
-        from pipeline.data.workers import cores
+        raise UserError("--only: both are measured in one run, by turns")
 
-        if cores() < 2:
-            raise UserError("one core alone leaves none free")
-        cluster.begin(num_cpus=cores())
-        takes = json.dumps({"CPU": cores() - 1, "GPU": 0})
-        environment = {**os.environ, "RAY_ADDRESS": cluster.address(), cluster.TAKES: takes}
-        with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-            run, kept = Path(folder) / "runs" / "run", ("--cache", folder)
-            run.parent.mkdir()
-            fixed = ("--run", str(run), "--storage", str(run.parent), "--batch-size", str(arguments.batch_size), *kept)
-            train = [sys.executable, "-m", "pipeline.pretrain", *TRAINING, *fixed]
-            commands = {
-                "loop": [sys.executable, "-c", LOOP],
-                "jobs.watch": [sys.executable, "-m", "jobs.watch", str(run.parent), "--every", "1", *kept],
-            }
-            command = commands.get(self.there)
-            with beside(command, environment) if command else contextlib.nullcontext():
-                done = subprocess.run(train, env=environment, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"the run failed: {(done.stderr.strip().splitlines() or ['without a word'])[-1]}")
-            if self.there == "jobs.watch" and (count := evaluations(run)) < FEWEST:
-                raise RuntimeError(f"{count} evaluations beside the run: too few to call it watched")
-            return float(json.loads((run / "summary.json").read_text())["images_per_second"])
+
+def by_turns(arguments: Arguments) -> dict[str, list[float]]:
+    """Images per second of one run, `--rounds` times for `--seconds` alone and watched.
+
+    Raises:
+        UserError: this machine has one core.
+        RuntimeError: the run failed, or nothing was evaluated beside it.
+    """
+    *many, one = sorted(os.sched_getaffinity(0))
+    if not many:
+        raise UserError("one core alone makes no two machines")
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder, machines({*many}, {one}) as (environment, evaluating):
+        run, kept = Path(folder) / "runs" / "run", ("--cache", folder)
+        run.parent.mkdir()
+        fixed = ("--run", str(run), "--storage", str(run.parent), "--batch-size", str(arguments.batch_size), *kept)
+        train = [sys.executable, "-m", "pipeline.pretrain", *TRAINING, "--epochs", EPOCHS, *fixed]
+        watch = [sys.executable, "-m", "jobs.watch", str(run.parent), "--every", "1", *kept]
+        figures: dict[str, list[float]] = {"alone": [], "watched": []}
+        with beside(train, environment, {*many}) as training, beside(watch, environment, {one}) as watching:
+            wait(training, lambda: evaluations(run) and evaluating())
+            for turn in range(2 * arguments.rounds):
+                name = ("alone", "watched", "watched", "alone")[turn % 4]
+                with contextlib.nullcontext() if name == "watched" else halted(watching.pid, evaluating):
+                    if name == "watched":
+                        wait(training, evaluating)
+                    figures[name].append(arguments.batch_size * steps(run / "metrics.jsonl", arguments.seconds))
+    return figures
 
 
 @contextlib.contextmanager
-def beside(command: list[str], environment: dict[str, str]) -> Iterator[None]:
-    """Have a command run for as long as this lasts."""
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def on(cores: set[int]) -> Iterator[None]:
+    """Have every process that is started meanwhile, and what it starts, stay on these cores."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
     try:
         yield
     finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextlib.contextmanager
+def machines(training: set[int], spare: set[int]) -> Iterator[tuple[Mapping[str, str], Callable[[], list[Any]]]]:
+    """A cluster of two nodes: the environment in which a run has the first, for the second has no room for a worker;
+    and what lists the processes that evaluate on the second."""
+    import psutil
+    from ray.cluster_utils import Cluster
+
+    from pipeline.cluster.machines import TAKES, keep_to_loopback
+
+    keep_to_loopback()
+    nodes = Cluster()
+    try:
+        for cores, memory in ((training, 8 * GIB), (spare, GIB)):
+            with on(cores):
+                node = nodes.add_node(
+                    num_cpus=len(cores), memory=memory, node_ip_address="127.0.0.1", include_dashboard=False
+                )
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+
+        def evaluating() -> list[psutil.Process]:
+            found = []
+            for process in raylet.children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if "".join(process.cmdline()[:1]).startswith("ray::_Polite"):
+                        found.append(process)
+            return found
+
+        takes = json.dumps({"CPU": len(training), "GPU": 0, "memory": 2 * GIB})
+        yield {**os.environ, "RAY_ADDRESS": nodes.address, TAKES: takes}, evaluating
+    finally:
+        nodes.shutdown()
+
+
+@contextlib.contextmanager
+def beside(command: list[str], environment: Mapping[str, str], cores: set[int]) -> Iterator[subprocess.Popen[str]]:
+    """Have a command run on these cores for as long as this lasts."""
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with on(cores):
+        process = subprocess.Popen(command, env=environment, **pipes)
+    try:
+        yield process
+    finally:
         process.terminate()
-        process.wait()
+        process.communicate()
+
+
+@contextlib.contextmanager
+def halted(watching: int, evaluating: Callable[[], list[Any]]) -> Iterator[None]:
+    """Have a watch, and what evaluates for it, stand still for as long as this lasts."""
+    import psutil
+
+    still = [psutil.Process(watching), *evaluating()]
+    for process in still:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in still:
+            process.resume()
+
+
+def wait(training: subprocess.Popen[str], ready: Callable[[], Any]) -> None:
+    """Until something is so.
+
+    Raises:
+        RuntimeError: the run has ended before, or it took too long.
+    """
+    until = time.monotonic() + PATIENCE
+    while not ready():
+        if training.poll() is not None:
+            said = training.communicate()[1].strip().splitlines() or ["without a word"]
+            raise RuntimeError(f"the run ended: {said[-1]}")
+        if time.monotonic() > until:
+            raise RuntimeError(f"nothing was evaluated within {PATIENCE} s: too little to call it watched")
+        time.sleep(0.1)
+
+
+def steps(metrics: Path, seconds: float) -> float:
+    """Steps per second, between the first and the last whose line is added to a file within so many seconds.
+
+    Raises:
+        RuntimeError: there were fewer than two.
+    """
+    ends: list[float] = []
+    with metrics.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        until = time.perf_counter() + seconds
+        while (now := time.perf_counter()) < until:
+            ends += [now] * file.read().count(b"\n")
+            time.sleep(0.005)
+    if len(ends) < 2:
+        raise RuntimeError(f"{len(ends)} steps in {seconds:g} s: --seconds must be longer")
+    return (len(ends) - 1) / (ends[-1] - ends[0])
 
 
 def evaluations(run: Path) -> int:
@@ -82,12 +185,10 @@ def evaluations(run: Path) -> int:
 
 
 BENCH = Bench(
-    "training steps of LeJEPA with ViT-Ti/16 at 64 pixels, Ray Train, one core left free",
+    "training steps of LeJEPA with ViT-Ti/16 at 64 pixels, Ray Train, on all cores but one",
     {
-        "alone": Watched("nothing on that core", "nothing"),
-        "loop": Watched("an empty loop on that core", "loop"),
-        "watched": Watched("`jobs.watch` on that core, one checkpoint after the other", "jobs.watch"),
+        "alone": Side("nothing on the machine of that one"),
+        "watched": Side("`jobs.watch` on it, one checkpoint after the other"),
     },
-    limit=1200,
-    paired=True,
+    by_turns=by_turns,
 )

@@ -83,6 +83,13 @@ def on_loopback() -> bool:
 def begin(**options: Any) -> None:
     """Begin a cluster on this machine, which listens on loopback only; `options` are those of `ray.init`."""
     import ray
+
+    keep_to_loopback()
+    ray.init(address="local", include_dashboard=False, logging_level="ERROR", log_to_driver=False, **options)
+
+
+def keep_to_loopback() -> None:
+    """Have the cluster that this process begins, and the processes that join it, listen and look on loopback only."""
     from ray._private import ray_constants
 
     # Ray has a switch for it, named after the systems on which it is the default; children read the variable.
@@ -90,7 +97,6 @@ def begin(**options: Any) -> None:
     for library in ("GLOO", "NCCL"):  # else they listen where the machine's name leads to
         os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     ray_constants.ENABLE_RAY_CLUSTER = False
-    ray.init(address="local", include_dashboard=False, logging_level="ERROR", log_to_driver=False, **options)
 
 
 def placement(fewest: int, most: int) -> tuple[str, int]:

@@ -44,13 +44,14 @@ def test_the_table_gives_ratios_to_the_first_contender_and_reasons_for_gaps():
     assert "| the other | 1,500 | – |" in table(TWO, {"a": "no module", "b": [1500.0]}, "")
 
 
-def test_pairs_are_compared_round_by_round():
-    """The machine was twice as slow in the second round: nothing of that is in the ratio."""
-    pairs = TWO._replace(paired=True)
-    text = table(pairs, {"a": [200.0, 100.0, 200.0], "b": [199.0, 99.0, 200.0]}, "")
+def test_turns_are_compared_one_by_one():
+    """The machine was twice as slow in the second: nothing of that is in the ratio."""
+    turns = TWO._replace(by_turns=lambda _: {})
+    text = table(turns, {"a": [200.0, 100.0, 300.0], "b": [199.0, 99.0, 300.0]}, "")
     assert "| the yardstick | 200 | 1.00 |" in text
-    assert "| the other | 199 | 0.995 (0.990 to 1.000) |" in text
-    assert "| the other | 1,500 | – |" in table(pairs, {"a": "no module", "b": [1500.0]}, "")
+    # The ratios are 0.995, 0.99 and 1, whose deviation is 0.005; t(0.975, 2) = 4.303
+    assert "| the other | 199 | 0.995 (0.983 to 1.007) |" in text
+    assert "| the other | 99 | 0.990 |" in table(turns, {"a": [100.0], "b": [99.0]}, "")
 
 
 def test_of_seconds_the_fewest_are_the_best():
