@@ -48,7 +48,8 @@ RECIPES = {
     ),
     ("cnn", "small"): Recipe(
         "Barlow Twins ResNet-18 on Imagenette at 128 px, 800 epochs: k-NN 85.2 (lightly-ai/lightly, "
-        "imagenette_benchmark.py)",
+        "imagenette_benchmark.py), and a clip of our own: without it the first gradients, of norm 6,000 and no "
+        "warm-up, undo the network (2 epochs of imagenette160 at 96 px, untrained 30.7: k-NN 22.3, with it 37.6)",
         epochs=800,
         batch_size=256,
         image_size=128,
@@ -56,6 +57,7 @@ RECIPES = {
         base_lr=0.06,
         weight_decay=5e-4,
         warmup=0.0,
+        clip=10.0,
         options=options(hidden_dim=2048, out_dim=2048, redundancy_weight=0.005, bias_lr=1.0),
     ),
     ("vit", "small"): Recipe(
