@@ -68,7 +68,9 @@ def by_turns(arguments: Arguments) -> dict[str, list[float]]:
                 with contextlib.nullcontext() if name == "watched" else halted(watching.pid, evaluating):
                     if name == "watched":
                         wait(training, evaluating)
-                    figures[name].append(arguments.batch_size * steps(run / "metrics.jsonl", arguments.seconds))
+                    figure = arguments.batch_size * steps(run / "metrics.jsonl", arguments.seconds)
+                figures[name].append(figure)
+                print(f"turn {turn // 2 + 1}: {BENCH.contenders[name].title}: {figure:.1f} images/s", file=sys.stderr)
     return figures
 
 
