@@ -156,7 +156,7 @@ def fresh(config: Config, train: Packed) -> Judged:
     supervised training on such images."""
     scale = recipes.scale_of(config.data, train.images, preparation.median_side(train))
     recipe = recipes.find("supervised", names.family(config.backbone), scale)
-    source = f"from scratch: {finetune.recipe_of(config.backbone, fresh=True).source}"
+    source = f"from scratch: {finetune.fresh_recipe_of(config.backbone).source}"
     size = config.image_size or configuration.nearest_size(recipe.image_size, config.backbone)
     config = replace(config, image_size=size, recipe=source)
     torch.manual_seed(config.seed)

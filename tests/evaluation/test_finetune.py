@@ -46,12 +46,11 @@ def test_the_learning_rate_falls_from_the_head_to_the_stem_and_norms_do_not_deca
 
 
 def test_plain_and_residual_nets_learn_from_scratch_as_they_were_published(sets: tuple[Packed, Packed]) -> None:
-    recipe = finetune.recipe_of("plain56", fresh=True)
-    assert recipe is finetune.recipe_of("resnet110", fresh=True) is finetune.CIFAR_NETS
-    for other, fresh in (("convnext_atto", False), ("resnet18", True), ("vit_ti16", True), ("vit_ti16", False)):
-        assert finetune.recipe_of(other, fresh=fresh).optimiser == "adamw"
-        assert (finetune.recipe_of(other, fresh=fresh).layer_decay == 1) == fresh
-    assert finetune.recipe_of("resnet18", fresh=False) is finetune.recipe_of("plain56", fresh=False) is RECIPES["cnn"]
+    recipe = finetune.fresh_recipe_of("plain56")
+    assert recipe is finetune.fresh_recipe_of("resnet110") is finetune.CIFAR_NETS
+    for other in ("resnet18", "vit_ti16"):
+        assert finetune.fresh_recipe_of(other).optimiser == "adamw"
+        assert finetune.fresh_recipe_of(other).layer_decay == 1
     batch, steps = finetune.length(recipe, 50_000)
     assert (batch, steps) == (128, 64_062)
     assert recipe.lr * batch / 256 == pytest.approx(0.1)
@@ -65,6 +64,20 @@ def test_plain_and_residual_nets_learn_from_scratch_as_they_were_published(sets:
     assert evidence["scratch_train_right"].shape == (64,)
     assert numbers["scratch_train_error"] == pytest.approx(1 - evidence["scratch_train_right"].double().mean().item())
     assert numbers["scratch_train_error"] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("resnet20", "cnn"),
+        ("vgg11_bn", "cnn"),
+        ("lenet5", "unnormed"),
+        ("convnext_atto", "unnormed"),
+        ("vit_ti8", "vit"),
+    ],
+)
+def test_without_batch_norms_no_rate_is_taken_that_needs_them(name: str, kind: str) -> None:
+    assert finetune.recipe_of(backbones.create(name, image_size=32)) is RECIPES[kind]
 
 
 def test_moved_images_are_padded_by_an_eighth_and_cut_again() -> None:
@@ -100,8 +113,9 @@ def test_finetuning_and_attention_learn_the_labels_and_leave_the_backbone_alone(
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attentive, "STEPS", 60)
-        quick = replace(RECIPES["convnext"], lr=2e-2, epochs=1, least_steps=60, batch=32, layer_decay=1.0, ema=0.9)
-        patch.setattr(finetune, "RECIPES", {"cnn": quick, "convnext": quick})
+        quick = replace(RECIPES["unnormed"], lr=2e-2, epochs=1, least_steps=60, batch=32, layer_decay=1.0, ema=0.9)
+        patch.setattr(finetune, "RECIPES", {"unnormed": quick})
+        patch.setattr(finetune, "FRESH", {"cnn": quick})
         numbers = examine({"": backbone}, *sets, image_size=SIDE, protocols=("attentive", "finetune", "scratch"))[
             ""
         ].numbers
@@ -117,8 +131,8 @@ def test_finetuning_and_attention_learn_the_labels_and_leave_the_backbone_alone(
 def test_labels_that_nothing_shows_give_chance(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Labels permuted so that each is as frequent among the images of every kind."""
     monkeypatch.setattr(attentive, "STEPS", 60)
-    quick = replace(RECIPES["convnext"], lr=2e-2, epochs=1, least_steps=60, batch=32, layer_decay=1.0, ema=0.9)
-    monkeypatch.setattr(finetune, "RECIPES", {"cnn": quick, "convnext": quick})
+    quick = replace(RECIPES["unnormed"], lr=2e-2, epochs=1, least_steps=60, batch=32, layer_decay=1.0, ema=0.9)
+    monkeypatch.setattr(finetune, "RECIPES", {"unnormed": quick})
     torch.manual_seed(0)
     backbone = backbones.create("lenet5", image_size=SIDE).eval()
 
