@@ -293,7 +293,7 @@ def test_no_thread_is_left_by_closing_dropping_or_restarting(betons, backend):
             for _ in range(3):
                 next(iter(loader))
             assert threading.active_count() <= before + 3
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
     loader = make_loader(betons["raw"], VIEWS, batch_size=8, threads=2, backend=backend)
     iterator = iter(loader)
     next(iterator)
@@ -302,7 +302,7 @@ def test_no_thread_is_left_by_closing_dropping_or_restarting(betons, backend):
     deadline = time.monotonic() + 60
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # one of an earlier test may have ended meanwhile
 
 
 def test_no_more_batches_are_made_than_may_wait(betons):

@@ -31,7 +31,7 @@ def test_whole_images_are_normalised_in_evaluation_as_by_a_batch_of_them(name: s
     objective = objectives.objective(name)(backbone, image_size=32, **OPTIONS.get(name, {})).train()
     optimiser = torch.optim.AdamW(objective.parameters(), 1e-3)
     images = torch.nn.functional.interpolate(torch.randn(64, 3, 8, 8), size=32, mode="bicubic")
-    for first in (0, 32) * 15:
+    for first in (0, 32) * 30:
         loss, _ = objective([images[first : first + 32]], 0.5)
         loss.backward()
         optimiser.step()
