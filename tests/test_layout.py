@@ -17,7 +17,7 @@ LAYERS = {
     "jobs": ("backbones", "objectives", "pipeline"),
 }
 ONLY_IN = {
-    "ray": ("pipeline/cluster/", "pipeline/bench/watcher.py", "jobs/cluster.py"),  # on clusters, and what it costs
+    "ray": ("pipeline/cluster/", "jobs/cluster.py"),  # training on a cluster; jobs for one
     "mlflow": ("pipeline/tracking/",),
     "ffcv": ("pipeline/data/",),
 }

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from pipeline.bench.contender import Arguments, Bench
 from pipeline.errors import UserError
@@ -27,7 +27,6 @@ TRAINING = (
 EPOCHS = "100000"
 """More than any bench lasts: it ends the run."""
 PATIENCE = 600  # seconds until a run trains and is watched
-GIB = 1 << 30
 
 
 class Side(NamedTuple):
@@ -51,102 +50,86 @@ def by_turns(arguments: Arguments) -> dict[str, list[float]]:
         UserError: this machine has one core.
         RuntimeError: the run failed, or nothing was evaluated beside it.
     """
+    from pipeline.cluster.nodes import two
+
     *many, one = sorted(os.sched_getaffinity(0))
     if not many:
         raise UserError("one core alone makes no two machines")
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder, machines({*many}, {one}) as (environment, evaluating):
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder, two({*many}, {one}) as (variables, raylet):
+        environment, said = {**os.environ, **variables}, Path(folder) / "said"
         run, kept = Path(folder) / "runs" / "run", ("--cache", folder)
         run.parent.mkdir()
         fixed = ("--run", str(run), "--storage", str(run.parent), "--batch-size", str(arguments.batch_size), *kept)
         train = [sys.executable, "-m", "pipeline.pretrain", *TRAINING, "--epochs", EPOCHS, *fixed]
         watch = [sys.executable, "-m", "jobs.watch", str(run.parent), "--every", "1", *kept]
         figures: dict[str, list[float]] = {"alone": [], "watched": []}
-        with beside(train, environment, {*many}) as training, beside(watch, environment, {one}) as watching:
-            wait(training, lambda: evaluations(run) and evaluating())
+        with (
+            said.open("w") as log,
+            beside(train, environment, {*many}, log) as training,
+            beside(watch, environment, {one}) as watching,
+        ):
+            wait(training, said, lambda: evaluations(run) and evaluating(raylet))
             for turn in range(2 * arguments.rounds):
                 name = ("alone", "watched", "watched", "alone")[turn % 4]
-                with contextlib.nullcontext() if name == "watched" else halted(watching.pid, evaluating):
+                with contextlib.nullcontext() if name == "watched" else halted(watching.pid, raylet):
                     if name == "watched":
-                        wait(training, evaluating)
+                        wait(training, said, lambda: evaluating(raylet))
                     figure = arguments.batch_size * steps(run / "metrics.jsonl", arguments.seconds)
                 figures[name].append(figure)
                 print(f"turn {turn // 2 + 1}: {BENCH.contenders[name].title}: {figure:.1f} images/s", file=sys.stderr)
     return figures
 
 
-@contextlib.contextmanager
-def on(cores: set[int]) -> Iterator[None]:
-    """Have every process that is started meanwhile, and what it starts, stay on these cores."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
-@contextlib.contextmanager
-def machines(training: set[int], spare: set[int]) -> Iterator[tuple[Mapping[str, str], Callable[[], list[Any]]]]:
-    """A cluster of two nodes: the environment in which a run has the first, for the second has no room for a worker;
-    and what lists the processes that evaluate on the second."""
+def evaluating(raylet: int) -> list[Any]:
+    """The processes that evaluate on a node."""
     import psutil
-    from ray.cluster_utils import Cluster
 
-    from pipeline.cluster.machines import TAKES, keep_to_loopback
-
-    keep_to_loopback()
-    nodes = Cluster()
-    try:
-        for cores, memory in ((training, 8 * GIB), (spare, GIB)):
-            with on(cores):
-                node = nodes.add_node(
-                    num_cpus=len(cores), memory=memory, node_ip_address="127.0.0.1", include_dashboard=False
-                )
-        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-
-        def evaluating() -> list[psutil.Process]:
-            found = []
-            for process in raylet.children():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    if "".join(process.cmdline()[:1]).startswith("ray::_Polite"):
-                        found.append(process)
-            return found
-
-        takes = json.dumps({"CPU": len(training), "GPU": 0, "memory": 2 * GIB})
-        yield {**os.environ, "RAY_ADDRESS": nodes.address, TAKES: takes}, evaluating
-    finally:
-        nodes.shutdown()
+    found = []
+    for process in psutil.Process(raylet).children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "".join(process.cmdline()[:1]).startswith("ray::_Polite"):
+                found.append(process)
+    return found
 
 
 @contextlib.contextmanager
-def beside(command: list[str], environment: Mapping[str, str], cores: set[int]) -> Iterator[subprocess.Popen[str]]:
-    """Have a command run on these cores for as long as this lasts."""
-    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+def beside(
+    command: list[str], environment: Mapping[str, str], cores: set[int], log: IO[str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Have a command run on these cores for as long as this lasts; its errors go to `log`."""
+    from pipeline.cluster.nodes import on
+
     with on(cores):
-        process = subprocess.Popen(command, env=environment, **pipes)
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=log or subprocess.DEVNULL
+        )
     try:
         yield process
     finally:
         process.terminate()
-        process.communicate()
+        process.wait()
 
 
 @contextlib.contextmanager
-def halted(watching: int, evaluating: Callable[[], list[Any]]) -> Iterator[None]:
-    """Have a watch, and what evaluates for it, stand still for as long as this lasts."""
+def halted(watching: int, raylet: int) -> Iterator[None]:
+    """Have a watch, and then what evaluates for it on a node, stand still for as long as this lasts."""
     import psutil
 
-    still = [psutil.Process(watching), *evaluating()]
-    for process in still:
-        process.suspend()
+    still = [psutil.Process(watching)]
+    still[0].suspend()  # begins nothing from here on
     try:
+        for process in evaluating(raylet):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.suspend()
+                still.append(process)
         yield
     finally:
         for process in still:
-            process.resume()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
 
 
-def wait(training: subprocess.Popen[str], ready: Callable[[], Any]) -> None:
+def wait(training: subprocess.Popen[bytes], said: Path, ready: Callable[[], Any]) -> None:
     """Until something is so.
 
     Raises:
@@ -155,8 +138,7 @@ def wait(training: subprocess.Popen[str], ready: Callable[[], Any]) -> None:
     until = time.monotonic() + PATIENCE
     while not ready():
         if training.poll() is not None:
-            said = training.communicate()[1].strip().splitlines() or ["without a word"]
-            raise RuntimeError(f"the run ended: {said[-1]}")
+            raise RuntimeError(f"the run ended: {(said.read_text().strip().splitlines() or ['without a word'])[-1]}")
         if time.monotonic() > until:
             raise RuntimeError(f"nothing was evaluated within {PATIENCE} s: too little to call it watched")
         time.sleep(0.1)

@@ -69,23 +69,30 @@ RECIPES = {
         "imagenette160 at 96 px, 468 steps: 36.5, with 1e-3 33.4",
         layer_decay=0.65, lr=4e-3,
     ),
-    "unnormed": Recipe(
+    "cnn without batch norm": Recipe(
         "MAE's fine-tuning (He et al. 2022, table 9), shorter, its layer-wise decay as weak as ConvNeXt's (Liu et al. "
         "2022, table 6), at a higher rate: that of ResNet-18 below",
         layer_decay=0.9, lr=2e-3,
     ),
     "cnn": Recipe(
         "SimCLR's fine-tuning of ResNets (Chen et al. 2020, appendix B.5), of a tenth of the labels: 30 epochs of SGD "
-        "without warm-up or any regularisation, crops and flips; at ten times its rate, for small sets have a "
-        "hundredth of its steps. ResNet-18 by Barlow Twins on 1,000 images of imagenette160 at 96 px, 468 steps: 59.7; "
+        "without warm-up or any regularisation, crops and flips; at ten times its rate, for a small set shows a "
+        "hundredth of the images. ResNet-18 by Barlow Twins on 1,000 of imagenette160 at 96 px, 468 steps: 59.7; "
         "with 0.2 53.1, with its own 0.05 39.5; by AdamW with 2e-3 52.4, with 5e-4 37.1",
         optimiser="sgd", lr=0.5, weight_decay=0, warmup=0, mixup=0, cutmix=0, smoothing=0, drop_path=0, ema=0,
         clip=math.inf, scale=(0.08, 1.0),
     ),
 }  # fmt: skip
 FRESH = {
-    "vit": replace(RECIPES["vit"], source="MAE's fine-tuning, without layer-wise decay", layer_decay=1.0, lr=1e-3),
-    "cnn": replace(RECIPES["unnormed"], source="MAE's fine-tuning, without layer-wise decay", layer_decay=1.0, lr=5e-4),
+    "vit": replace(
+        RECIPES["vit"], source="MAE's fine-tuning (He et al. 2022, table 9), shorter", layer_decay=1.0, lr=1e-3
+    ),
+    "cnn": replace(
+        RECIPES["cnn without batch norm"],
+        source="MAE's fine-tuning (He et al. 2022, table 9), shorter",
+        layer_decay=1.0,
+        lr=5e-4,
+    ),
 }
 """From fresh weights; rates not measured."""
 CIFAR_NETS = Recipe(
@@ -101,7 +108,9 @@ def recipe_of(backbone: Backbone) -> Recipe:
     """The recipe for a pretrained backbone: "cnn" where it has batch norms, which bear that rate."""
     if names.family(backbone.name) == "vit":
         return RECIPES["vit"]
-    return RECIPES["cnn" if any(isinstance(module, _BatchNorm) for module in backbone.modules()) else "unnormed"]
+    return RECIPES[
+        "cnn" if any(isinstance(module, _BatchNorm) for module in backbone.modules()) else "cnn without batch norm"
+    ]
 
 
 def fresh_recipe_of(backbone: str) -> Recipe:

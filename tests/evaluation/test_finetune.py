@@ -71,8 +71,8 @@ def test_plain_and_residual_nets_learn_from_scratch_as_they_were_published(sets:
     [
         ("resnet20", "cnn"),
         ("vgg11_bn", "cnn"),
-        ("lenet5", "unnormed"),
-        ("convnext_atto", "unnormed"),
+        ("lenet5", "cnn without batch norm"),
+        ("convnext_atto", "cnn without batch norm"),
         ("vit_ti8", "vit"),
     ],
 )
@@ -113,8 +113,10 @@ def test_finetuning_and_attention_learn_the_labels_and_leave_the_backbone_alone(
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attentive, "STEPS", 60)
-        quick = replace(RECIPES["unnormed"], lr=2e-2, epochs=1, least_steps=60, batch=32, layer_decay=1.0, ema=0.9)
-        patch.setattr(finetune, "RECIPES", {"unnormed": quick})
+        quick = replace(
+            RECIPES["cnn without batch norm"], lr=2e-2, epochs=1, least_steps=60, batch=32, layer_decay=1.0, ema=0.9
+        )
+        patch.setattr(finetune, "RECIPES", {"cnn without batch norm": quick})
         patch.setattr(finetune, "FRESH", {"cnn": quick})
         numbers = examine({"": backbone}, *sets, image_size=SIDE, protocols=("attentive", "finetune", "scratch"))[
             ""
@@ -131,8 +133,10 @@ def test_finetuning_and_attention_learn_the_labels_and_leave_the_backbone_alone(
 def test_labels_that_nothing_shows_give_chance(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Labels permuted so that each is as frequent among the images of every kind."""
     monkeypatch.setattr(attentive, "STEPS", 60)
-    quick = replace(RECIPES["unnormed"], lr=2e-2, epochs=1, least_steps=60, batch=32, layer_decay=1.0, ema=0.9)
-    monkeypatch.setattr(finetune, "RECIPES", {"unnormed": quick})
+    quick = replace(
+        RECIPES["cnn without batch norm"], lr=2e-2, epochs=1, least_steps=60, batch=32, layer_decay=1.0, ema=0.9
+    )
+    monkeypatch.setattr(finetune, "RECIPES", {"cnn without batch norm": quick})
     torch.manual_seed(0)
     backbone = backbones.create("lenet5", image_size=SIDE).eval()
 

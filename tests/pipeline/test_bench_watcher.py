@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.bench import watcher
 from pipeline.bench.__main__ import main
+from pipeline.cluster import nodes
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = """
@@ -51,7 +52,16 @@ def test_a_run_has_its_rate_alone_and_watched() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_that_fails_says_why() -> None:
-    assert "the run ended: " in small("--options.decoder-heads=7").stderr
+    assert "the run ended: error: " in small("--options.decoder-heads=7").stderr
+
+
+def test_a_run_that_nothing_evaluates_has_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watcher, "PATIENCE", 0.3)
+    with (
+        watcher.beside([sys.executable, "-c", "while True: pass"], os.environ, os.sched_getaffinity(0)) as training,
+        pytest.raises(RuntimeError, match=r"nothing was evaluated within 0.3 s: too little to call it watched"),
+    ):
+        watcher.wait(training, tmp_path / "said", lambda: False)
 
 
 def test_both_are_measured_in_one_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,7 +72,7 @@ def test_both_are_measured_in_one_run(capsys: pytest.CaptureFixture[str]) -> Non
 def test_what_is_started_on_cores_stays_there_and_nobody_else_does() -> None:
     before = os.sched_getaffinity(0)
     (core, *_) = sorted(before)
-    with watcher.on({core}):
+    with nodes.on({core}):
         asked = [sys.executable, "-c", "import os; print(os.sched_getaffinity(0))"]
         assert subprocess.run(asked, capture_output=True, text=True).stdout.strip() == str({core})
     assert os.sched_getaffinity(0) == before
@@ -78,7 +88,7 @@ def test_what_is_halted_stands_still_and_goes_on() -> None:
             time.sleep(0.01)
 
     try:
-        with watcher.halted(process.pid, lambda: []):
+        with watcher.halted(process.pid, os.getpid()):  # no child of ours evaluates
             until(stopped=True)
         until(stopped=False)
     finally:
