@@ -22,7 +22,7 @@ from pipeline.bench import watcher
 from pipeline.bench.contender import Arguments
 decoder = [f"--options.decoder-{part}={size}" for part, size in (("width", 16), ("depth", 1), ("heads", 2))]
 watcher.TRAINING = ("--backbone", "lenet5", "--objective", "mae", "--image-size", "16", "--limit", "32",
-                    "--checkpoint-every", "0.01", "--loader", "opencv", *decoder, *sys.argv[1:])
+                    "--checkpoint-every", "0.05", "--keep", "99", "--loader", "opencv", *decoder, *sys.argv[1:])
 print(json.dumps(watcher.by_turns(Arguments("watcher", batch_size=16, rounds=2, seconds=2))))
 """
 two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core alone makes no two machines")
