@@ -21,6 +21,16 @@ def around(file: Path, name: str) -> tuple[str, str]:
     return text[: text.index(start) + len(start)], text[text.index(end) :]
 
 
+def inside(file: Path, name: str) -> str:
+    """What stands between the markers of block `name`.
+
+    Raises:
+        UserError: as `around`.
+    """
+    before, after = around(file, name)
+    return file.read_text(encoding="utf-8")[len(before) : -len(after)]
+
+
 def write(file: Path, name: str, text: str) -> None:
     """Put `text` between the markers of block `name`; the rest of the file stays."""
     before, after = around(file, name)

@@ -10,7 +10,7 @@ from typing import Any
 
 import objectives
 from pipeline import pretrain
-from pipeline.blocks import around, write
+from pipeline.blocks import inside, write
 from pipeline.command import command
 
 BACKBONES = ("resnet20", "vit_ti8")
@@ -39,7 +39,8 @@ class Arguments:
     cache: str | None = None
     """Where the generated images are kept; left open: ~/.cache/ssl-pretraining."""
     write: str | None = None
-    """A file whose block `<!-- learns -->` … `<!-- /learns -->` takes the table, after every run anew."""
+    """A file whose block `<!-- learns -->` … `<!-- /learns -->` takes the table, after every run anew; its lines of
+    objectives that are not asked for stay where they are of the same backbones."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -96,9 +97,9 @@ def errors_above(summary: dict[str, Any], score: str = "knn_top1") -> float:
     return float((trained - floor) / variance**0.5)
 
 
-def table(cells: Sequence[Cell], storage: Path) -> str:
+def table(cells: Sequence[Cell], storage: Path, before: str = "") -> str:
     """k-NN and linear accuracy of all that has finished: one line an objective, two columns a backbone; seeds are
-    averaged.
+    averaged. Of an earlier table of the same columns, the lines of other objectives stay.
 
     Raises:
         ValueError: nothing has finished.
@@ -107,14 +108,16 @@ def table(cells: Sequence[Cell], storage: Path) -> str:
     if not found:
         raise ValueError(f"{storage}: none of {len(cells)} runs has finished")
     backbones = list(dict.fromkeys(cell.backbone for cell in cells))
-    heads = [f"{backbone}, {name}" for backbone in backbones for name in SCORES]
-    lines = [["objective", *heads], ["---", *["---:"] * len(heads)]]
+    heads = ["objective", *(f"{backbone}, {name}" for backbone in backbones for name in SCORES)]
+    old = [line.strip("| ").split(" | ") for line in before.splitlines() if line.startswith("| ")]
+    lines = {line[0]: line for line in old[2:] if old[0] == heads}
     for objective in dict.fromkeys(cell.objective for cell in cells):
         columns = (
             [s for cell, s in found.items() if (cell.objective, cell.backbone) == (objective, backbone)]
             for backbone in backbones
         )
-        lines.append([objective, *(entry(column, score) for column in columns for score in SCORES.values())])
+        lines[objective] = [objective, *(entry(column, score) for column in columns for score in SCORES.values())]
+    rule = ["---", *["---:"] * (len(heads) - 1)]
     images = max(s["images_seen"] for s in found.values())
     pixels = ", ".join(
         f"{name} {100 * mean(s['pixels'][score] for s in found.values()):.1f}" for name, score in SCORES.items()
@@ -123,7 +126,7 @@ def table(cells: Sequence[Cell], storage: Path) -> str:
     seeds = len({cell.seed for cell in found})
     return "\n".join(
         [
-            *(f"| {' | '.join(line)} |" for line in lines),
+            *(f"| {' | '.join(line)} |" for line in (heads, rule, *(lines[name] for name in sorted(lines)))),
             "",
             f"Top-1 in per cent after {images:,} images of {SIZE} px: **trained** / the same untrained (raw pixels: "
             f"{pixels}), {f'mean of up to {seeds} seeds, ± their standard deviation' if seeds > 1 else 'one seed'}; ° "
@@ -147,8 +150,7 @@ def entry(summaries: Sequence[dict[str, Any]], score: str) -> str:
 def run(arguments: Arguments) -> int:
     """Train what is missing, seed by seed, writing the table after each."""
     storage = Path(arguments.storage).absolute()
-    if arguments.write:
-        around(Path(arguments.write), "learns")
+    before = inside(Path(arguments.write), "learns") if arguments.write else ""
     cells = [
         Cell(objective, backbone, seed)
         for seed in range(arguments.seeds)
@@ -163,8 +165,8 @@ def run(arguments: Arguments) -> int:
             return status
         failed = failed or status
         if arguments.write and status == 0:
-            write(Path(arguments.write), "learns", table(cells, storage))
-    print(table(cells, storage))
+            write(Path(arguments.write), "learns", table(cells, storage, before))
+    print(table(cells, storage, before))
     return failed
 
 

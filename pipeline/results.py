@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from tyro.conf import Positional
 
-from pipeline.blocks import around, write
+from pipeline.blocks import inside, write
 from pipeline.command import command
 from pipeline.config import Config
 from pipeline.errors import UserError
@@ -104,10 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("name at least one run folder")
         if arguments.add and not arguments.write:
             raise UserError("--add: to what? --write names the file")
-        before = ""
-        if arguments.write:
-            head, end = around(Path(arguments.write), "results")
-            before = Path(arguments.write).read_text(encoding="utf-8")[len(head) : -len(end)]
+        before = inside(Path(arguments.write), "results") if arguments.write else ""
         text = table(arguments.runs, before if arguments.add else "")
         print(text)
         if arguments.write:

@@ -32,6 +32,23 @@ def test_seeds_share_a_line_and_what_is_within_noise_is_marked(tmp_path: Path) -
     assert "2,048 images of 32 px" in lines[-1]
 
 
+def test_lines_of_other_objectives_stay_where_the_columns_are_the_same(tmp_path: Path) -> None:
+    cells = [Cell(name, "resnet20", 0) for name in ("byol", "mae", "swav")]
+    for cell in cells:
+        finish(cell, tmp_path, 0.4, 0.25)
+    before = table(cells, tmp_path)
+    again = Cell("mae", "resnet20", 1)
+    finish(again, tmp_path, 0.5, 0.25)
+    assert table([again], tmp_path, before).splitlines()[2:5] == [
+        "| byol | **40.0** / 25.0 | **60.0**° / 58.0 |",
+        "| mae | **50.0** / 25.0 | **60.0**° / 58.0 |",
+        "| swav | **40.0** / 25.0 | **60.0**° / 58.0 |",
+    ]
+    other = Cell("mae", "vit_ti8", 0)
+    finish(other, tmp_path, 0.5, 0.25)
+    assert [line for line in table([other], tmp_path, before).splitlines() if "byol" in line] == []
+
+
 def test_what_has_not_run_is_a_dash_and_a_table_of_nothing_is_refused(tmp_path: Path) -> None:
     cells = [Cell("dino", backbone, 0) for backbone in ("resnet20", "vit_ti8")]
     with pytest.raises(ValueError, match="none of 2 runs has finished"):
