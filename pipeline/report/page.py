@@ -43,6 +43,8 @@ def render(contest: Contest, pictures: Sequence[Picture], command: list[str]) ->
         written=f"Written {datetime.now():%d %B %Y, %H:%M}.",
         sentences=verdict.sentences(contest, tested),
         claims=tested,
+        passed_over=len(verdict.passed_over(contest)),
+        chosen_apart=verdict.chosen_apart(contest),
         unfair=verdict.unfair(contest),
         copies=contest.copies,
         one_seed=len({(one.config.backbone, one.config.objective) for one in contest.entries}) == len(contest.entries),

@@ -1,10 +1,13 @@
 """The verdict in sentences, each made from a tested number and worded by whether the test found anything.
 
 Every claim compares two backbones on the same images in pairs. All claims of a report are tested together: their
-p-values are adjusted (Holm 1979), so that the chance of a single false "beats" among them stays at 5 %.
+p-values are adjusted (Holm 1979), so that the chance of a single false "beats" among them stays at 5 %. For that, who
+meets whom is not chosen on the images that judge: it is by training images held out, where a linear classifier was
+tuned on them; else every pair that might have met is adjusted for as well.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
@@ -31,7 +34,9 @@ ACCURACIES = {"linear": "linear accuracy", "logistic": "logistic-regression accu
               "multilabel": "mAP over several labels", "regression": "explained variance"}  # fmt: skip
 """What the headlines of protocols are called that tell how good a backbone is."""
 LEADING = ("linear", "knn", *BY_TABLE, "scratch")
-"""By the first of these that was measured, backbones are ordered and set against their floors."""
+"""By the first of these that was measured, backbones are set against their floors."""
+TUNED = ("linear", "logistic")
+"""The protocols that keep their accuracy on training images held out; the first that was measured chooses who meets."""
 PUBLISHED = 64_000 * 128
 """Images that He et al. 2016, section 4.2, train each plain and residual net on, repetitions counted."""
 UNDER = "k-NN accuracy under "
@@ -68,7 +73,8 @@ def rivals(contest: Contest) -> list[tuple[Entry, Entry]]:
     """Who is set against whom: for every objective its best CNN against its best ViT, and the best two of all where
     that is another pair. A CNN against a ViT comes first, for that is the question; then who is best. Before all, of
     plain and of residual nets that were not pretrained, the shallowest against the deepest: degradation."""
-    order = sorted(contest.entries, key=lambda one: -score(one))
+    good = held_out if chosen_apart(contest) else score
+    order = sorted(contest.entries, key=lambda one: -good(one))
     pairs = []
     for objective in dict.fromkeys(one.config.objective for one in order):
         best = {family: one for one in reversed(order) if one.config.objective == objective for family in [one.family]}
@@ -77,11 +83,23 @@ def rivals(contest: Contest) -> list[tuple[Entry, Entry]]:
     first, second = order[0], order[1]
     if not any({first.name, second.name} == {a.name, b.name} for a, b in pairs):
         pairs.insert(0, (first, second))
-    pairs.sort(key=lambda pair: (pair[0].family == pair[1].family, -max(score(one) for one in pair)))
+    pairs.sort(key=lambda pair: (pair[0].family == pair[1].family, -max(good(one) for one in pair)))
     ends = [(nets[min(nets)], nets[max(nets)]) for nets in by_depth(contest).values() if len(nets) > 1]
     ends = [pair for pair in ends if not any(one.run for one in pair)]
     known = [{one.name for one in pair} for pair in ends]
     return ends + [pair for pair in pairs if {one.name for one in pair} not in known]
+
+
+def chosen_apart(contest: Contest) -> bool:
+    """Whether who meets whom is told by images that do not judge."""
+    return all(held_out(one) for one in contest.entries)
+
+
+def held_out(one: Entry) -> float:
+    """Accuracy on training images held out, of the best that its linear classifier may read; 0 where not measured."""
+    numbers = one.trained.numbers
+    tried = ([float(numbers[key] or 0) for key in numbers if key.startswith(f"{name}_held_out_")] for name in TUNED)
+    return next((max(accuracies) for accuracies in tried if accuracies), 0.0)
 
 
 def by_depth(contest: Contest) -> dict[str, dict[int, Entry]]:
@@ -94,7 +112,7 @@ def by_depth(contest: Contest) -> dict[str, dict[int, Entry]]:
 
 
 def score(one: Entry) -> float:
-    """What backbones are ordered by; 0 where that was not measured."""
+    """How good a backbone is on the images that judge; 0 where that was not measured."""
     protocol = leading(one)
     return float(one.trained.numbers[headline(protocol)] or 0.0) if protocol else 0.0
 
@@ -121,8 +139,17 @@ def claims(contest: Contest) -> list[Claim]:
                 if above := between(one.trained, findings, protocol):
                     found.append((one.name, floor, ACCURACIES[protocol], above, True))
                     break
-    adjusted = holm([one[3].p for one in found])
+    adjusted = holm([*(one[3].p for one in found), *passed_over(contest)])
     return [Claim(*one[:4], p, one[4]) for one, p in zip(found, adjusted)]
+
+
+def passed_over(contest: Contest) -> list[float]:
+    """The p-values of all pairs that did not meet but might have, had the images that judge said otherwise."""
+    if chosen_apart(contest):
+        return []
+    met = [{first.name, second.name} for first, second in rivals(contest)]
+    others = [pair for pair in combinations(contest.entries, 2) if {one.name for one in pair} not in met]
+    return [by.p for first, second in others for _, by in measured(first.trained, second.trained)]
 
 
 def measured(first: Findings, second: Findings) -> Iterator[tuple[str, Difference]]:

@@ -93,6 +93,18 @@ def test_it_shows_every_number_picture_and_command(shown: Contest, text: str) ->
     assert text.index('class="verdict"') < text.index("<h2>Numbers")
 
 
+def test_how_many_comparisons_are_adjusted_for_and_who_chose_them_is_said(shown: Contest, text: str) -> None:
+    assert "Who meets whom was chosen on training images that were held out, not on these." in text
+    by_knn = [
+        replace(one, trained=one.trained._replace(numbers={"knn_top1": one.trained.numbers["knn_top1"]}))
+        for one in shown.entries
+    ]
+    untuned = replace(shown, entries=tuple(by_knn))
+    rendered = page.render(untuned, [], ["compare"])
+    assert f"and for {len(verdict.passed_over(untuned))} of backbones that might have met here" in rendered
+    assert "Who meets whom" not in rendered
+
+
 def test_what_a_linear_classifier_reads_is_shown(shown: Contest) -> None:
     cnn, vit, *_ = shown.entries
     chosen = replace(vit, trained=vit.trained._replace(choices={"linear_pooling": "class_4"}))

@@ -5,12 +5,13 @@ import re
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from pipeline import config, recipes
 from pipeline.evaluation.evaluate import Findings
-from pipeline.evaluation.paired import Difference
+from pipeline.evaluation.paired import Difference, holm
 from pipeline.report import verdict
 from pipeline.report.contest import Contest
 from tests.report.contests import contest, entry, findings, scratch, shaken
@@ -151,6 +152,52 @@ def test_a_cnn_meets_a_vit_of_the_same_objective_and_the_best_meet_too() -> None
     assert [(a.name, b.name) for a, b in verdict.rivals(contest(entries, floor))] == [
         ("resnet18 + dino", "vit_ti16 + dino"),  # the question, before who is best
         ("resnet18 + mae", "resnet18 + dino"),
+    ]
+
+
+def alike(rng: np.random.Generator, cnns: int, *, tuned: bool) -> Contest:
+    """One ViT and so many CNNs, all right about 70 % of images, in the linear protocol or, not `tuned`, by k-NN."""
+    protocol, labels = "linear" if tuned else "knn", torch.zeros(400, dtype=torch.int64)
+    nothing = Findings({}, {}, labels)
+    entries = []
+    for i in range(cnns + 1):
+        predicted = torch.from_numpy(rng.random(400) >= 0.7).long()
+        numbers: dict[str, float | int | None] = {f"{protocol}_top1": 1 - predicted.double().mean().item()}
+        if tuned:
+            numbers["linear_held_out_mean_1"] = rng.binomial(100, 0.7) / 100
+        found = Findings(numbers, {f"{protocol}_predicted": predicted}, labels)
+        entries.append(replace(entry("resnet18" if i else "vit_ti16", "dino", found, nothing), name=f"run {i}"))
+    return contest(entries, nothing, (protocol,))
+
+
+def test_that_the_best_of_many_was_chosen_makes_no_false_lead() -> None:
+    """Chosen on the images that judge, the best of fifteen would be found to differ from one as good in 10 of 100."""
+    rng = np.random.default_rng(0)
+    for cnns in (7, 15):
+        false = sum(any(one.significant for one in verdict.claims(alike(rng, cnns, tuned=True))) for _ in range(700))
+        assert 0.02 * 700 < false < 0.065 * 700, cnns
+
+
+def test_where_no_image_was_held_out_all_pairs_that_might_have_met_are_adjusted_for() -> None:
+    held = alike(np.random.default_rng(1), 3, tuned=False)
+    tested, others = verdict.claims(held), verdict.passed_over(held)
+    assert len(tested) + len(others) == 4 * 3 / 2
+    own = [claim.difference.p for claim in tested]
+    assert [claim.p for claim in tested] == holm([*own, *others])[: len(own)]
+    assert verdict.passed_over(alike(np.random.default_rng(1), 3, tuned=True)) == []
+    assert verdict.passed_over(replace(held, entries=held.entries[:2])) == []
+
+
+def test_who_meets_is_told_by_training_images_held_out() -> None:
+    held = alike(np.random.default_rng(2), 2, tuned=True)
+    vit, first, second = held.entries
+    by_val = sorted((first, second), key=lambda one: verdict.score(one))
+    best = [
+        replace(one, trained=one.trained._replace(numbers={**one.trained.numbers, "linear_held_out_mean_1": aside}))
+        for one, aside in zip((*by_val, vit), (0.9, 0.6, 0.7))
+    ]
+    assert [(a.name, b.name) for a, b in verdict.rivals(replace(held, entries=tuple(best)))] == [
+        (by_val[0].name, vit.name)
     ]
 
 
