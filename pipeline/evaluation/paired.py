@@ -57,6 +57,23 @@ def difference(first: Tensor, second: Tensor) -> Difference:
     return Difference(mean, mean - half, mean + half, p)
 
 
+def balanced(first: Tensor, second: Tensor, labels: Tensor) -> Difference:
+    """Compare balanced accuracies, means over the C classes that occur, of answers [N], right or wrong, to images whose
+    classes are `labels` [N].
+
+    Of c images of a class each counts 1 / (C c). As McNemar has it, an image that one alone got right is a fair coin
+    where there is no difference; the sum of their squares is the variance, and the distribution normal. A bootstrap
+    would take the answers to a class of one or two images for sure, and err in one of ten.
+    """
+    labels = labels.cpu()
+    images = labels.bincount()
+    counts = 1 / (images[labels].double() * int((images > 0).sum()))
+    lead = (first.double() - second.double()).cpu() * counts
+    mean, error = float(lead.sum()), math.sqrt(float(lead.square().sum()))
+    half = float(stats.norm.ppf(0.975)) * error
+    return Difference(mean, mean - half, mean + half, float(2 * stats.norm.sf(abs(mean) / error)) if error else 1.0)
+
+
 def of_statistics(first: np.ndarray, second: np.ndarray, images: int) -> Difference:
     """As `difference`, of two statistics [1 + draws] that are no means over `images`: the first entry of all of them,
     the others of bootstrap samples that were drawn alike. The p-value is Student's."""

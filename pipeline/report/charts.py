@@ -13,9 +13,9 @@ from pipeline.evaluation.similarity import cka
 from pipeline.report.contest import Contest, Entry
 from pipeline.report.drawing import INK, PALETTE, WIDTH, Picture, clear_to, coloured, colours, legend, short, svg
 from pipeline.report.verdict import (
-    ACCURACIES,
     BUDGETS,
     LABEL_FREE,
+    LEADING,
     by_depth,
     from_scratch,
     headline,
@@ -27,7 +27,7 @@ from pipeline.report.verdict import (
 
 def accuracy(contest: Contest) -> Iterator[Picture]:
     """Accuracies with their intervals, beside both floors."""
-    keys = {headline(protocol) for protocol in ACCURACIES}
+    keys = {headline(protocol) for protocol in LEADING if protocol not in ("low_shot", "retrieval")}
     shown = [m for m in MEASURES if m.key in keys and contest.entries[0].trained.numbers.get(m.key) is not None]
     if not shown:
         return
@@ -234,7 +234,7 @@ def cost(contest: Contest) -> Iterator[Picture]:
         axes.set_xscale("log")
         axes.set_xlabel(label)
         axes.margins(x=0.2, y=0.2)
-    figure.axes[0].set_ylabel(f"{ACCURACIES[protocol]}, %")
+    figure.axes[0].set_ylabel(f"{LEADING[protocol]}, %")
     legend(figure, contest)
     caption = "Up and to the left is better. Lines: CNNs, or ViTs, of one objective, by their multiply-adds."
     yield Picture("Accuracy and cost", svg(figure, "Accuracy and cost"), caption)

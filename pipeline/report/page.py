@@ -44,6 +44,7 @@ def render(contest: Contest, pictures: Sequence[Picture], command: list[str]) ->
         sentences=verdict.sentences(contest, tested),
         claims=tested,
         passed_over=len(verdict.passed_over(contest)),
+        uneven=verdict.UNEVEN if any(claim.what.startswith("balanced") for claim in tested) else None,
         chosen_apart=verdict.chosen_apart(contest),
         unfair=verdict.unfair(contest),
         copies=contest.copies,
@@ -120,7 +121,7 @@ def costs(contest: Contest) -> list[Row]:
     ]
     if (protocol := verdict.leading(contest.entries[0])) is None:
         return rows
-    what = verdict.ACCURACIES[protocol]
+    what = verdict.LEADING[protocol]
 
     def by_hour(one: Entry) -> str:
         if one.cost.seconds is None:

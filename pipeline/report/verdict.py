@@ -7,7 +7,7 @@ tuned on them; else every pair that might have met is adjusted for as well.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, islice
 from typing import NamedTuple
 
 import torch
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from backbones import names
 from pipeline.config import departures
-from pipeline.evaluation import BY_TABLE, interval
+from pipeline.evaluation import interval
 from pipeline.evaluation.changes import CORRUPTIONS, GEOMETRY
 from pipeline.evaluation.evaluate import Findings
-from pipeline.evaluation.paired import Difference, difference, holm, of_statistics
+from pipeline.evaluation.paired import Difference, balanced, difference, holm, of_statistics
 from pipeline.evaluation.protocols import PROTOCOLS
 from pipeline.report.contest import Contest, Entry
 
@@ -28,13 +28,17 @@ UNEQUAL = 0.1
 
 BUDGETS = {"n1": "1 label a class", "n5": "5 labels a class", "n10": "10 labels a class", "p1": "1 % of the labels",
            "p10": "10 % of the labels"}  # fmt: skip
-ACCURACIES = {"linear": "linear accuracy", "logistic": "logistic-regression accuracy", "knn": "k-NN accuracy",
-              "attentive": "attentive-probe accuracy", "finetune": "fine-tuned accuracy",
-              "scratch": "accuracy from scratch",
-              "multilabel": "mAP over several labels", "regression": "explained variance"}  # fmt: skip
-"""What the headlines of protocols are called that tell how good a backbone is."""
-LEADING = ("linear", "knn", *BY_TABLE, "scratch")
-"""By the first of these that was measured, backbones are set against their floors."""
+LEADING = {"linear": "linear accuracy", "knn": "k-NN accuracy", "logistic": "logistic-regression accuracy",
+           "attentive": "attentive-probe accuracy", "finetune": "fine-tuned accuracy",
+           "multilabel": "mAP over several labels", "regression": "explained variance",
+           "low_shot": f"accuracy with {BUDGETS['n10']}", "retrieval": "retrieval mAP",
+           "scratch": "accuracy from scratch"}  # fmt: skip
+"""What the headlines of protocols are called that tell how good a backbone is. The first that was measured stands for
+it, and is what it is set against its floors in."""
+BEHIND = {"multilabel": "drawn", "regression": "drawn", "low_shot": "n10_right", "retrieval": "precision"}
+"""The evidence that is compared, where it is no class predicted for every image."""
+UNEVEN = 1.5
+"""How many times as many images as the smallest class the largest may have before balanced accuracy leads."""
 TUNED = ("linear", "logistic")
 """The protocols that keep their accuracy on training images held out; the first that was measured chooses who meets."""
 PUBLISHED = 64_000 * 128
@@ -135,10 +139,8 @@ def claims(contest: Contest) -> list[Claim]:
             found.append((first.name, second.name, what, by, False))
     for one in contest.entries:
         for floor, findings in zip(one.floors, (one.untrained, one.pixels)):
-            for protocol in LEADING:
-                if above := between(one.trained, findings, protocol):
-                    found.append((one.name, floor, ACCURACIES[protocol], above, True))
-                    break
+            above = (by for protocol in LEADING for by in compared(one.trained, findings, protocol))
+            found += [(one.name, floor, what, by, True) for what, by in islice(above, 1)]
     adjusted = holm([*(one[3].p for one in found), *passed_over(contest)])
     return [Claim(*one[:4], p, one[4]) for one, p in zip(found, adjusted)]
 
@@ -154,17 +156,16 @@ def passed_over(contest: Contest) -> list[float]:
 
 def measured(first: Findings, second: Findings) -> Iterator[tuple[str, Difference]]:
     """What two backbones can be compared in on the same images, and how they differ in it."""
-    for protocol, what in ACCURACIES.items():
-        if by := between(first, second, protocol):
-            yield what, by
+    for protocol in LEADING:
+        if protocol not in ("low_shot", "retrieval"):
+            yield from compared(first, second, protocol)
     mine, theirs = first.evidence, second.evidence
     if (key := "scratch_train_right") in mine and key in theirs:
         yield "accuracy on what was learnt from scratch", difference(mine[key], theirs[key])
     for budget, what in BUDGETS.items():
         if (key := f"low_shot_{budget}_right") in mine and key in theirs:
             yield f"accuracy with {what}", difference(mine[key], theirs[key])
-    if (key := "retrieval_precision") in mine and key in theirs:
-        yield "retrieval mAP", difference(mine[key], theirs[key])
+    yield from compared(first, second, "retrieval")
     if "robustness_clean_right" in mine and "robustness_clean_right" in theirs:
         for name in GEOMETRY:
             a, b = (one[f"robustness_{name}_right"].double().mean(0) for one in (mine, theirs))
@@ -176,22 +177,28 @@ def measured(first: Findings, second: Findings) -> Iterator[tuple[str, Differenc
         yield f"{UNDER}corruptions", difference(a, b)
 
 
-def between(first: Findings, second: Findings, protocol: str) -> Difference | None:
-    """How two backbones differ in a protocol's headline; None where one of them did not go through it."""
-    if protocol in BY_TABLE:
-        key = f"{protocol}_drawn"
-        if key not in first.evidence or key not in second.evidence:
-            return None
-        images = int(first.numbers["val_images"] or 0)
-        return of_statistics(first.evidence[key].numpy(), second.evidence[key].numpy(), images)
-    a, b = right(first, protocol), right(second, protocol)
-    return None if a is None or b is None else difference(a, b)
+def compared(first: Findings, second: Findings, protocol: str) -> Iterator[tuple[str, Difference]]:
+    """How two backbones differ in what stands for a protocol, before it in balanced accuracy where their classes are
+    uneven; nothing where one of them did not go through it."""
+    what, behind = LEADING[protocol], BEHIND.get(protocol, "predicted")
+    mine, theirs = (one.evidence.get(f"{protocol}_{behind}") for one in (first, second))
+    if mine is None or theirs is None:
+        return
+    if behind == "drawn":
+        yield what, of_statistics(mine.numpy(), theirs.numpy(), int(first.numbers["val_images"] or 0))
+    elif behind == "predicted":
+        right, others = mine == first.labels, theirs == second.labels
+        if uneven(first.labels):
+            yield f"balanced {what}", balanced(right, others, first.labels)
+        yield what, difference(right, others)
+    else:
+        yield what, difference(mine, theirs)
 
 
-def right(findings: Findings, protocol: str) -> Tensor | None:
-    """Which images [N] a protocol's classifier got right."""
-    predicted = findings.evidence.get(f"{protocol}_predicted")
-    return None if predicted is None else predicted == findings.labels
+def uneven(labels: Tensor) -> bool:
+    """Whether the classes [N] of images differ in size by more than `UNEVEN`."""
+    sizes = labels.bincount()
+    return len(labels) > 0 and int(sizes.max()) > UNEVEN * int(sizes[sizes > 0].min())
 
 
 def sentences(contest: Contest, tested: Sequence[Claim]) -> list[str]:

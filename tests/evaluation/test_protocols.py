@@ -292,6 +292,36 @@ def test_repetitions_widen_the_interval() -> None:
     assert wide.high - wide.low > 3 * (flat.high - flat.low)
 
 
+def test_balanced_accuracies_are_compared_class_by_class() -> None:
+    labels = torch.tensor([0, 0, 0, 0, 2, 2])  # no image is of class 1
+    first, second = torch.tensor([1, 1, 0, 0, 1, 1]).bool(), torch.tensor([1, 0, 1, 0, 0, 1]).bool()
+    found = paired.balanced(first, second, labels)
+    assert found.mean == pytest.approx((2 / 4 + 2 / 2) / 2 - (2 / 4 + 1 / 2) / 2)
+    error = math.sqrt(2 * (1 / 8) ** 2 + (1 / 4) ** 2)
+    assert found.p == pytest.approx(2 * stats.norm.sf(found.mean / error))
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * error, rel=1e-4)
+    assert paired.balanced(first, first, labels).p == 1.0
+    one_size = torch.arange(600) % 3  # then it is accuracy, and its p McNemar's without the correction
+    a, b = (torch.from_numpy(draws(seed).random(600) < 0.7) for seed in (5, 6))
+    apart = int((a & ~b).sum()), int((~a & b).sum())
+    statistic = (apart[0] - apart[1]) ** 2 / sum(apart)
+    assert paired.balanced(a, b, one_size).p == pytest.approx(stats.chi2.sf(statistic, 1))
+
+
+@pytest.mark.parametrize("sizes", [(300, 80, 20), (300, 100, 1, 1), (1000, 200, 100, 50, 10, 5, 2)])
+def test_small_classes_make_no_false_lead_in_balanced_accuracy(sizes: tuple[int, ...]) -> None:
+    """A bootstrap errs in 11 of 100 where a class has a single image."""
+    rng = draws()
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    share = np.linspace(0.9, 0.4, len(sizes))[labels]
+    alarms = 0
+    for _ in range(800):
+        known = rng.random(len(labels)) < share
+        first, second = (torch.from_numpy(known ^ (rng.random(len(labels)) < 0.2)) for _ in range(2))
+        alarms += paired.balanced(first, second, labels).p < 0.05
+    assert 0.01 * 800 < alarms < 0.07 * 800
+
+
 def test_holm_by_hand() -> None:
     assert paired.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert paired.holm([0.9, 0.8]) == [1.0, 1.0]

@@ -12,7 +12,7 @@ import torch
 from pipeline import config, recipes
 from pipeline.evaluation.evaluate import Findings
 from pipeline.evaluation.paired import Difference, holm
-from pipeline.report import verdict
+from pipeline.report import page, verdict
 from pipeline.report.contest import Contest
 from tests.report.contests import contest, entry, findings, scratch, shaken
 
@@ -39,15 +39,16 @@ def test_a_clear_winner_is_named_with_its_lead(clear: Contest) -> None:
     first, *others = verdict.sentences(clear, verdict.claims(clear))
     found = re.fullmatch(
         r"On these 400 images vit_ti16 \+ dino beats resnet18 \+ dino by ([\d.]+) ± ([\d.]+) points of "
-        r"logistic-regression accuracy\.",
+        r"k-NN accuracy\.",
         first,
     )
     assert found
-    a, b = (one.trained.numbers["logistic_top1"] for one in clear.entries)
+    a, b = (one.trained.numbers["knn_top1"] for one in clear.entries)
     assert float(found[1]) == pytest.approx(100 * (b - a), abs=0.051)
     assert 1 < float(found[2]) < 8
     assert any(
-        line.startswith("vit_ti16 + dino is also better than resnet18 + dino in k-NN accuracy") for line in others
+        line.startswith("vit_ti16 + dino is also better than resnet18 + dino in logistic-regression accuracy")
+        for line in others
     )
     assert not any("untrained" in line for line in others)
 
@@ -217,6 +218,45 @@ def test_degradation_is_what_plain_and_residual_nets_from_scratch_are_set_agains
     assert "13,653 times as many: what depth does here need not be what they found." in published
     longer = [scratch("plain20", 0.7, 0.8, 30_000), scratch("plain56", 0.6, 0.7, 30_000)]
     assert [line for line in verdict.from_scratch(contest(longer, floor)) if "He et al" in line] == []
+
+
+def test_balanced_accuracy_leads_where_classes_are_uneven() -> None:
+    labels = torch.tensor([0] * 300 + [1] * 60 + [2] * 40)
+    often, rare = (torch.where(labels == 0, 0, torch.arange(400) % 4 % 3 if i else 0) for i in range(2))
+    rare = torch.where((labels == 0) & (torch.arange(400) % 5 == 0), 1, torch.where(labels > 0, labels, rare))
+    numbers = [
+        {"linear_top1": (one == labels).double().mean().item(), "linear_held_out_mean_1": 0.5, "val_images": 400}
+        for one in (often, rare)
+    ]
+    found = [Findings({**n}, {"linear_predicted": one}, labels) for n, one in zip(numbers, (often, rare))]
+    floor = Findings({"linear_top1": 0.75}, {"linear_predicted": torch.zeros(400, dtype=torch.int64)}, labels)
+    held = contest([entry("resnet18", "mae", found[0], floor), entry("vit_ti16", "mae", found[1], floor)], floor)
+    first, second, *_ = verdict.claims(held)
+    assert (first.what, second.what) == ("balanced linear accuracy", "linear accuracy")
+    assert abs(first.difference.mean) == pytest.approx((0.8 + 1 + 1) / 3 - 1 / 3)
+    assert abs(second.difference.mean) == pytest.approx((240 + 100 - 300) / 400)
+    lead, *others = verdict.sentences(held, verdict.claims(held))
+    assert re.search(r"vit_ti16 \+ mae beats resnet18 \+ mae by 60\.0 ± [\d.]+ points of balanced linear", lead)
+    assert any(
+        line.startswith("resnet18 + mae was not found to be better than its untrained self (+0.0 points)")
+        and "in balanced linear accuracy" in line
+        for line in others
+    )
+    assert "more than 1.5 times as many of these images as the smallest" in page.render(held, [], ["compare"])
+    assert not verdict.uneven(torch.tensor([0, 0, 0, 2, 2]))
+    assert verdict.uneven(torch.tensor([0, 0, 0, 0, 2, 2]))
+    assert not verdict.uneven(torch.empty(0, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("protocol", ["finetune", "attentive", "low_shot", "retrieval"])
+def test_the_best_are_told_by_whatever_was_measured(protocol: str) -> None:
+    labels, key = torch.zeros(40, dtype=torch.int64), verdict.headline(protocol)
+    nothing = Findings({}, {}, labels)
+    scores = {"resnet18": 0.3, "resnet50": 0.6, "vit_ti16": 0.5, "vit_s16": 0.7}
+    entries = [entry(name, "dino", Findings({key: one}, {}, labels), nothing) for name, one in scores.items()]
+    assert [(a.name, b.name) for a, b in verdict.rivals(contest(entries, nothing, (protocol,)))] == [
+        ("resnet50 + dino", "vit_s16 + dino")
+    ]
 
 
 def test_what_is_unequal_is_said(clear: Contest) -> None:
