@@ -18,10 +18,12 @@ from pipeline.report.verdict import (
     LEADING,
     by_depth,
     from_scratch,
+    having,
     headline,
     leading,
     rivals,
     score,
+    trust,
 )
 
 
@@ -241,24 +243,28 @@ def cost(contest: Contest) -> Iterator[Picture]:
 
 
 def trustworthy(contest: Contest) -> Iterator[Picture]:
-    """Label-free scores against k-NN accuracy."""
-    needed = ("label_free_rankme", "knn_top1")
-    if len(contest.entries) < 4 or any(contest.entries[0].trained.numbers.get(key) is None for key in needed):
+    """Label-free scores against k-NN accuracy, or linear accuracy where there is none."""
+    rows = trust(contest)
+    if not rows:
         return
+    accuracy = rows[0].accuracy
+    label = accuracy.removesuffix("_top1").replace("knn", "k-NN")
     figure = Figure(figsize=(WIDTH, 4.4))
     for axes, name in zip(figure.subplots(2, 3, sharey=True).flat, LABEL_FREE):
+        points = having(contest, f"label_free_{name}", accuracy)
         for one, colour in coloured(contest):
-            x = one.trained.numbers[f"label_free_{name}"]
-            axes.plot(float(x or 0), 100 * float(one.trained.numbers["knn_top1"] or 0), "o", color=colour, ms=5)
+            if one.name in points:
+                x, y = points[one.name]
+                axes.plot(x, 100 * y, "o", color=colour, ms=5)
         axes.set_xlabel(name.replace("_", " "))
         axes.margins(0.15)
     for axes in (figure.axes[0], figure.axes[3]):
-        axes.set_ylabel("k-NN, %")
+        axes.set_ylabel(f"{label}, %")
     figure.tight_layout()
     legend(figure, contest)
     yield Picture(
         "Scores without labels", svg(figure, "Scores without labels"),
-        "A score is worth something here as far as k-NN accuracy rises, or falls, with it.",
+        f"A score is worth something here as far as {label} accuracy rises, or falls, with it.",
     )  # fmt: skip
 
 

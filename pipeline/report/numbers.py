@@ -39,8 +39,18 @@ def as_json(contest: Contest) -> dict[str, Any]:
             for claim in tested
         ],
         "trust": [
-            plain({"score": score, "accuracy": accuracy, "rank_correlation": rho, "p_adjusted": p})
-            for score, accuracy, rho, p in verdict.trust(contest)
+            plain(
+                {
+                    "score": one.score,
+                    "accuracy": one.accuracy,
+                    "runs": one.runs,
+                    "rank_correlation": one.correlation.rho,
+                    "low": one.correlation.low,
+                    "high": one.correlation.high,
+                    "p_adjusted": one.correlation.p,
+                }
+            )
+            for one in verdict.trust(contest)
         ],
         "data": contest.data,
         "note": contest.note,

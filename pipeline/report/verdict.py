@@ -6,6 +6,7 @@ meets whom is not chosen on the images that judge: it is by training images held
 tuned on them; else every pair that might have met is adjusted for as well.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import combinations, islice
 from typing import NamedTuple
@@ -44,6 +45,8 @@ TUNED = ("linear", "logistic")
 PUBLISHED = 64_000 * 128
 """Images that He et al. 2016, section 4.2, train each plain and residual net on, repetitions counted."""
 UNDER = "k-NN accuracy under "
+RANKED = ("knn_top1", "linear_top1")
+"""The accuracies that label-free scores are held against."""
 LABEL_FREE = ("rankme", "alpha_req", "effective_rank", "uniformity", "alignment", "lidar")
 
 
@@ -334,20 +337,33 @@ def _earlier(one: Entry) -> Iterator[str]:
             yield f"{begins} {address}"
 
 
-def trust(contest: Contest) -> list[tuple[str, str, float, float]]:
-    """How far label-free scores rank the runs as accuracy does: (score, accuracy, Spearman's ρ, its p-value adjusted
-    for all rows) over trained runs; empty for fewer than four."""
-    if len(contest.entries) < 4 or "label_free" not in contest.protocols:
-        return []
+class Trust(NamedTuple):
+    """How far a label-free score ranks so many runs as an accuracy does, the p-value adjusted for all rows."""
+
+    score: str
+    accuracy: str
+    runs: int
+    correlation: interval.Correlation
+
+
+def trust(contest: Contest) -> list[Trust]:
+    """What label-free scores are worth here, each over the trained runs that have it; those of at least four."""
     found = []
     for name in LABEL_FREE:
-        for accuracy in ("knn_top1", "linear_top1"):
-            pairs = [
-                (one.trained.numbers.get(f"label_free_{name}"), one.trained.numbers.get(accuracy))
-                for one in contest.entries
-            ]
-            if all(value is not None for pair in pairs for value in pair):
-                x, y = (torch.tensor([float(value or 0) for value in column]) for column in zip(*pairs))
-                found.append((name, accuracy, *interval.rank_correlation(x, y)))
-    adjusted = holm([one[3] for one in found])
-    return [(*one[:3], p) for one, p in zip(found, adjusted)]
+        for accuracy in RANKED:
+            pairs = having(contest, f"label_free_{name}", accuracy)
+            if len(pairs) >= 4:
+                x, y = torch.tensor(list(pairs.values()), dtype=torch.float64).T
+                found.append(Trust(name, accuracy, len(pairs), interval.rank_correlation(x, y)))
+    adjusted = holm([one.correlation.p for one in found])
+    return [one._replace(correlation=one.correlation._replace(p=p)) for one, p in zip(found, adjusted)]
+
+
+def having(contest: Contest, *keys: str) -> dict[str, list[float]]:
+    """Numbers of the trained backbones that have all of them, by name; NaN is none."""
+    values = {one.name: [one.trained.numbers.get(key) for key in keys] for one in contest.entries}
+    return {
+        name: [float(value) for value in of if value is not None]
+        for name, of in values.items()
+        if all(value is not None and not math.isnan(value) for value in of)
+    }

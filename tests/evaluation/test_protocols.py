@@ -331,8 +331,12 @@ def test_holm_by_hand() -> None:
 def test_a_rank_correlation_is_as_likely_as_among_all_orders_of_the_runs(runs: int) -> None:
     x = torch.from_numpy(draws().normal(size=runs))
     y = x + torch.from_numpy(draws(1).normal(size=runs))
-    rho, p = interval.rank_correlation(x, y)
+    rho, low, high, p = interval.rank_correlation(x, y)
     theirs = stats.spearmanr(x, y)
+    if runs > 4:
+        error = math.sqrt((1 + rho**2 / 2) / (runs - 3))
+        for bound, by in ((low, -1.96), (high, 1.96)):
+            assert math.atanh(bound) == pytest.approx(math.atanh(rho) + by * error, abs=1e-4)
     assert rho == pytest.approx(theirs.statistic)
     if runs > interval.EXACT:
         assert p == pytest.approx(theirs.pvalue, abs=5 / interval.DRAWS)
@@ -343,7 +347,21 @@ def test_a_rank_correlation_is_as_likely_as_among_all_orders_of_the_runs(runs: i
 
 def test_four_runs_show_no_rank_correlation() -> None:
     x = torch.arange(4.0)
-    assert interval.rank_correlation(x, 2 * x) == (pytest.approx(1), pytest.approx(2 / 24))
-    rho, p = interval.rank_correlation(x, torch.ones(4))
-    assert math.isnan(rho)
+    rho, *bounds, p = interval.rank_correlation(x, 2 * x)
+    assert (rho, p) == (pytest.approx(1), pytest.approx(2 / 24))
+    assert np.isnan(bounds).all()
+    rho, *bounds, p = interval.rank_correlation(x, torch.ones(4))
+    assert np.isnan([rho, *bounds]).all()
     assert p == 1
+
+
+def test_an_interval_of_a_rank_correlation_is_no_point_and_holds_what_it_should() -> None:
+    assert np.isnan(interval.rank_correlation(torch.arange(9.0), -torch.arange(9.0))[1:3]).all()
+    rng, held = draws(), 0
+    truth = 6 / math.pi * math.asin(0.7 / 2)  # Spearman's of a normal pair whose Pearson's is 0.7
+    for _ in range(200):
+        x = rng.normal(size=12)
+        y = 0.7 * x + math.sqrt(1 - 0.49) * rng.normal(size=12)
+        found = interval.rank_correlation(torch.from_numpy(x), torch.from_numpy(y))
+        held += found.low <= truth <= found.high
+    assert 180 <= held <= 199

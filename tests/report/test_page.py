@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 from collections import Counter
 from dataclasses import replace
@@ -91,6 +92,35 @@ def test_it_shows_every_number_picture_and_command(shown: Contest, text: str) ->
     assert "class &lt;0&gt;" in text
     assert "class <0>" not in text
     assert text.index('class="verdict"') < text.index("<h2>Numbers")
+
+
+def test_a_score_without_labels_is_shown_beside_linear_accuracy_and_left_out_where_it_is_undefined(
+    shown: Contest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranked = contest(
+        [entry("resnet18", "dino", findings(0.3 + i / 5, i, ("linear", "label_free")), shown.entries[0].untrained)
+         for i in range(6)],
+        shown.entries[0].pixels,
+    )  # fmt: skip
+    named = [replace(one, name=f"run {i}") for i, one in enumerate(ranked.entries)]
+    undefined = named[0].trained._replace(numbers={**named[0].trained.numbers, "label_free_alpha_req": None})
+    ranked = replace(ranked, entries=(replace(named[0], trained=undefined), *named[1:]))
+    with rc_context(drawing.STYLE):
+        (picture,) = charts.trustworthy(ranked)
+    assert "as far as linear accuracy rises" in picture.caption
+    rendered = page.render(ranked, [picture], ["compare"])
+    for row in verdict.trust(ranked):
+        by = row.correlation
+        bounds = "–" if math.isnan(by.low) else f"{by.low:+.2f} to {by.high:+.2f}"
+        cells = re.search(rf"<td>{row.score.replace('_', ' ')}</td><td>linear</td>(.*?)</tr>", rendered)
+        assert cells
+        assert re.findall(r">([^<]+)</td>", cells[1])[:3] == [f"{row.runs}", f"{by.rho:+.2f}", bounds]
+        assert row.runs == 6 - (row.score == "alpha_req")
+
+    figures = []
+    monkeypatch.setattr(charts, "svg", lambda figure, title: figures.append(figure) or "")
+    list(charts.trustworthy(ranked))
+    assert [len(axes.lines) for axes in figures[0].axes] == [6 - (name == "alpha_req") for name in verdict.LABEL_FREE]
 
 
 def test_how_many_comparisons_are_adjusted_for_and_who_chose_them_is_said(shown: Contest, text: str) -> None:
@@ -314,4 +344,5 @@ def test_numbers_are_kept_as_plain_json(shown: Contest) -> None:
         assert (kept["mean"], kept["p"], kept["p_adjusted"]) == (claim.difference.mean, claim.difference.p, claim.p)
         assert kept["significant"] == (claim.p < 0.05)
     assert {row["score"] for row in said["trust"]} == set(verdict.LABEL_FREE)
-    assert [row["rank_correlation"] for row in said["trust"]] == [row[2] for row in verdict.trust(shown)]
+    assert [row["rank_correlation"] for row in said["trust"]] == [row.correlation.rho for row in verdict.trust(shown)]
+    assert all(row["runs"] == 4 and row["low"] is None for row in said["trust"])

@@ -313,10 +313,21 @@ def test_label_free_scores_are_correlated_with_accuracy_from_four_runs_on() -> N
     entries = [
         entry("resnet18", "dino", findings(noise, i, ("knn", "label_free")), floor) for i, noise in enumerate(noises)
     ]
+    entries = [replace(one, name=f"run {i}") for i, one in enumerate(entries)]
     found = verdict.trust(contest(entries, floor, ("knn", "label_free")))
-    assert {row[0] for row in found} == set(verdict.LABEL_FREE)
-    for name, accuracy, rho, p in found:
-        assert accuracy == "knn_top1"
-        assert -1 <= rho <= 1, name
+    assert {row.score for row in found} == set(verdict.LABEL_FREE)
+    for row in found:
+        assert (row.accuracy, row.runs) == ("knn_top1", 5)
+        rho, low, high, p = row.correlation
+        assert -1 <= rho <= 1, row.score
+        assert low < rho < high or abs(rho) == pytest.approx(1)
         assert 6 * 2 / math.factorial(5) <= p <= 1  # of six rows and five runs, which no correlation can be shown by
     assert verdict.trust(contest(entries[:3], floor, ("knn", "label_free"))) == []
+
+    lacking = [
+        replace(one, trained=one.trained._replace(numbers={**one.trained.numbers, "label_free_alpha_req": undefined}))
+        for one, undefined in zip(entries, (None, math.nan))
+    ]
+    rows = {row.score: row.runs for row in verdict.trust(contest([lacking[0], *entries[1:]], floor))}
+    assert rows == {**dict.fromkeys(verdict.LABEL_FREE, 5), "alpha_req": 4}
+    assert "alpha_req" not in {row.score for row in verdict.trust(contest([*lacking, *entries[2:]], floor))}
