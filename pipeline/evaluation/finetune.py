@@ -119,8 +119,9 @@ def fresh_recipe_of(backbone: str) -> Recipe:
 
 
 def finetune(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, Found] | None:
-    """The headline numbers after fine-tuning a copy; `epochs`, how long it learnt; `train_error`, the share of training
-    images still wrong, and as evidence which of them are right, `train_right`; the `head`, with its backbone."""
+    """The headline numbers after fine-tuning a copy; `epochs`, how long it learnt; `recipe`, its source; `train_error`,
+    the share of training images still wrong, and as evidence which of them are right, `train_right`; the `head`, with
+    its backbone."""
     return _learned(train, val, seed, fresh=False)
 
 
@@ -148,7 +149,7 @@ def _learned(train: FeatureSet, val: FeatureSet, seed: int, fresh: bool) -> dict
     right = of_train == train_truth
     batch, steps = length(recipe, len(right))
     return {
-        **headline(predicted, truth), "epochs": steps * batch / len(right),
+        **headline(predicted, truth), "epochs": steps * batch / len(right), "recipe": recipe.source,
         "train_error": 1 - right.double().mean().item(), "train_right": right, "head": model,
     }  # fmt: skip
 

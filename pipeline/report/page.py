@@ -53,6 +53,7 @@ def render(contest: Contest, pictures: Sequence[Picture], command: list[str]) ->
         rows=[row for measure in MEASURES if (row := cells(measure, shown))],
         costs=costs(contest),
         fairness=fairness(contest),
+        whole=[*whole(contest, "finetune", "fine-tuned"), *whole(contest, "scratch", "from scratch")],
         pictures=pictures,
         trust=verdict.trust(contest),
         command=redact(shlex.join(command)),
@@ -163,6 +164,15 @@ def fairness(contest: Contest) -> list[Row]:
         row(contest, "learning rate", lambda one: f"{one.config.lr:.2g}" if one.config.lr else "–"),
         row(contest, "seed", lambda one: f"{one.config.seed}"),
     ]
+
+
+def whole(contest: Contest, protocol: str, how: str) -> list[str]:
+    """By which recipes a protocol trained the whole network, each with the backbones that it trained."""
+    of: dict[str, list[str]] = {}
+    for one in contest.entries:
+        if source := one.trained.choices.get(f"{protocol}_recipe"):
+            of.setdefault(source, []).append(one.name)
+    return [f"{', '.join(names)}, {how}: {source}" for source, names in of.items()]
 
 
 def training(one: Entry, run: str) -> str:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import objectives
 from backbones import names
 from pipeline.config import departures
 from pipeline.evaluation import interval
@@ -294,10 +295,11 @@ def unfair(contest: Contest) -> list[str]:
     """What the backbones do not have in common, and what stands behind them that no count of images shows, in sentences
     for the top of the report."""
     found = []
+    uncounted = "masks not deducted, heads and teacher not counted"
     for what, value, shown in (
         ("images seen in pretraining", lambda one: one.cost.images_seen, "{:,.0f}"),
         ("parameters", lambda one: one.cost.parameters, "{:,.0f}"),
-        ("multiply-adds of pretraining", lambda one: one.cost.compute, "{:.2g}"),
+        (f"multiply-adds of pretraining ({uncounted})", lambda one: one.cost.compute, "{:.2g}"),
     ):
         values = {one.name: float(value(one)) for one in contest.entries}
         some = [name for name in values if values[name]]
@@ -316,6 +318,9 @@ def unfair(contest: Contest) -> list[str]:
             found.append(f"{what}: " + ", ".join(f"{one.name} {option(one)}" for one in contest.entries))
     if earlier := [f"{one.name} {said}" for one in contest.entries for said in _earlier(one)]:
         found.append(f"earlier training, which is not counted here: {', '.join(earlier)}")
+    taught = [one.name for one in contest.entries if one.run and objectives.objective(one.config.objective).labelled]
+    if 0 < len(taught) < len(contest.entries):
+        found.append(f"labels in pretraining: {' and '.join(taught)} learnt from them")
     if own := [one.name for one in contest.entries if "unpublished" in (one.config.recipe or "")]:
         found.append(f"no published tuning stands behind the recipe of {', '.join(own)}")
     changed: dict[str, list[str]] = {}

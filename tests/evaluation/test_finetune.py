@@ -118,9 +118,9 @@ def test_finetuning_and_attention_learn_the_labels_and_leave_the_backbone_alone(
         )
         patch.setattr(finetune, "RECIPES", {"cnn without batch norm": quick})
         patch.setattr(finetune, "FRESH", {"cnn": quick})
-        numbers = examine({"": backbone}, *sets, image_size=SIDE, protocols=("attentive", "finetune", "scratch"))[
-            ""
-        ].numbers
+        found = examine({"": backbone}, *sets, image_size=SIDE, protocols=("attentive", "finetune", "scratch"))[""]
+    numbers = found.numbers
+    assert found.choices == {"finetune_recipe": quick.source, "scratch_recipe": quick.source}
     assert numbers["attentive_top1"] > 0.7
     assert numbers["finetune_top1"] > 0.7
     assert numbers["finetune_train_error"] < 0.3

@@ -146,6 +146,18 @@ def test_what_a_linear_classifier_reads_is_shown(shown: Contest) -> None:
     assert as_json(replace(shown, entries=(cnn, chosen)))["entries"][1]["choices"] == {"linear_pooling": "class_4"}
 
 
+def test_by_which_recipe_the_whole_network_learnt_is_shown(shown: Contest) -> None:
+    choices = (
+        {"finetune_recipe": "one & its rate", "scratch_recipe": "two"}, {"finetune_recipe": "three"},
+        {"finetune_recipe": "one & its rate"}, {},
+    )  # fmt: skip
+    entries = [replace(one, trained=one.trained._replace(choices=of)) for one, of in zip(shown.entries, choices)]
+    rendered = page.render(replace(shown, entries=tuple(entries)), [], ["compare"])
+    assert "<li>resnet18 + dino, resnet18 + mae, fine-tuned: one &amp; its rate</li>" in rendered
+    assert "<li>vit_ti16 + dino, fine-tuned: three</li>" in rendered
+    assert "<li>resnet18 + dino, from scratch: two</li>" in rendered
+
+
 def test_the_cost_of_a_point_is_shown_or_why_it_is_not(shown: Contest) -> None:
     first, second = shown.entries[:2]
     gpu = replace(first.cost, memory=3 << 30, seconds=7200.0, workers=4, device="a GPU")

@@ -270,12 +270,26 @@ def test_what_is_unequal_is_said(clear: Contest) -> None:
     ]
 
 
+def test_labels_in_pretraining_and_what_no_count_of_multiply_adds_holds_are_said(clear: Contest) -> None:
+    cnn, vit = clear.entries
+    taught = replace(cnn, config=replace(cnn.config, objective="supervised"))
+    more = replace(vit, cost=replace(vit.cost, compute=3e14))
+    assert verdict.unfair(replace(clear, entries=(taught, more))) == [
+        "multiply-adds of pretraining (masks not deducted, heads and teacher not counted): vit_ti16 + dino has 3.0 "
+        "times as many as resnet18 + dino",
+        "labels in pretraining: resnet18 + dino learnt from them",
+    ]
+    assert verdict.unfair(replace(clear, entries=(replace(taught, run=None), vit))) == []
+    assert verdict.unfair(replace(clear, entries=(taught, replace(vit, config=taught.config)))) == []
+
+
 def test_what_saw_nothing_is_set_against_no_multiple(clear: Contest) -> None:
     cnn, vit = clear.entries
     bare = replace(cnn, cost=replace(cnn.cost, images_seen=0, compute=0.0))
     assert verdict.unfair(replace(clear, entries=(bare, vit))) == [
         "images seen in pretraining: vit_ti16 + dino has 10,000, resnet18 + dino none",
-        "multiply-adds of pretraining: vit_ti16 + dino has 1e+14, resnet18 + dino none",
+        "multiply-adds of pretraining (masks not deducted, heads and teacher not counted): vit_ti16 + dino has 1e+14, "
+        "resnet18 + dino none",
     ]
     more = replace(vit, name="more", cost=replace(vit.cost, images_seen=20_000))
     assert verdict.unfair(replace(clear, entries=(bare, vit, more)))[:2] == [
