@@ -11,13 +11,14 @@ from pipeline.evaluation import interval
 
 
 class Difference(NamedTuple):
-    """How much better the first is than the second: the mean difference over the images, its 95 % interval, and how
-    likely one as large is where there is none (two-sided)."""
+    """How much better the first is than the second: the mean difference over the images, its 95 % interval, how likely
+    one as large is where there is none (two-sided), and on how many images it stands."""
 
     mean: float
     low: float
     high: float
     p: float
+    images: int
 
 
 def mcnemar(first: Tensor, second: Tensor) -> float:
@@ -54,7 +55,7 @@ def difference(first: Tensor, second: Tensor) -> Difference:
         p = _student(mean, error, freedom, values.shape[1])
     else:
         p = mcnemar(first.cpu(), second.cpu())
-    return Difference(mean, mean - half, mean + half, p)
+    return Difference(mean, mean - half, mean + half, p, values.shape[1])
 
 
 def balanced(first: Tensor, second: Tensor, labels: Tensor) -> Difference:
@@ -71,7 +72,8 @@ def balanced(first: Tensor, second: Tensor, labels: Tensor) -> Difference:
     lead = (first.double() - second.double()).cpu() * counts
     mean, error = float(lead.sum()), math.sqrt(float(lead.square().sum()))
     half = float(stats.norm.ppf(0.975)) * error
-    return Difference(mean, mean - half, mean + half, float(2 * stats.norm.sf(abs(mean) / error)) if error else 1.0)
+    p = float(2 * stats.norm.sf(abs(mean) / error)) if error else 1.0
+    return Difference(mean, mean - half, mean + half, p, len(labels))
 
 
 def of_statistics(first: np.ndarray, second: np.ndarray, images: int) -> Difference:
@@ -80,7 +82,7 @@ def of_statistics(first: np.ndarray, second: np.ndarray, images: int) -> Differe
     found, *drawn = first - second
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
     error = float(np.nanstd(drawn)) * math.sqrt(images / max(1, images - 1))  # a bootstrap's lacks that
-    return Difference(float(found), float(low), float(high), _student(float(found), error, images - 1, images))
+    return Difference(float(found), float(low), float(high), _student(float(found), error, images - 1, images), images)
 
 
 def _student(found: float, error: float, freedom: float, images: int) -> float:

@@ -45,6 +45,8 @@ TUNED = ("linear", "logistic")
 """The protocols that keep their accuracy on training images held out; the first that was measured chooses who meets."""
 PUBLISHED = 64_000 * 128
 """Images that He et al. 2016, section 4.2, train each plain and residual net on, repetitions counted."""
+FEW = 5
+"""Claims up to which a sentence gives the difference of each."""
 UNDER = "k-NN accuracy under "
 RANKED = ("knn_top1", "linear_top1")
 """The accuracies that label-free scores are held against."""
@@ -219,7 +221,7 @@ def with_evidence(contest: Contest, tested: Sequence[Claim]) -> list[tuple[str, 
             continue
         lead = of[0].sentence()
         lead = f"{lead[0].lower() if lead.startswith('No ') else lead[0]}{lead[1:]}"
-        found.append((f"On these {contest.val_images:,} images {lead}", of[:1]))
+        found.append((f"On these {of[0].difference.images:,} images {lead}", of[:1]))
         found += _grouped(first, second, of[0], of[1:])
     for one in contest.entries:
         unproven = [
@@ -266,28 +268,35 @@ def _grouped(
     first: Entry, second: Entry, lead: Claim, others: Sequence[Claim]
 ) -> Iterator[tuple[str, list[Claim]]]:  # fmt: skip
     """The other claims on a pair, those that say the same in one sentence."""
+    images = lead.difference.images
     for winner, loser, sign in ((first, second, 1), (second, first, -1)):
         won = [claim for claim in others if claim.significant and claim.difference.mean * sign > 0]
         also = "also " if lead.significant and lead.difference.mean * sign > 0 else ""
         if won:
-            yield f"{winner.name} is {also}better than {loser.name} in {_listed(won)}.", won
+            yield f"{winner.name} is {also}better than {loser.name} in {_listed(won, images)}.", won
     undecided = [claim for claim in others if not claim.significant]
     if undecided:
-        yield f"No difference between them was found in {_listed(undecided)}.", undecided
+        signed = f"; a plus is in favour of {first.name}" if len(undecided) <= FEW else ""
+        yield f"No difference between them was found in {_listed(undecided, images)}{signed}.", undecided
 
 
-def _listed(of: Sequence[Claim]) -> str:
-    """What claims are about, with their differences where they are few; those under a change of the images together."""
-    few = len(of) <= 5
+def _listed(of: Sequence[Claim], images: int) -> str:
+    """What claims are about, with their differences where they are few, and on how many images where not on so many;
+    those under a change of the images together."""
+    changed = [claim for claim in of if claim.what.startswith(UNDER)]
     parts: list[str] = []
     for claim in of:
-        name = claim.what
-        if few:
+        name, said = claim.what, []
+        if len(of) <= FEW:
             half = 50 * (claim.difference.high - claim.difference.low)
-            name += f" ({abs(100 * claim.difference.mean):.1f} ± {half:.1f})"
-        # The second "k-NN accuracy under …" of a sentence is a mere "…".
-        seen = any(part.startswith(UNDER) for part in parts)
-        parts.append(name.removeprefix(UNDER) if seen and name.startswith(UNDER) else name)
+            points = _points(claim).removesuffix(" points")
+            said.append(f"{points.lstrip('+−') if claim.significant else points} ± {half:.1f}")
+        if claim.difference.images != images and claim not in changed[:-1]:
+            each = "each " if claim in changed[1:] else ""
+            said.append(f"{each}on {claim.difference.images:,} images")
+        if claim in changed[1:]:  # the second "k-NN accuracy under …" of a sentence is a mere "…"
+            name = name.removeprefix(UNDER)
+        parts.append(f"{name} ({', '.join(said)})" if said else name)
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 

@@ -113,12 +113,45 @@ def test_who_holds_under_crops_and_corruptions_is_said(equal: Contest) -> None:
 
 
 def test_the_sign_of_a_claim_decides_who_is_named() -> None:
-    won = verdict.Claim("a", "b", "linear accuracy", Difference(0.021, 0.013, 0.029, 1e-6), 1e-5)
-    lost = verdict.Claim("a", "b", "linear accuracy", Difference(-0.021, -0.029, -0.013, 1e-6), 1e-5)
-    unsure = verdict.Claim("a", "b", "linear accuracy", Difference(0.021, 0.001, 0.041, 0.04), 0.3)
+    won = verdict.Claim("a", "b", "linear accuracy", Difference(0.021, 0.013, 0.029, 1e-6, 400), 1e-5)
+    lost = verdict.Claim("a", "b", "linear accuracy", Difference(-0.021, -0.029, -0.013, 1e-6, 400), 1e-5)
+    unsure = verdict.Claim("a", "b", "linear accuracy", Difference(0.021, 0.001, 0.041, 0.04, 400), 0.3)
     assert won.sentence() == "a beats b by 2.1 ± 0.8 points of linear accuracy."
     assert lost.sentence() == "b beats a by 2.1 ± 0.8 points of linear accuracy."
     assert unsure.sentence() == "No difference between a and b was found in linear accuracy (+2.1 ± 2.0 points)."
+
+
+def test_what_stands_on_other_images_than_the_lead_says_so(clear: Contest) -> None:
+    entries = []
+    for i, one in enumerate(reversed(clear.entries)):
+        found = shaken(one.trained, i, crop=0.9 - 0.3 * i)
+        fewer = {key: of[..., :150] for key, of in found.evidence.items() if key.startswith("robustness")}
+        entries.append(replace(one, trained=found._replace(evidence=found.evidence | fewer)))
+    held = replace(clear, entries=tuple(entries))
+    tested = verdict.claims(held)
+    assert {claim.difference.images for claim in tested if claim.what.startswith(verdict.UNDER)} == {150}
+    assert {claim.difference.images for claim in tested if not claim.what.startswith(verdict.UNDER)} == {400}
+    lines = verdict.sentences(held, tested)
+    assert any(re.search(r"k-NN accuracy under crop \(.*on 150 images\)\.", line) for line in lines)
+    (undecided,) = [line for line in lines if line.startswith("No difference between them was found in ")]
+    assert undecided.endswith("patch shuffle and corruptions (each on 150 images).")
+    assert f"<td>150</td><td>{100 * tested[-5].difference.mean:+.1f}</td>" in page.render(held, [], ["compare"])
+
+
+def test_what_is_undecided_keeps_its_sign() -> None:
+    def claim(what: str, mean: float, p: float) -> verdict.Claim:
+        return verdict.Claim("a", "b", what, Difference(mean, mean - 0.02, mean + 0.02, p, 400), p)
+
+    floor = findings(3.0, 9, ("knn",))
+    first, second = (replace(entry("resnet18", "dino", floor, floor), name=name) for name in "ab")
+    held = contest([first, second], floor)
+    assert [(a.name, b.name) for a, b in verdict.rivals(held)] == [("a", "b")]
+    said = (("linear accuracy", -0.05, 1e-4), ("k-NN accuracy", -0.01, 0.3), ("retrieval mAP", 0.01, 0.3))
+    tested = [claim(*one) for one in said]
+    assert verdict.sentences(held, tested)[1] == (
+        "No difference between them was found in k-NN accuracy (−1.0 ± 2.0) and retrieval mAP (+1.0 ± 2.0); a plus is "
+        "in favour of a."
+    )
 
 
 def test_claims_are_adjusted_together_and_cover_every_measure(clear: Contest) -> None:
