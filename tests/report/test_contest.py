@@ -74,6 +74,9 @@ def test_images_without_labels_are_compared_as_far_as_no_protocol_needs_labels(t
     text = page.render(held, list(pictures.pictures(held)), ["compare"])
     assert f"{held.train_images} images to learn from" in text
     assert "<td>RankMe</td>" in text
+    assert "<p>Nothing was tested: no protocol asked here compares backbones image by image.</p>" in text
+    assert "All comparisons" not in text
+    assert "is called one where" not in text
 
 
 def test_each_backbone_meets_floors_of_its_own_seed_and_size(tmp_path: Path) -> None:

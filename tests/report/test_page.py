@@ -124,6 +124,7 @@ def test_a_score_without_labels_is_shown_beside_linear_accuracy_and_left_out_whe
 
 
 def test_how_many_comparisons_are_adjusted_for_and_who_chose_them_is_said(shown: Contest, text: str) -> None:
+    assert "Nothing was tested" not in text
     assert "Who meets whom was chosen on training images that were held out, not on these." in text
     by_knn = [
         replace(one, trained=one.trained._replace(numbers={"knn_top1": one.trained.numbers["knn_top1"]}))
