@@ -17,7 +17,8 @@ HELD = 0.2
 
 def factors(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float | Tensor] | None:
     """For every factor the accuracy of a linear classifier on it, `_low`, `_high` (its 95 % interval), `_held`: how far
-    that lies from chance, 0, to all, 1; and `shape_bias`, held shape as a share of held shape and texture."""
+    that lies from chance, 0, to all, 1; as evidence which images it is right about, `_right`; and `shape_bias`, held
+    shape as a share of held shape and texture."""
     if not train.factors or not val.factors:
         return None
     found: dict[str, float | Tensor] = {}
@@ -27,6 +28,6 @@ def factors(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float
         numbers = headline(probe.predict(val.features), val.factors[name])
         found |= {name: numbers["top1"], f"{name}_low": numbers["low"], f"{name}_high": numbers["high"]}
         found[f"{name}_held"] = max(0.0, (float(numbers["top1"]) - 1 / classes) / (1 - 1 / classes))
-        found[f"{name}_predicted"] = numbers["predicted"]
+        found[f"{name}_right"] = numbers["predicted"] == val.factors[name]
     held = [float(found[f"{name}_held"]) for name in ("shape", "texture")]
     return found | ({"shape_bias": held[0] / sum(held)} if sum(held) > HELD else {})

@@ -176,7 +176,8 @@ def factors(contest: Contest) -> Iterator[Picture]:
     yield Picture(
         "Which factors are held", svg(figure, "Which factors are held"),
         "Linear classifiers of each factor that the images were generated from. Tick: raw pixels. Shape right of "
-        "texture is what people do; texture right of shape is what CNNs trained on photographs were found to do.",
+        "texture is what people do; texture right of shape is what CNNs trained on photographs were found to do "
+        "(Geirhos et al. 2019). Both are among the comparisons below.",
     )  # fmt: skip
 
 

@@ -172,6 +172,9 @@ def measured(first: Findings, second: Findings) -> Iterator[tuple[str, Differenc
         if (key := f"low_shot_{budget}_right") in mine and key in theirs:
             yield f"accuracy with {what}", difference(mine[key], theirs[key])
     yield from compared(first, second, "retrieval")
+    for factor in ("shape", "texture"):
+        if (key := f"factors_{factor}_right") in mine and key in theirs:
+            yield f"linear accuracy on {factor}", difference(mine[key], theirs[key])
     if "robustness_clean_right" in mine and "robustness_clean_right" in theirs:
         for name in GEOMETRY:
             a, b = (one[f"robustness_{name}_right"].double().mean(0) for one in (mine, theirs))

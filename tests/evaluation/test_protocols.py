@@ -111,6 +111,19 @@ def test_permuted_labels_give_chance(name: str) -> None:
     assert found[protocol.headline] == pytest.approx(0.25, abs=0.08)
 
 
+def test_of_every_factor_the_images_are_kept_that_it_is_told_of() -> None:
+    train, val = (
+        of._replace(factors={"shape": of.labels, "texture": torch.arange(len(of.labels)) % 2})
+        for of in (gaussians(400, 4, 16, 1.0, 0), gaussians(200, 4, 16, 1.0, 1))
+    )
+    found = PROTOCOLS["factors"](train, val, seed=0)
+    assert found is not None
+    for name in ("shape", "texture"):
+        right = found[f"{name}_right"]
+        assert (right.dtype, right.shape) == (torch.bool, (200,))
+        assert right.double().mean().item() == found[name]
+
+
 def test_what_logistic_regression_refuses() -> None:
     with pytest.raises(ValueError, match="at least 2 images"):
         logistic.fit(torch.ones(1, 4), torch.tensor([0]), classes=2)

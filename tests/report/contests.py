@@ -86,11 +86,13 @@ def shaken(found: Findings, own: int, **right: float) -> Findings:
 
 
 def factored(found: Findings, **held: float) -> Findings:
-    """What was found, and how far each factor is held linearly."""
+    """What was found, how far each factor is held linearly, and of which images it is told."""
     numbers = {f"factors_{name}": share for name, share in held.items()}
     numbers |= {f"factors_{name}_held": share for name, share in held.items()}
     bias = {"factors_shape_bias": held["shape"] / (held["shape"] + held["texture"])}
-    return found._replace(numbers={**found.numbers, **numbers, **bias})
+    at = torch.arange(len(found.labels)) / len(found.labels)
+    evidence = {f"factors_{name}_right": at < share for name, share in held.items()}
+    return found._replace(numbers={**found.numbers, **numbers, **bias}, evidence={**found.evidence, **evidence})
 
 
 def scratch(backbone: str, right: float, on_train: float, epochs: float = 2.0) -> Entry:

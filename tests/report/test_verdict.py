@@ -14,7 +14,7 @@ from pipeline.evaluation.evaluate import Findings
 from pipeline.evaluation.paired import Difference, holm
 from pipeline.report import page, verdict
 from pipeline.report.contest import Contest
-from tests.report.contests import contest, entry, findings, scratch, shaken
+from tests.report.contests import contest, entry, factored, findings, scratch, shaken
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,24 @@ def test_the_sign_of_a_claim_decides_who_is_named() -> None:
     assert won.sentence() == "a beats b by 2.1 ± 0.8 points of linear accuracy."
     assert lost.sentence() == "b beats a by 2.1 ± 0.8 points of linear accuracy."
     assert unsure.sentence() == "No difference between a and b was found in linear accuracy (+2.1 ± 2.0 points)."
+
+
+def test_shape_and_texture_are_tested(clear: Contest) -> None:
+    cnn, vit = clear.entries
+    pair = (
+        replace(cnn, trained=factored(cnn.trained, shape=0.3, texture=0.8)),
+        replace(vit, trained=factored(vit.trained, shape=0.7, texture=0.5)),
+    )
+    held = replace(clear, entries=pair)
+    tested = verdict.claims(held)
+    of = {claim.what: claim for claim in tested}
+    assert abs(of["linear accuracy on shape"].difference.mean) == pytest.approx(0.4)
+    assert abs(of["linear accuracy on texture"].difference.mean) == pytest.approx(0.3)
+    lines = verdict.sentences(held, tested)
+    assert any(
+        line.startswith("resnet18 + dino is better than vit_ti16 + dino in linear accuracy on tex") for line in lines
+    )
+    assert any("vit_ti16 + dino is also better" in line and "on shape" in line for line in lines)
 
 
 def test_what_stands_on_other_images_than_the_lead_says_so(clear: Contest) -> None:
