@@ -22,6 +22,7 @@ import backbones
 from backbones import names
 from backbones.contract import Backbone
 from pipeline.data.loader import make_loader
+from pipeline.evaluation import interval
 from pipeline.evaluation.accuracy import headline
 from pipeline.evaluation.classifier import Classifier
 from pipeline.evaluation.feature_set import FeatureSet, Found
@@ -120,8 +121,8 @@ def fresh_recipe_of(backbone: str) -> Recipe:
 
 def finetune(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, Found] | None:
     """The headline numbers after fine-tuning a copy; `epochs`, how long it learnt; `recipe`, its source; `train_error`,
-    the share of training images still wrong, and as evidence which of them are right, `train_right`; the `head`, with
-    its backbone."""
+    the share of training images still wrong, `_low`, `_high` (its 95 % interval), and as evidence which of them are
+    right, `train_right`; the `head`, with its backbone."""
     return _learned(train, val, seed, fresh=False)
 
 
@@ -148,9 +149,11 @@ def _learned(train: FeatureSet, val: FeatureSet, seed: int, fresh: bool) -> dict
     of_train, train_truth = _answers(replace(train.images, backbone=model), train)
     right = of_train == train_truth
     batch, steps = length(recipe, len(right))
+    low, high = interval.of_share(~right)
     return {
         **headline(predicted, truth), "epochs": steps * batch / len(right), "recipe": recipe.source,
-        "train_error": 1 - right.double().mean().item(), "train_right": right, "head": model,
+        "train_error": 1 - right.double().mean().item(), "train_error_low": low, "train_error_high": high,
+        "train_right": right, "head": model,
     }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pipeline.evaluation import knn
+from pipeline.evaluation import interval, knn
 from pipeline.evaluation.changes import CORRUPTIONS, GEOMETRY, SEVERITIES, change
 from pipeline.evaluation.feature_set import FeatureSet
 
@@ -14,7 +14,8 @@ K = 20
 
 def robustness(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float | Tensor] | None:
     """`clean`, and for every change its accuracy over five severities; `geometry` and `corruptions`, the means of each
-    kind; as evidence `<change>_right` bool [5, n], and `clean_right` [n].
+    kind, `_low`, `_high` (their 95 % intervals over images); as evidence `<change>_right` bool [5, n], and
+    `clean_right` [n].
 
     Changes depend on the seed and the batch alone: two backbones of one image size see the same pixels.
     """
@@ -46,6 +47,8 @@ def robustness(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, fl
     answers = {name: torch.cat(parts, dim=1) for name, parts in changed.items()}
     means = {name: of.double().mean().item() for name, of in answers.items()}
     found: dict[str, float | Tensor] = {"clean": torch.cat(clean).double().mean().item(), **means}
-    found["geometry"] = sum(means[name] for name in GEOMETRY) / len(GEOMETRY)
-    found["corruptions"] = sum(means[name] for name in CORRUPTIONS) / len(CORRUPTIONS)
+    for group, names in (("geometry", GEOMETRY), ("corruptions", CORRUPTIONS)):
+        of_images = torch.stack([answers[name].double().mean(0) for name in names]).mean(0)
+        low, high = interval.of_mean(of_images)
+        found |= {group: of_images.mean().item(), f"{group}_low": low, f"{group}_high": high}
     return found | {f"{name}_right": of for name, of in answers.items()} | {"clean_right": torch.cat(clean)}

@@ -8,16 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
 from backbones.contract import Features
 from pipeline.data.beton import BetonWriter
 from pipeline.data.packed import Packed, write_facts
 from pipeline.evaluation import NAMES, evaluate_backbone, examine, with_floors
+from pipeline.evaluation.changes import CORRUPTIONS, GEOMETRY
 from pipeline.evaluation.feature_set import FeatureSet, in_classes_of
 from pipeline.evaluation.features import extract, extract_all
 from pipeline.evaluation.floors import pixels, untrained
 from pipeline.evaluation.images import evaluation_view
+from pipeline.evaluation.interval import of_share
 from pipeline.evaluation.measures import MEASURES, Measure
 from pipeline.evaluation.protocols import PROTOCOLS
 from pipeline.training.conclusion import table
@@ -227,6 +230,10 @@ def test_every_protocol_finds_in_known_features_what_is_there(sets: tuple[Packed
     assert found.numbers["factors_shape"] is None
     # Layer 1 is the colour itself, layer 2 its red alone, which tells one kind of four.
     assert found.numbers["layerwise_knn_1"] == found.numbers["knn_top1"] > found.numbers["layerwise_knn_2"] + 0.2
+    last = found.numbers["layerwise_knn_2"]
+    assert found.numbers["layerwise_last"] == last
+    answers = torch.arange(80) < round(80 * last)
+    assert (found.numbers["layerwise_last_low"], found.numbers["layerwise_last_high"]) == of_share(answers)
     assert 1 < found.numbers["label_free_rankme"] < 3
     assert len(found.labels) == len(found.evidence["knn_predicted"]) == 80
     right = (found.evidence["knn_predicted"] == found.labels).double().mean().item()
@@ -243,6 +250,14 @@ def test_robustness_is_what_neighbours_say_of_changed_images(sets: tuple[Packed,
     assert found.numbers["robustness_patch_shuffle"] == shuffled.double().mean().item()
     assert found.numbers["robustness_contrast"] == 1  # the mean stays
     assert found.numbers["robustness_snow"] < 0.9
+    each = {
+        kind: torch.stack([found.evidence[f"robustness_{name}_right"].double() for name in names]).mean((0, 1))
+        for kind, names in (("geometry", GEOMETRY), ("corruptions", CORRUPTIONS))
+    }
+    assert all(found.numbers[f"robustness_{kind}"] == pytest.approx(of.mean().item()) for kind, of in each.items())
+    low, high = stats.t.interval(0.95, 79, loc=each["corruptions"].mean(), scale=stats.sem(each["corruptions"]))
+    bounds = found.numbers["robustness_corruptions_low"], found.numbers["robustness_corruptions_high"]
+    assert bounds == pytest.approx((low, min(1, high)))
 
 
 def test_label_free_scores_need_no_labels(tmp_path: Path, sets: tuple[Packed, Packed]) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 import backbones
 from pipeline.data.packed import Packed
-from pipeline.evaluation import attentive, examine, finetune
+from pipeline.evaluation import attentive, examine, finetune, interval
 from pipeline.evaluation.classifier import Classifier
 from pipeline.evaluation.feature_set import FeatureSet
 from pipeline.evaluation.finetune import RECIPES, groups, mix
@@ -64,6 +64,8 @@ def test_plain_and_residual_nets_learn_from_scratch_as_they_were_published(sets:
     assert evidence["scratch_train_right"].shape == (64,)
     assert numbers["scratch_train_error"] == pytest.approx(1 - evidence["scratch_train_right"].double().mean().item())
     assert numbers["scratch_train_error"] < 0.5
+    bounds = numbers["scratch_train_error_low"], numbers["scratch_train_error_high"]
+    assert bounds == interval.of_share(~evidence["scratch_train_right"])
 
 
 @pytest.mark.parametrize(

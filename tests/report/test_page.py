@@ -194,6 +194,7 @@ def test_robustness_is_drawn_change_by_change(shown: Contest, monkeypatch: pytes
     assert "on 400 changed validation images" in place.caption
     rendered = page.render(held, [place, corrupted], ["compare"])
     assert "<td>k-NN, changed in place or size</td>" in rendered
+    assert "with few labels over the draws of which are labelled" in rendered
     assert place.title in rendered
 
     figures = []
