@@ -15,8 +15,8 @@ def depth(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float |
     its way back, far above it explodes (Glorot & Bengio 2010; He et al. 2016, section 4.1).
 
     As evidence `gradient` [depths of `Backbone.depths`], the root mean square of the gradients of all parameters there,
-    and `activation`, `spread` [L], the root mean square of what every one of `Backbone.blocks` gives and how much of it
-    differs between images. The gradient is that of a fixed random weighting of the pooled features, no labels needed.
+    and `activation` [L], that of what every one of `Backbone.blocks` gives. The gradient is that of a fixed random
+    weighting of the pooled features, no labels needed.
     """
     if val.images is None or not isinstance(val.images.backbone, Backbone):
         return None
@@ -28,7 +28,7 @@ def depth(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float |
     try:
         for p in before:
             p.requires_grad_(True)
-        with torch.enable_grad(), of_blocks(backbone, lambda output: given.append(statistics(output))):
+        with torch.enable_grad(), of_blocks(backbone, lambda output: given.append(size(output))):
             features = backbone(val.images.normalised(shown))
             weights = torch.randn(features.pooled.shape, generator=torch.Generator().manual_seed(seed))
             loss = (features.pooled.float() * weights.to(shown.device)).sum() / len(shown)
@@ -45,11 +45,10 @@ def depth(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float |
     sizes = torch.stack([torch.cat(by_depth[d]).square().mean().sqrt() for d in sorted(by_depth)])
     found["gradient"] = sizes
     found["gradient_ratio"] = float(sizes[0] / sizes[-1].clamp(min=1e-300))
-    found["activation"], found["spread"] = torch.stack(given, dim=1)
+    found["activation"] = torch.stack(given)
     return found
 
 
-def statistics(output: Tensor) -> Tensor:
-    """[2]: the root mean square of a block's output [B, ...], and of its deviation between images."""
-    output = output.detach().double()
-    return torch.stack([output.square().mean().sqrt(), output.std(0).square().mean().sqrt()])
+def size(output: Tensor) -> Tensor:
+    """The root mean square of a block's output [B, ...]."""
+    return output.detach().double().square().mean().sqrt()

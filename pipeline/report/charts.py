@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
 from pipeline.evaluation.accuracy import confusion
@@ -25,6 +26,11 @@ from pipeline.report.verdict import (
     score,
     trust,
 )
+
+CONFUSED = 40
+"""Classes whose confusions are drawn at most."""
+DRAWN = 2
+"""Pairs of backbones whose layers are compared in a picture at most."""
 
 
 def accuracy(contest: Contest) -> Iterator[Picture]:
@@ -182,25 +188,30 @@ def factors(contest: Contest) -> Iterator[Picture]:
 
 
 def confusions(contest: Contest) -> Iterator[Picture]:
-    """Which classes are taken for which."""
-    protocol = "linear" if "linear_predicted" in contest.entries[0].trained.evidence else "knn"
-    if f"{protocol}_predicted" not in contest.entries[0].trained.evidence or len(contest.classes) > 40:
+    """Which classes are taken for which, by the first classifier that was trained."""
+    evidence, count = contest.entries[0].trained.evidence, len(contest.classes)
+    protocol = next((name for name in LEADING if f"{name}_predicted" in evidence), None)
+    if protocol is None or not count:
         return
+    tables = torch.zeros(len(contest.entries), count, count, dtype=torch.float64)
+    for one, table in zip(contest.entries, tables):
+        found = confusion(one.trained.evidence[f"{protocol}_predicted"], one.trained.labels)[:count, :count]
+        table[: len(found), : len(found)] = found
+    mistaken = (tables.sum(2) - tables.diagonal(dim1=1, dim2=2)).sum(0)
+    shown = mistaken.topk(min(count, CONFUSED)).indices.sort().values
     columns = min(3, len(contest.entries))
     rows = -(-len(contest.entries) // columns)
     side = WIDTH / columns
     figure = Figure(figsize=(WIDTH, rows * side * 1.12))
-    names = [short(name) for name in contest.classes]
+    names = [short(contest.classes[i]) for i in shown]
     for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat):
         if i >= len(contest.entries):
             axes.axis("off")
             continue
-        one = contest.entries[i]
-        table = confusion(one.trained.evidence[f"{protocol}_predicted"], one.trained.labels)
-        table = table[: len(names), : len(names)].double()
-        shares = (table / table.sum(1, keepdim=True).clamp(min=1)).numpy()
+        table = tables[i]
+        shares = (table / table.sum(1, keepdim=True).clamp(min=1))[shown][:, shown].numpy()
         axes.imshow(shares, cmap=clear_to(PALETTE[0]), vmin=0, vmax=1)
-        axes.set_title(one.name, fontsize=9)
+        axes.set_title(contest.entries[i].name, fontsize=9)
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
         axes.set_yticks(range(len(names)), names, fontsize=7)
         axes.tick_params(length=0)
@@ -208,10 +219,11 @@ def confusions(contest: Contest) -> Iterator[Picture]:
             for y, x in np.ndindex(*shares.shape):
                 axes.text(x, y, f"{100 * shares[y, x]:.0f}", ha="center", va="center", fontsize=8)
     figure.tight_layout()
+    few = f" Of {count:,} classes, the {CONFUSED} that are most often mistaken." if count > CONFUSED else ""
     yield Picture(
         "Confusions", svg(figure, "Confusions"),
-        f"Of each true class (row), the share taken for each class (column) by the {protocol.replace('knn', 'k-NN')} "
-        "classifier.",
+        f"The answers behind {LEADING[protocol]}: of each true class (row), the share taken for each class (column)."
+        f"{few}",
     )  # fmt: skip
 
 
@@ -305,13 +317,13 @@ def robustness(contest: Contest) -> Iterator[Picture]:
 
 def similarity(contest: Contest) -> Iterator[Picture]:
     """Linear CKA between the layers of rivals, and within each."""
-    pairs = [pair for pair in rivals(contest) if all("similarity_grams" in one.trained.evidence for one in pair)]
-    if not pairs:
-        return
-    for first, second in pairs[:2]:
-        grams = [one.trained.evidence["similarity_grams"] for one in (first, second)]
-        if grams[0].shape[1:] != grams[1].shape[1:]:
-            continue
+    found = {one.name: one.trained.evidence.get("similarity_grams", torch.empty(0)) for one in contest.entries}
+    pairs = [
+        (a, b) for a, b in rivals(contest) if len(found[a.name]) and found[a.name].shape[1:] == found[b.name].shape[1:]
+    ]
+    of_pairs = f" Of the {len(pairs)} pairs that meet on this page, the first {DRAWN} are drawn."
+    for first, second in pairs[:DRAWN]:
+        grams = [found[one.name] for one in (first, second)]
         figure = Figure(figsize=(WIDTH, 2.7))
         shown: Sequence[tuple[Entry, Entry, int, int]] = (
             (first, first, 0, 0), (second, second, 1, 1), (first, second, 0, 1),
@@ -332,7 +344,8 @@ def similarity(contest: Contest) -> Iterator[Picture]:
         yield Picture(
             title, svg(figure, title),
             "Linear CKA of all activations, 0 (nothing in common, the page's colour) to 1 (the same but for rotation "
-            "and scale), from the input on: of a ViT every block, of a CNN every residual block.",
+            "and scale), from the input on: of a ViT every block, of a CNN every residual block."
+            f"{of_pairs if len(pairs) > DRAWN else ''}",
         )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ black again when printed.
 import base64
 import io
 import re
+from html import escape
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,7 +59,7 @@ def svg(figure: Figure, title: str) -> str:
     width = float(re.search(r'width="([\d.]+)pt"', text).group(1))  # type: ignore[union-attr]
     style = f'style="width:100%;max-width:{width * 4 / 3:.0f}px;height:auto"'
     text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"|height="[\d.]+pt" width="[\d.]+pt"', style, text, count=1)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
 
 
 def png(image: np.ndarray, title: str) -> str:
@@ -68,7 +69,7 @@ def png(image: np.ndarray, title: str) -> str:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{title}" src="data:image/png;base64,{data}" width="{image.shape[1]}">'
+    return f'<img alt="{escape(title)}" src="data:image/png;base64,{data}" width="{image.shape[1]}">'
 
 
 def short(name: str) -> str:

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import rc_context
+from matplotlib.figure import Figure
 from PIL import Image
 
 from pipeline.evaluation.changes import CORRUPTIONS, GEOMETRY
@@ -233,11 +235,67 @@ def test_factors_are_drawn_beside_raw_pixels(shown: Contest, monkeypatch: pytest
         ]
 
 
+def test_of_many_classes_the_most_mistaken_are_drawn_whatever_classifier_was_trained(
+    shown: Contest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = torch.arange(500) % 50
+    wrong = torch.where(labels >= 20, (labels + 1) % 50, labels)  # 30 classes are mistaken, the last for the first
+    wrong[(labels < 10) & (torch.arange(500) < 50)] += 1  # and ten now and then
+    kept = [
+        replace(one, trained=Findings({}, {"finetune_predicted": predicted}, labels))
+        for one, predicted in zip(shown.entries, (wrong, labels))
+    ]
+    many = replace(shown, entries=tuple(kept), classes=tuple(f"kind {i}" for i in range(50)))
+    figures = []
+    monkeypatch.setattr(charts, "svg", lambda figure, title: figures.append(figure) or "")
+    (picture,) = charts.confusions(many)
+    assert "The answers behind fine-tuned accuracy" in picture.caption
+    assert picture.caption.endswith("Of 50 classes, the 40 that are most often mistaken.")
+    (first, second), size = figures[0].axes[:2], charts.CONFUSED
+    drawn = [*range(10), *range(20, 50)]
+    assert [label.get_text() for label in first.get_yticklabels()] == [f"kind {i}" for i in drawn]
+    table = first.images[0].get_array()
+    assert table.shape == (size, size)
+    assert table[0, :3].tolist() == pytest.approx([0.9, 0.1, 0])
+    assert table[-1, 0] == table[10, 11] == 1
+    np.testing.assert_array_equal(second.images[0].get_array(), np.eye(size))
+
+
+def test_that_layers_of_the_first_pairs_alone_are_drawn_is_said(shown: Contest) -> None:
+    x = torch.randn(3, 2, 8, 6, generator=torch.Generator().manual_seed(0)).double()
+    grams = x @ x.mT
+    kept = [
+        replace(one, trained=one.trained._replace(evidence={**one.trained.evidence, "similarity_grams": grams[:, :1]}))
+        for one in shown.entries
+    ]
+    pairs = len(verdict.rivals(shown))
+    assert pairs == 3
+    with rc_context(drawing.STYLE):
+        drawn = list(charts.similarity(replace(shown, entries=tuple(kept))))
+    assert len(drawn) == 2
+    assert all("Of the 3 pairs that meet on this page, the first 2 are drawn." in one.caption for one in drawn)
+    other = replace(kept[0], trained=kept[0].trained._replace(evidence={"similarity_grams": grams}))
+    with rc_context(drawing.STYLE):
+        drawn = list(charts.similarity(replace(shown, entries=(other, *kept[1:]))))
+    assert all("pairs" not in one.caption for one in drawn)
+
+
+def test_names_stand_escaped_in_what_pictures_are_called(shown: Contest) -> None:
+    name = 'resnet18 + dino (a & "b" <c>)'
+    figure = Figure()
+    figure.subplots()
+    assert f'aria-label="{escape(name)}"' in drawing.svg(figure, name)
+    ElementTree.fromstring(drawing.svg(figure, name))
+    photograph = drawing.Picture(name, drawing.png(np.zeros((4, 6, 3), np.uint8), name), "")
+    assert ElementTree.fromstring(photograph.markup.replace(">", "/>")).attrib["alt"] == name
+    assert photograph.file()[0].endswith(".png")
+
+
 def test_training_error_is_drawn_over_depth() -> None:
     floor = Findings({}, {}, torch.empty(0))
     nets = [scratch(name, 0.7, 0.8 - i / 20) for i, name in enumerate(("plain20", "plain56", "resnet20", "resnet56"))]
     drawn = {picture.title: picture for picture in pictures.pictures(contest(nets, floor, ("scratch",)))}
-    assert list(drawn) == ["Accuracy", "Training error by depth", "Accuracy and cost"]
+    assert list(drawn) == ["Accuracy", "Training error by depth", "Confusions", "Accuracy and cost"]
     for one in nets:
         error = 100 * float(one.trained.numbers["scratch_train_error"] or 0)
         assert f"{one.name}  {error:.1f}" in drawn["Training error by depth"].markup
