@@ -1,7 +1,7 @@
 """The contract every objective keeps with the training loop."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -40,6 +40,10 @@ class Objective(nn.Module):
     """The pooling the backbone should be created with, "cls" or "mean"; None leaves the backbone its own."""
     labelled: ClassVar[bool] = False
     """Whether `forward` is given labels too, int64 [B], -1 for none; then the option `classes` is their number."""
+
+    masking: ClassVar[Literal["visible", "replaced"] | None] = None
+    """How it hides cells, on any backbone: by the argument of the backbone's that names those to see, which drops the
+    others, or by the one that replaces some by a learned token; None where it hides none."""
 
     continues: ClassVar[bool] = False
     """Whether it goes on from a trained run, which its option `checkpoint` must name."""

@@ -50,6 +50,7 @@ class Data2Vec(Objective):
     family = "masked modelling"
     paper = "Baevski et al. 2022, arXiv 2202.03555"
     pool = "mean"
+    masking = "replaced"
 
     def __init__(
         self,

@@ -87,6 +87,7 @@ class IBOT(DINO):
     """
 
     paper = "Zhou et al. 2022, arXiv 2111.07832"
+    masking = "replaced"
     network = MaskedNetwork
 
     def __init__(

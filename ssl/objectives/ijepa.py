@@ -68,6 +68,7 @@ class IJEPA(Objective):
     family = "masked modelling"
     paper = "Assran et al. 2023, arXiv 2301.08243"
     pool = "mean"
+    masking = "visible"
 
     def __init__(
         self,
@@ -89,7 +90,7 @@ class IJEPA(Objective):
         super().__init__()
         size = pair(image_size)
         self.grid = h, w = backbone.grid(*size)
-        aspects = torch.linspace(target_aspect[0], target_aspect[1], 100).tolist()
+        aspects = [target_aspect[0] + (target_aspect[1] - target_aspect[0]) * i / 100 for i in range(101)]
         largest = max(a * b for a, b in (block_sides(self.grid, target_scale[1], aspect) for aspect in aspects))
         rows, columns = block_sides(self.grid, context_scale[0], 1.0)
         if rows * columns - 2 * largest < max(min_keep, 1):

@@ -60,6 +60,7 @@ class MAE(Objective):
     family = "masked modelling"
     paper = "He et al. 2022, arXiv 2111.06377"
     pool = "mean"
+    masking = "visible"
 
     def __init__(
         self,

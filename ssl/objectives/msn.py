@@ -97,6 +97,7 @@ class MSN(Objective):
 
     family = "self-distillation"
     paper = "Assran et al. 2022, arXiv 2204.07141"
+    masking = "visible"
 
     def __init__(
         self,

@@ -42,6 +42,7 @@ class SimMIM(Objective):
     family = "masked modelling"
     paper = "Xie et al. 2022, arXiv 2111.09886"
     pool = "mean"
+    masking = "replaced"
     tokens_decay = False  # the authors' optimizer.py
 
     def __init__(

@@ -121,6 +121,7 @@ class SparK(Objective):
     family = "masked modelling"
     paper = "Tian et al. 2023, arXiv 2301.03580"
     pool = "mean"
+    masking = "visible"
 
     def __init__(
         self,
