@@ -9,6 +9,8 @@ def options(**changes: Any) -> dict[str, Any]:
     """MoCo v3's options as published for ViT-S/16 and ViT-B/16 (facebookresearch/moco-v3, CONFIG.md)."""
     published = {
         "scale": (0.08, 1.0),
+        "blur": (1.0, 0.1),
+        "solarize": (0.0, 0.2),
         "hidden_dim": 4096,
         "out_dim": 256,
         "projector_layers": 3,
@@ -75,8 +77,8 @@ RECIPES = {
         options=resnet(),
     ),
     ("vit", "thumbnails"): Recipe(
-        "epochs, temperature and momentum of MoCo v3 ResNet-18 on CIFAR (vturrisi/solo-learn), heads, AdamW, warm-up "
-        "and frozen stem of MoCo v3 ViT-S/16 (facebookresearch/moco-v3, CONFIG.md); unpublished",
+        "views, epochs, temperature and momentum of MoCo v3 ResNet-18 on CIFAR (vturrisi/solo-learn), heads, AdamW, "
+        "warm-up and frozen stem of MoCo v3 ViT-S/16 (facebookresearch/moco-v3, CONFIG.md); unpublished",
         epochs=1000,
         batch_size=256,
         image_size=32,
@@ -84,11 +86,11 @@ RECIPES = {
         base_lr=1.5e-4,
         weight_decay=0.1,
         warmup=0.133,
-        options=options(),
+        options=options(blur=(0.0, 0.0)),
     ),
     ("cnn", "thumbnails"): Recipe(
         "MoCo v3 ResNet-18 on CIFAR-10, 1000 epochs: online linear 93.1 (vturrisi/solo-learn, "
-        "scripts/pretrain/cifar/mocov3.yaml, without blur)",
+        "scripts/pretrain/cifar/mocov3.yaml)",
         epochs=1000,
         batch_size=256,
         image_size=32,
@@ -96,7 +98,7 @@ RECIPES = {
         base_lr=0.3,
         weight_decay=1e-6,
         warmup=0.01,
-        options=resnet(),
+        options=resnet(blur=(0.0, 0.0)),
     ),
     **embedded(options(hidden_dim=512, out_dim=128, momentum_start=0.9)),
 }

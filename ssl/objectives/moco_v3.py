@@ -56,7 +56,7 @@ class MoCoV3(Objective):
     Args:
         backbone: of the query encoder f_q; f_k's is a copy of it.
         image_size: of the views, in pixels: a side or (height, width).
-        scale: area range of the crops, whose colours are BYOL's.
+        scale: area range of the crops, whose colour jitter is BYOL's. blur, solarize: probabilities for either view.
         hidden_dim, out_dim: of projector and predictor. projector_layers: 3 for a ViT, 2 for a ResNet.
         predictor_norm: whether the predictor ends in a batch norm without scale and shift, as the projector does.
         temperature: tau. momentum_start, momentum_end: m of f_k, on a cosine.
@@ -75,6 +75,8 @@ class MoCoV3(Objective):
         *,
         image_size: int | tuple[int, int],
         scale: tuple[float, float] = (0.08, 1.0),
+        blur: tuple[float, float] = (1.0, 0.1),
+        solarize: tuple[float, float] = (0.0, 0.2),
         hidden_dim: int = 4096,
         out_dim: int = 256,
         projector_layers: int = 3,
@@ -87,7 +89,7 @@ class MoCoV3(Objective):
         super().__init__()
         size = pair(image_size)
         backbone.grid(*size)
-        self.views = two_views(size, scale, (0.4, 0.4, 0.2, 0.1), blur=(1.0, 0.1), solarize=(0.0, 0.2))
+        self.views = two_views(size, scale, (0.4, 0.4, 0.2, 0.1), blur, solarize)
         self.temperature = temperature
         self.momentum = (momentum_start, momentum_end)
         if freeze_stem:

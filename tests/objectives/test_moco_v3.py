@@ -14,6 +14,7 @@ from torch import nn
 import backbones
 import objectives
 from objectives.moco_v3 import MoCoV3, contrast
+from pipeline import recipes
 
 SMALL = {"hidden_dim": 32, "out_dim": 16, "scale": (0.5, 1.0), "freeze_stem": False}
 
@@ -99,8 +100,18 @@ def test_views_are_the_published_ones() -> None:
     assert (one.size, one.scale) == (two.size, two.scale) == ((224, 224), (0.08, 1.0))
     assert (one.photometric.blur_p, one.photometric.solarize_p) == (1.0, 0.0)
     assert (two.photometric.blur_p, two.photometric.solarize_p) == (0.1, 0.2)
+    others = small(blur=(0.5, 0.4), solarize=(0.3, 0.1)).views
+    assert [(v.photometric.blur_p, v.photometric.solarize_p) for v in others] == [(0.5, 0.3), (0.4, 0.1)]
     for p in (one.photometric, two.photometric):
         assert (p.brightness, p.contrast, p.saturation, p.hue, p.jitter_p, p.gray_p) == (0.4, 0.4, 0.2, 0.1, 0.8, 0.2)
+
+
+@pytest.mark.parametrize("family", ["cnn", "vit"])
+def test_thumbnails_are_not_blurred_as_solo_learns_are_not(family: str) -> None:
+    options = recipes.find("moco_v3", family, "thumbnails").options
+    one, two = MoCoV3(ToyBackbone(), image_size=32, **{**options, "hidden_dim": 8, "freeze_stem": False}).views
+    assert (one.photometric.blur_p, two.photometric.blur_p) == (0.0, 0.0)
+    assert (one.photometric.solarize_p, two.photometric.solarize_p) == (0.0, 0.2)
 
 
 def test_heads_are_the_published_ones() -> None:
