@@ -56,7 +56,8 @@ class IJEPA(Objective):
         image_size: of the view, in pixels: a side or (height, width).
         scale: area range of the crop.
         targets: number M of target blocks. target_scale, target_aspect: their share of the grid, and height over width.
-        context_scale: the context block's share of the grid, before the targets are taken out of it.
+        context_scale: the context block's share of the grid, before the targets are taken out of it; a row and a column
+            less than the grid at most.
         min_keep: cells of context that every image keeps.
         predictor_width, predictor_depth, predictor_heads: of the predictor, which is to be narrower than the backbone.
         ema_start, ema_end: momentum of the teacher, on a line.

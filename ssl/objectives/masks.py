@@ -96,6 +96,11 @@ def multi_block(
 
     M target blocks and one context block of the grid's own aspect are placed anywhere in each image; what a target
     covers is taken out of the context. Their sides are drawn once for the batch, so that all targets have T cells.
+    The context leaves out a row and a column at least, as in the authors' code (multiblock.py), unless the least of
+    its scale already rounds to the whole grid. That code draws share and aspect from one random number, never places
+    a block at the last row or column, and wants more than `min_keep` cells, of targets too; here share and aspect are
+    drawn apart, all places are as likely, and so small grids have room.
+
     While an image keeps fewer than `min_keep` cells of context, its blocks are placed anew, 20 times at most, the
     last time with all targets on the places of the first two. Images with more context than the one with least lose
     cells at random, where the authors' code drops the last rows. Drawn on the CPU, from torch's generator.
@@ -112,7 +117,9 @@ def multi_block(
         left = torch.randint(width - w + 1, (batch, count, 1, 1))
         return (rows >= top) & (rows < top + h) & (columns >= left) & (columns < left + w)
 
-    target, context = sides(target_scale, target_aspect), sides(context_scale, (1.0, 1.0))
+    target = sides(target_scale, target_aspect)
+    least = block_sides(grid, context_scale[0], 1.0)
+    h, w = (min(s, max(n - 1, low)) for s, n, low in zip(sides(context_scale, (1.0, 1.0)), grid, least, strict=True))
     blocks = torch.zeros(batch, targets, height, width, dtype=torch.bool)
     seen = torch.zeros(batch, height, width, dtype=torch.bool)
     for attempts_left in reversed(range(20)):
@@ -123,7 +130,7 @@ def multi_block(
         if attempts_left == 0:
             drawn[:, 2:] = drawn[:, :1]
         blocks = torch.where(poor[:, None, None, None], drawn, blocks)
-        seen = torch.where(poor[:, None, None], place(1, *context)[:, 0] & ~drawn.any(1), seen)
+        seen = torch.where(poor[:, None, None], place(1, h, w)[:, 0] & ~drawn.any(1), seen)
     keep = int(seen.sum((1, 2)).min())
     kept = (seen.flatten(1) + torch.rand(batch, height * width)).topk(keep).indices
     return kept, blocks.flatten(2).nonzero()[:, 2].view(batch, targets, -1)

@@ -146,6 +146,18 @@ def test_masks_are_blocks_and_a_context_without_them(grid: tuple[int, int]) -> N
     assert len(shapes) > 1
 
 
+@pytest.mark.parametrize(("grid", "most"), [((14, 14), (13, 13)), ((8, 20), (7, 19)), ((4, 4), (4, 4))])
+def test_the_context_is_smaller_than_the_grid_where_its_scale_allows(grid: tuple[int, int], most: object) -> None:
+    torch.manual_seed(0)
+    scales = {**PUBLISHED, "target_scale": (0.05, 0.05), "targets": 1}
+    widest = (0, 0)
+    for _ in range(10):
+        context, _ = multi_block(8, grid, **scales)
+        spans = [(len((seen // grid[1]).unique()), len((seen % grid[1]).unique())) for seen in context]
+        widest = max(widest, *spans)
+    assert widest == most
+
+
 def test_places_are_uniform_and_no_row_is_preferred() -> None:
     """Each place of a target is as likely; the context's share of a row is that of its mirror image."""
     torch.manual_seed(0)
