@@ -31,7 +31,8 @@ FAST_TEACHER = {"ema_start": 0.99, "ema_end": 0.999, "ema_warmup": 0.3}
 RECIPES = {
     ("vit", "large"): Recipe(
         "data2vec ViT-B/16 on ImageNet-1k, 800 epochs: fine-tuning 84.2 (facebookresearch/data2vec_vision, "
-        "beit/README.md), without its attention dropout and LayerScale",
+        "beit/README.md), without its attention dropout and LayerScale, and with a ViT's own positions in place of one "
+        "relative bias for all blocks",
         epochs=800,
         batch_size=2048,
         image_size=224,

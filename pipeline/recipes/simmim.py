@@ -23,7 +23,8 @@ def options(**changes: Any) -> dict[str, Any]:
 RECIPES = {
     ("vit", "large"): Recipe(
         "SimMIM ViT-B/16 on ImageNet-1k, 800 epochs: fine-tuning 83.8 (microsoft/SimMIM, configs/vit_base__800ep; "
-        "batch from its README); a cosine in place of the step to a tenth at epoch 700",
+        "batch from its README); a cosine in place of the step to a tenth at epoch 700, a ViT's own positions in "
+        "place of one relative bias for all blocks",
         epochs=800,
         batch_size=2048,
         image_size=224,

@@ -51,6 +51,7 @@ class Data2Vec(Objective):
     paper = "Baevski et al. 2022, arXiv 2202.03555"
     pool = "mean"
     masking = "replaced"
+    tokens_decay = False  # the authors' modeling_cyclical.py
 
     def __init__(
         self,

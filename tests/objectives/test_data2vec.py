@@ -131,6 +131,13 @@ def test_every_trainable_parameter_gets_a_gradient_and_is_optimised_once(kind: s
     assert sorted(id(p) for p in grouped) == sorted(trainable)
 
 
+def test_class_token_and_positions_do_not_decay_as_published() -> None:
+    objective = small("vit")
+    plain = {id(p) for g in objective.parameter_groups() for p in g["params"] if not g["wd_scale"]}
+    several = {name for name, p in objective.named_parameters() if id(p) in plain and p.ndim > 1}
+    assert several == {"student.network.cls_token", "student.network.pos_embed"}
+
+
 @pytest.mark.parametrize("kind", TINY)
 @pytest.mark.parametrize(("channels", "size", "batch"), [(1, 32, 1), (12, (16, 40), 2)])
 def test_channels_shapes_and_a_single_image(kind: str, channels: int, size: object, batch: int) -> None:
