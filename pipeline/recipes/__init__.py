@@ -3,8 +3,8 @@
 One module an objective, named as it: its `options(...)` are all options with their published values, its `RECIPES` maps
 (family, scale) to a `Recipe`. A recipe fills whatever the user left open. `base_lr` is the peak learning rate at a
 global batch of 256 and scales linearly with the batch (Goyal et al. 2017); `warmup` and options such as
-`teacher_temp_warmup` are shares of the run, so that a shorter run keeps the published shape. Nothing here imports
-torch: `--help` reads it.
+`teacher_temp_warmup` are shares of the run, so that a shorter run keeps the published shape. The rate rises from 0;
+I-JEPA's and MSN's authors start at 2e-4, SwAV's at 0.3. Nothing here imports torch: `--help` reads it.
 """
 
 from collections.abc import Mapping

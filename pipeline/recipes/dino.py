@@ -59,9 +59,10 @@ RECIPES = {
         options=options(global_scale=(0.14, 1.0), local_scale=(0.05, 0.14)),
     ),
     ("vit", "small"): Recipe(
-        "DINO ViT-S/16 on Imagenette, 200 epochs: k-NN 83.8, linear 86.1 (rbalestr-lab/stable-pretraining, "
-        "benchmarks/imagenet10); out_dim 2048 from lightly-ai/lightly imagenette_benchmark.py; weight-decay ramp, "
-        "clip (there for each parameter alone) and frozen last layer from facebookresearch/dino",
+        "DINO ViT-S/16 on Imagenette at 224 px, 200 epochs: k-NN 83.8, linear 86.1 (rbalestr-lab/stable-pretraining, "
+        "benchmarks/imagenet10, where the warm-up is a hundredth); out_dim 2048 from lightly-ai/lightly "
+        "imagenette_benchmark.py; weight-decay ramp, clip (there for each parameter alone) and frozen last layer from "
+        "facebookresearch/dino",
         epochs=200,
         batch_size=128,
         image_size=160,

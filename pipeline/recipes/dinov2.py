@@ -54,7 +54,7 @@ def on_cnn(scale: str) -> dict[str, Any]:
 RECIPES = {
     ("vit", "large"): Recipe(
         "DINOv2 ViT-L/16 on ImageNet-1k, 100 epochs, learning rate .004 sqrt(B / 1024): k-NN 81.6, linear 82.9 "
-        "(facebookresearch/dinov2, vitl16_short.yaml, README.md)",
+        "(facebookresearch/dinov2, vitl16_short.yaml, README.md, with one drop path for all blocks)",
         epochs=100,
         batch_size=2048,
         image_size=224,
@@ -81,8 +81,9 @@ RECIPES = {
         options=on_cnn("large"),
     ),
     ("vit", "small"): Recipe(
-        "schedule and 2048 prototypes of DINO on Imagenette (rbalestr-lab/stable-pretraining, lightly-ai/lightly), all "
-        "else of DINOv2's short run, its learning rate .004 sqrt(B / 1024) included; drop path of ViT-S; unpublished",
+        "schedule and 2048 prototypes, of length 1, of DINO on Imagenette (rbalestr-lab/stable-pretraining, "
+        "lightly-ai/lightly), all else of DINOv2's short run, its learning rate .004 sqrt(B / 1024) included; drop "
+        "path of ViT-S; unpublished",
         epochs=200,
         batch_size=128,
         image_size=160,

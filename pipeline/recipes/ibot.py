@@ -75,8 +75,9 @@ RECIPES = {
         options=of_dino("cnn", "large") | {"out_dim": 8192},
     ),
     ("vit", "small"): Recipe(
-        "the recipe of DINO ViT-S/16 on Imagenette (rbalestr-lab/stable-pretraining, benchmarks/imagenet10), masks of "
-        "iBOT ViT-S/16, drop path and clip (there for each parameter alone) of both papers; unpublished",
+        "the recipe of DINO ViT-S/16 on Imagenette (rbalestr-lab/stable-pretraining, benchmarks/imagenet10), its "
+        "longer warm-up included, masks of iBOT ViT-S/16, drop path and clip (there for each parameter alone) of both "
+        "papers; unpublished",
         epochs=200,
         batch_size=128,
         image_size=160,

@@ -50,7 +50,7 @@ RECIPES = {
     ("vit", "small"): Recipe(
         "MoCo v2 ViT-S/16 on Imagenette at 224 px, 200 epochs, AdamW: k-NN 70.0, linear 70.8 (rbalestr-lab/"
         "stable-pretraining, benchmarks/imagenet10); weight decay of its MoCo v3; queue, momentum and symmetry of "
-        "MoCo on Imagenette in lightly-ai/lightly, imagenette_benchmark.py",
+        "MoCo on Imagenette in lightly-ai/lightly, imagenette_benchmark.py; a warm-up ten times as long",
         epochs=200,
         batch_size=256,
         image_size=160,

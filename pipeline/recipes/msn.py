@@ -100,7 +100,7 @@ RECIPES = {
         weight_decay=0.04,
         weight_decay_end=0.4,
         warmup=0.15,
-        lr_end=2e-3,
+        lr_end=5e-3,
         clip=3.0,
         options=options(scale=(0.7, 1.0), focal_scale=(0.2, 0.5), focal_views=8, focal_size=16, n_prototypes=512),
     ),

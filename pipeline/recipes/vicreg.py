@@ -59,8 +59,8 @@ RECIPES = {
         options=options(hidden_dim=2048, out_dim=2048),
     ),
     ("vit", "small"): Recipe(
-        "the recipe of Barlow Twins' ViT-S/16 on Imagenette (rbalestr-lab/stable-pretraining), whose VICReg with LARS "
-        "without momentum reached k-NN 75.0; unpublished",
+        "the recipe of Barlow Twins' ViT-S/16 on Imagenette (rbalestr-lab/stable-pretraining) with a longer warm-up, "
+        "whose VICReg with LARS without momentum reached k-NN 75.0; unpublished",
         epochs=200,
         batch_size=256,
         image_size=160,

@@ -44,7 +44,7 @@ def test_the_published_options_are_the_defaults_of_the_objective(objective):
 
 @pytest.mark.parametrize("key", [
     *((name, "vit", scale) for name in ("dino", "ibot", "dinov2") for scale in ("large", "small", "thumbnails")),
-    ("swav", "vit", "large"),
+    ("swav", "vit", "large"), ("msn", "vit", "small"), ("msn", "vit", "thumbnails"),
 ])  # fmt: skip
 def test_rates_end_at_a_millionth_where_their_authors_say_so(key):
     recipe = recipes.RECIPES[key]
