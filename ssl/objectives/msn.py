@@ -65,11 +65,15 @@ class Encoder(nn.Module):
         self.head = head
 
     def forward(self, views: Sequence[Tensor], **masking: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings [V, B, d] and pooled features [V, B, D]; `masking` holds for the first view."""
-        pooled = self.backbone(views[0], **masking).pooled[None]
+        """Embeddings [V, B, d] and pooled features [V, B, D]; `masking` holds for the first view.
+
+        That view passes the head on its own, so that in a head with batch norm it has its own statistics.
+        """
+        groups = [self.backbone(views[0], **masking).pooled[None]]
         if len(views) > 1:
-            pooled = torch.cat([pooled, pooled_features(self.backbone, views[1:])])
-        return self.head(pooled.flatten(0, 1)).unflatten(0, pooled.shape[:2]), pooled
+            groups.append(pooled_features(self.backbone, views[1:]))
+        z = [self.head(pooled.flatten(0, 1)).unflatten(0, pooled.shape[:2]) for pooled in groups]
+        return torch.cat(z), torch.cat(groups)
 
 
 class MSN(Objective):

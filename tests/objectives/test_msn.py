@@ -141,6 +141,16 @@ def test_a_whole_step_equals_the_papers() -> None:
         assert torch.allclose(new, momentum * old + (1 - momentum) * trained, rtol=1e-12, atol=0)
 
 
+def test_the_anchor_has_batch_statistics_of_its_own_in_the_head_as_published() -> None:
+    objective = small()
+    _, anchor, *focal = random_views(objective, 4)
+    visible = torch.arange(13).expand(4, -1)
+    alone, _ = objective.student([anchor], visible=visible)
+    together, _ = objective.student([anchor, *focal], visible=visible)
+    assert relative(together[0], alone[0]) <= 1e-5
+    assert relative(together[1:], objective.student(focal)[0]) > 0.1, "focal views share theirs"
+
+
 def test_published_settings() -> None:
     objective = MSN(MaskedToy(), image_size=224)
     assert [v.size for v in objective.views] == [(224, 224)] * 2 + [(96, 96)] * 10
