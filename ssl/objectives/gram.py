@@ -1,6 +1,7 @@
 """Gram anchoring: keep the cells of a long-trained backbone apart (Siméoni et al. 2025, DINOv3, arXiv 2508.10104).
 
-Sections are the paper's; settings follow the authors' code (gram_loss.py, dinov3_vit7b16_gram_anchor.yaml).
+Sections are the paper's; settings follow the authors' code (gram_loss.py, dinov3_vit7b16_gram_anchor.yaml) but for two:
+there the Gram teacher sees its crops as they are before colours change, and local crops count half in DINO's loss.
 """
 
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from objectives.dinov2 import DINOv2
 from objectives.ibot import IBOT
 from objectives.multicrop import crop_size
 from objectives.precision import full_precision
+from objectives.schedules import cosine
 from objectives.views import View, VitalSign
 
 if TYPE_CHECKING:
@@ -84,15 +86,18 @@ class GramAnchoring(Objective):
 
     Long training makes image features better and cell features alike (sec. 4.1). The Gram teacher, a frozen copy of
     the EMA teacher, sees the global views at a higher resolution, which makes its cells smoother; the similarities
-    of the student's cells follow its. What the checkpoint's objective schedules stands as at its end; its teacher
-    follows with a constant rate. Published for ViTs, it runs on every backbone whose grid has more than one cell.
+    of the student's cells follow its. It sees their colours changed as the student does: no `View` can ask for the
+    window of another, as undistorted crops would. What the checkpoint's objective schedules stands as at its end;
+    its teacher follows with a constant rate. Published for ViTs, it runs on every backbone whose grid has more than
+    one cell.
 
     Args:
         backbone: of the checkpoint's kind; its weights are those of the checkpoint.
         image_size: of the global views as the student sees them, in pixels. A backbone with a table of positions
             needs the checkpoint's.
         checkpoint: a run folder, or a `.pt` file in it, on a disk that every worker reads.
-        gram_weight: w_Gram of the loss.
+        gram_weight: w_Gram of the loss, on a cosine from 0 over the first gram_warmup of the run (published in
+            iterations: 1k).
         gram_resolution: side of what the Gram teacher sees over `image_size`, rounded to the backbone's stride; 1 where
             the backbone takes one size only.
         refresh_every: share of the run after which the Gram teacher becomes the EMA teacher of the moment, again and
@@ -116,6 +121,7 @@ class GramAnchoring(Objective):
         image_size: int | tuple[int, int],
         checkpoint: str = "",
         gram_weight: float = 2.0,
+        gram_warmup: float = 0.025,
         gram_resolution: float = 2.0,
         refresh_every: float = 0.25,
         refreshes: int = 3,
@@ -129,7 +135,7 @@ class GramAnchoring(Objective):
         self.gram = deepcopy(self.base.backbone).eval()
         self.register_buffer("refreshed", torch.zeros((), dtype=torch.int64))
         self.refresh_every, self.refreshes = refresh_every, refreshes
-        self.gram_weight = gram_weight
+        self.gram_weight, self.gram_warmup = gram_weight, gram_warmup
         self.size = size
         large = crop_size(backbone, (size[0] * gram_resolution, size[1] * gram_resolution), size)
         self.grid, self.gram_grid = backbone.grid(*size), backbone.grid(*large)
@@ -163,7 +169,11 @@ class GramAnchoring(Objective):
         with torch.no_grad():
             anchor = resample(self.gram(large).cells, self.gram_grid, self.grid)
         gram = gram_loss(cells.flatten(0, 1), anchor)
-        return loss + self.gram_weight * gram, scalars | {"gram": gram.detach()}
+        return loss + self.weight(progress) * gram, scalars | {"gram": gram.detach()}
+
+    def weight(self, progress: float) -> float:
+        """w_Gram at this place of the run."""
+        return cosine(0.0, self.gram_weight, progress / self.gram_warmup) if self.gram_warmup else self.gram_weight
 
     def after_step(self, progress: float) -> None:
         """The base's teacher and centres; now and then the Gram teacher."""

@@ -145,9 +145,14 @@ def test_a_whole_step_equals_the_papers(run: str, resolution: float) -> None:
             maps = anchor.view(8, 8, 8, -1).permute(0, 3, 1, 2)
             anchor = F.interpolate(maps, size=(4, 4), mode="bicubic").flatten(2).transpose(1, 2)
     gram, _ = paper(cells.numpy(), anchor.numpy())
-    loss, scalars = objective(views, 0.0)
-    assert relative(scalars["gram"], gram) <= 1e-10
-    assert relative(loss.detach(), base.item() + 1.5 * gram) <= 1e-10
+    for progress, weight in ((0.0, 0.0), (0.01, 1.5 * (1 - np.cos(np.pi * 0.4)) / 2), (0.025, 1.5), (1.0, 1.5)):
+        loss, scalars = objective(views, progress)
+        assert relative(scalars["gram"], gram) <= 1e-10
+        assert relative(loss.detach(), base.item() + weight * gram) <= 1e-10
+
+
+def test_its_loss_may_have_its_weight_from_the_start(run: str) -> None:
+    assert anchored(run, gram_warmup=0.0).weight(0.0) == 2.0
 
 
 def test_the_gram_teacher_is_refreshed_as_often_as_asked(run: str) -> None:
