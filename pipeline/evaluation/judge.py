@@ -19,7 +19,7 @@ from pipeline.data.pack import Split
 from pipeline.data.packed import Packed
 from pipeline.device import here, precision_of
 from pipeline.errors import UserError
-from pipeline.evaluation import finetune, floors, table
+from pipeline.evaluation import duplicates, finetune, floors, table
 from pipeline.evaluation.classifier import save
 from pipeline.training import conclusion, launch, measure, step
 from pipeline.training.run_folder import RunFolder
@@ -41,6 +41,7 @@ def judge(
     workers: int | None = None,
 ) -> dict[str, Any]:
     """Measure a backbone beside its floors; print the table, add to `summary.json`, and tell MLflow as children.
+    `pretrained_on` of what is added is how many validation images the run had learnt from, None where that is unknown.
 
     Classifiers that are trained for it stay in the run's folder `classifiers/`, those of the latest evaluation.
 
@@ -57,22 +58,29 @@ def judge(
     own = None if labels is None else table.read(labels)
     if own:
         table.refuse(own, protocols)
-    folder, config, backbone, seen, _ = find(run)
+    judged = find(run)
+    folder, config, backbone, seen = judged[:4]
     assert folder is not None
     if data:
         config = replace(config, data=data, val_data=val_data, limit=None)
     config = replace(config, val_data=val_data or config.val_data, cache=cache or config.cache)
     train, val, note = sets(config, own, protocols)
+    assert val is not None
+    cached = preparation.cache_folder(config.cache)
+    met = duplicates.met(judged.config, judged.trained_on, val, cache=cached)
     device = here()
     scores, classifiers = evaluation.with_floors(
         backbone.to(device), floors.untrained(backbone.config, config.seed).to(device), train, val,
         image_size=int(config.image_size or 0), protocols=protocols, device=device, seed=seed, limit=limit,
-        precision=precision_of(config, device), cache=preparation.cache_folder(config.cache) / "features",
+        precision=precision_of(config, device), cache=cached / "features",
         table=own, look=cluster.looking(engine, workers),
     )  # fmt: skip
+    scores["pretrained_on"] = met.count
     name = launch.data_name(config) + (f" by {own.name}" if own else "")
     print(f"{name}: {scores['train_images']:,} images to learn from, {scores['val_images']:,} to be judged on ({note})")
     conclusion.table({"backbone": config.backbone, "objective": config.objective, **scores})
+    if said := met.sentence([f"{config.backbone} + {config.objective}"]):
+        print(said)
     keep(folder, config, name, seen, scores, protocols)
     for protocol, classifier in classifiers.items():
         file = f"classifiers/{protocol}-{name.replace(' ', '-')}.safetensors"
@@ -105,14 +113,16 @@ def sets(config: Config, own: table.Table | None, protocols: Sequence[str]) -> S
 
 
 class Judged(NamedTuple):
-    """A run or one of its checkpoints: where it is, how it was made, what came out, after how many images, and the
-    views that its objective took of each. A backbone that nobody pretrained has no folder, images or views."""
+    """A run or one of its checkpoints: where it is, how it was made, what came out, after how many images, the views
+    that its objective took of each, and the fingerprint of the training set, which old checkpoints do not know. A
+    backbone that nobody pretrained has no folder, images or views."""
 
     folder: RunFolder | None
     config: Config
     backbone: Backbone
     seen: int
     views: tuple[View, ...]
+    trained_on: str | None = None
 
     def summary(self) -> dict[str, Any]:
         """What the run wrote when it ended; empty where it has not."""
@@ -148,7 +158,8 @@ def find(run: str) -> Judged:
         raise UserError(
             f"{run}: does not fit its own configuration ({str(error).splitlines()[-1].strip()[:150]})"
         ) from None
-    return Judged(folder, config, objective.backbone, int(state["images_seen"]), tuple(objective.views))
+    trained_on = (state.get("train") or {}).get("fingerprint")
+    return Judged(folder, config, objective.backbone, int(state["images_seen"]), tuple(objective.views), trained_on)
 
 
 def fresh(config: Config, train: Packed) -> Judged:

@@ -14,7 +14,7 @@ from pipeline.data import preparation
 from pipeline.device import device_name, here, precision_of
 from pipeline.errors import UserError
 from pipeline.evaluation import BY_TABLE, floors, judge
-from pipeline.evaluation.duplicates import duplicates
+from pipeline.evaluation.duplicates import NEVER, Met, duplicates, met
 from pipeline.evaluation.evaluate import Findings, examine
 from pipeline.evaluation.table import Table
 from pipeline.redaction import redact
@@ -30,6 +30,7 @@ class Entry:
     run     None where nobody pretrained it
     field   side of its theoretical receptive field in pixels, None where that is the whole image
     floors  what the untrained self and the raw pixels are called: alike where they are the same for several entries
+    met     how many validation images it was pretrained on
     """
 
     name: str
@@ -42,6 +43,7 @@ class Entry:
     untrained: Findings
     pixels: Findings
     floors: tuple[str, str]
+    met: Met = NEVER
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def hold(
         config = replace(config, limit=None)
     train, val, note = judge.sets(config, table, protocols)
     assert val is not None
-    device = here()
+    device, cached = here(), preparation.cache_folder(config.cache)
     look = cluster.looking(engine, workers)
     found += [judge.fresh(one, train) for one in fresh]
     seconds = {"reading checkpoints and packing": time.perf_counter() - begun}
@@ -134,13 +136,13 @@ def hold(
         results = examine(
             backbones, train, val, image_size=size, protocols=protocols, device=device, seed=seed, limit=limit,
             precision=precision, floors=("untrained", "pixels"), epochs=epochs,
-            cache=preparation.cache_folder(config.cache) / "features", table=table, look=look,
+            cache=cached / "features", table=table, look=look,
         )  # fmt: skip
         entries.append(
             Entry(
                 name, one.folder.address if one.folder else None, one.config, names.family(one.config.backbone), spent,
                 receptive_field(one.backbone), results["trained"], results["untrained"], results["pixels"],
-                names_of_floors,
+                names_of_floors, met(one.config, one.trained_on, val, cache=cached) if one.folder else NEVER,
             )
         )  # fmt: skip
         one.backbone.to("cpu")

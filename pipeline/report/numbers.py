@@ -72,6 +72,7 @@ def as_json(contest: Contest) -> dict[str, Any]:
                 "family": one.family,
                 "cost": vars(one.cost),
                 "receptive_field": one.field,
+                "pretrained_on": one.met.count,
                 "trained": plain(one.trained.numbers),
                 "choices": dict(one.trained.choices),
                 "confusions": confusions(one, contest.classes),

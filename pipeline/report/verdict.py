@@ -19,6 +19,7 @@ from backbones import names
 from pipeline.config import departures
 from pipeline.evaluation import interval
 from pipeline.evaluation.changes import CORRUPTIONS, GEOMETRY
+from pipeline.evaluation.duplicates import Met
 from pipeline.evaluation.evaluate import Findings
 from pipeline.evaluation.paired import Difference, balanced, difference, holm, of_statistics
 from pipeline.evaluation.protocols import PROTOCOLS
@@ -306,7 +307,10 @@ def _listed(of: Sequence[Claim], images: int) -> str:
 def unfair(contest: Contest) -> list[str]:
     """What the backbones do not have in common, and what stands behind them that no count of images shows, in sentences
     for the top of the report."""
-    found = []
+    pretrained: dict[Met, list[str]] = {}
+    for one in contest.entries:
+        pretrained.setdefault(one.met, []).append(one.name)
+    found = [said for met, whose in pretrained.items() if (said := met.sentence(whose))]
     uncounted = "masks not deducted, heads and teacher not counted"
     for what, value, shown in (
         ("images seen in pretraining", lambda one: one.cost.images_seen, "{:,.0f}"),
@@ -324,6 +328,7 @@ def unfair(contest: Contest) -> list[str]:
         ("image size", lambda one: f"{one.config.image_size} px"),
         ("training images", lambda one: f"limit {one.config.limit}" if one.config.limit else "all"),
         ("data", lambda one: one.config.data),
+        ("validation data of pretraining", lambda one: one.config.val_data or "left open"),
         ("seed", lambda one: str(one.config.seed)),
     ):
         if len({option(one) for one in contest.entries}) > 1:
