@@ -18,7 +18,7 @@ class Arguments:
     """Measure a trained backbone, by k-NN and linear accuracy or as asked, beside it untrained and raw pixels."""
 
     run: Positional[str]
-    """A run folder, or one of its checkpoints."""
+    """A run folder, or one of its checkpoints; of one that lies elsewhere, what is kept is in FILE.run/ beside it."""
     data: str | None = None
     """Images to learn from, labelled where a protocol needs labels; left open: the run's own. Any source that
     pretraining takes."""

@@ -4,7 +4,6 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +52,7 @@ def judge(
         engine, workers: where features are extracted, as of `cluster.looking`.
 
     Raises:
-        UserError: there is no run, the checkpoint is torn or foreign, or there are no labels and a protocol needs them.
+        UserError: as of `find` and of `sets`.
     """
     own = None if labels is None else table.read(labels)
     if own:
@@ -94,7 +93,8 @@ def sets(config: Config, own: table.Table | None, protocols: Sequence[str]) -> S
     a table `own` labels them, or where no protocol needs labels.
 
     Raises:
-        UserError: a protocol needs labels and there are none, or there are too few images to hold some out.
+        UserError: a protocol needs labels and there are none, a table knows no image, both sets are the same, or there
+            are too few images to hold some out.
     """
     split = preparation.prepare(config)
     needing = [name for name in protocols if evaluation.PROTOCOLS[name].labels or name in evaluation.BY_TABLE]
@@ -105,10 +105,16 @@ def sets(config: Config, own: table.Table | None, protocols: Sequence[str]) -> S
             "folders are labels; --labels takes a table); label_free, similarity, seeing and depth can"
         )
     split = split if split.val else preparation.prepare(config, hold_out=True)
-    if split.val is None:
+    train, val, _ = split
+    if val is None:
+        raise UserError(f"--data {config.data}: too few images ({train.images:,}) to hold some out; give --val-data")
+    if train.path == val.path or (train.fingerprint and train.fingerprint == val.fingerprint):
         raise UserError(
-            f"--data {config.data}: too few images ({split.train.images:,}) to hold some out; give --val-data"
+            f"--val-data {config.val_data or config.data}: holds the training images, so an accuracy on it says "
+            "nothing; give other images to be judged on"
         )
+    if own:
+        own.of(train), own.of(val)
     return split
 
 
@@ -131,35 +137,52 @@ class Judged(NamedTuple):
         return dict(json.loads(self.folder.read("summary.json")))
 
 
+def place(run: str) -> tuple[RunFolder, str | None]:
+    """The folder of a run, and the name of the file in its `checkpoints/` where that was named in place of the run. A
+    checkpoint that lies elsewhere has `FILE.run/` beside it for what is made of it.
+
+    Raises:
+        UserError: a file of weights, which do not say how they were trained.
+    """
+    folder = RunFolder(run)
+    if not folder.filesystem.isfile(folder.root):
+        return folder, None
+    inside, _, name = folder.address.rpartition("/")
+    if name.endswith(".safetensors"):
+        raise UserError(
+            f"{run}: holds weights alone, which do not say how they were trained; name a run folder, or one of its "
+            "checkpoints (checkpoints/*.pt)"
+        )
+    inside, _, last = inside.rpartition("/")
+    return RunFolder(inside if last == "checkpoints" else f"{folder.address}.run"), name
+
+
 def find(run: str) -> Judged:
     """A run, at its newest checkpoint, or one of its checkpoints.
 
     Raises:
         UserError: there is none, or it is torn, foreign, or not what its configuration says.
     """
-    if run.endswith(".pt") and "://" in run:
-        folder = RunFolder(run.rsplit("/", 2)[0])
-        state = folder.load_checkpoint(int(Path(run).stem))
-    elif run.endswith(".pt"):
-        path = Path(run).resolve()
-        state = RunFolder(str(path.parent)).load_state(path.name)
-        folder = RunFolder(str(path.parent.parent))
-    else:
-        folder = RunFolder(run)
-        kept = folder.checkpoints()
-        if not kept:
-            raise UserError(f"{run}: holds no checkpoint (looked for {folder.path('checkpoints')}/*.pt)")
+    folder, name = place(run)
+    if name is not None:
+        state = RunFolder(RunFolder(run).address.rpartition("/")[0]).load_state(name)
+    elif kept := folder.checkpoints():
         state = folder.load_checkpoint(kept[-1])
-    config = configuration.read(state["config"], run)
+    else:
+        raise UserError(f"{run}: holds no checkpoint (looked for {folder.path('checkpoints')}/*.pt)")
+    text, seen = state["config"], state.get("images_seen")
+    if not isinstance(text, str) or not isinstance(seen, int):
+        raise UserError(f"{run}: is no checkpoint of a run (it has no images_seen, or no configuration of ours)")
+    config = configuration.read(text, run)
     objective = step.build(config)
     try:
         objective.load_state_dict(state["objective"])
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise UserError(
             f"{run}: does not fit its own configuration ({str(error).splitlines()[-1].strip()[:150]})"
         ) from None
     trained_on = (state.get("train") or {}).get("fingerprint")
-    return Judged(folder, config, objective.backbone, int(state["images_seen"]), tuple(objective.views), trained_on)
+    return Judged(folder, config, objective.backbone, seen, tuple(objective.views), trained_on)
 
 
 def fresh(config: Config, train: Packed) -> Judged:
