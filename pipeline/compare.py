@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             own = table.read(labels)
             table.refuse(own, arguments.protocols)
-        fresh = []
+        asked, fresh = [], []
         if backbones:
             from pipeline.report import candidates
 
@@ -130,13 +130,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             more = f"--engine local {more}" if arguments.engine == "local" else more
             data, options["data"] = str(arguments.data), arguments.data if runs else None
             if objectives:
-                storage = arguments.storage
-                runs += tuple(candidates.train_missing(backbones, objectives, data=data, storage=storage, options=more))
+                asked = candidates.asked(backbones, objectives, data=data, storage=arguments.storage, options=more)
             else:
                 fresh = candidates.untrained(backbones, data=data, options=more)
-        from pipeline.report.write import compare  # torch comes with it, after all that can be refused without
+        from pipeline.report import contest, write  # torch comes with it, after all that can be refused without
 
-        compare(runs, **options, fresh=fresh, table=own, command=["python", "-m", "pipeline.compare", *argv])
+        if asked:
+            images = {name: options[name] for name in ("data", "val_data", "protocols", "cache")}
+            contest.refuse(runs, [one.config for one in asked], table=own, **images)
+        write.refuse(arguments.output, runs, arguments.storage)
+        if asked:
+            runs += tuple(candidates.train_missing(asked, storage=arguments.storage))
+        write.compare(runs, **options, fresh=fresh, table=own, command=["python", "-m", "pipeline.compare", *argv])
         return 0
 
     return guarded(command, debug="--debug" in argv)

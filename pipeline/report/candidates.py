@@ -32,29 +32,37 @@ class Candidate(NamedTuple):
     words: list[str]
 
 
-def train_missing(
+def asked(
     backbones: Sequence[str], objectives: Sequence[str], *, data: str, storage: str, options: str = ""
-) -> list[str]:
-    """Run folders `<storage>/<backbone>-<objective>-<data>` of all pairs, those trained now that had not ended.
-
-    A run that was cut short is continued. All are trained alike but for what the recipe of each gives. On a cluster
-    that is there, as many are trained at once as it has room for; else one after the other.
+) -> list[Candidate]:
+    """Runs `<storage>/<backbone>-<objective>-<data>` of all pairs, alike but for what the recipe of each gives.
 
     Args:
         options: more options of `pipeline.pretrain`, as typed there.
 
     Raises:
-        UserError: an impossible option, or a run folder that was made with other ones.
-        RuntimeError: a run was stopped, or failed beside others.
+        UserError: an impossible option.
     """
-    asked = []
+    found = []
     for backbone, objective in product(backbones, objectives):
         words = ["--backbone", backbone, "--objective", objective, "--data", data, *shlex.split(options)]
         name = f"{backbone.replace('/', '_')}-{objective}-{launch.data_name(configuration.Config(data=data))}"
         run = f"{storage.rstrip('/')}/{name}"
-        # All command lines are read before the first hour is spent on one of them.
         words += ["--run", run]
-        asked.append(Candidate(run, command_line.parse([*words, "--storage", storage]), words))
+        found.append(Candidate(run, command_line.parse([*words, "--storage", storage]), words))
+    return found
+
+
+def train_missing(asked: Sequence[Candidate], *, storage: str) -> list[str]:
+    """The folders of those runs, of which those are trained now that had not ended.
+
+    A run that was cut short is continued. On a cluster that is there, as many are trained at once as it has room for;
+    else one after the other.
+
+    Raises:
+        UserError: a run folder that was made with other options.
+        RuntimeError: a run was stopped, or failed beside others.
+    """
     missing = []
     for one in asked:
         folder = RunFolder(one.run)
@@ -130,7 +138,7 @@ def side_by_side(missing: Sequence[Candidate], storage: str) -> None:
 
 
 def untrained(backbones: Sequence[str], *, data: str, options: str = "") -> list[configuration.Config]:
-    """Configurations of backbones that nobody pretrains; arguments as of `train_missing`.
+    """Configurations of backbones that nobody pretrains; arguments as of `asked`.
 
     Raises:
         UserError: an impossible option.

@@ -9,7 +9,7 @@ from pathlib import Path
 from backbones import names
 from backbones.cost import receptive_field
 from pipeline import cluster
-from pipeline.config import Config
+from pipeline.config import Config, without_secrets
 from pipeline.data import preparation
 from pipeline.device import device_name, here, precision_of
 from pipeline.errors import UserError
@@ -106,14 +106,7 @@ def hold(
     known = [(one.folder.address if one.folder else run, one.seen) for run, one in zip(runs, found)]
     if twice := [run for run, one in zip(runs, known) if known.count(one) > 1]:
         raise UserError(f"{' and '.join(dict.fromkeys(twice))}: one run, named twice, which differs in nothing")
-    configs = [*(one.config for one in found), *fresh]
-    shared = {one.data for one in configs}
-    if data is None and len(shared) > 1:
-        raise UserError(f"the runs have different data ({', '.join(sorted(shared))}); give --data to say whose counts")
-    config = configs[0] if data is None else replace(configs[0], data=data, val_data=None)
-    config = replace(config, val_data=val_data or config.val_data, cache=cache or config.cache)
-    if data is not None or len({one.limit for one in configs}) > 1:
-        config = replace(config, limit=None)
+    config = examined([*(one.config for one in found), *fresh], data, val_data, cache)
     train, val, note = judge.sets(config, table, protocols)
     assert val is not None
     device, cached = here(), preparation.cache_folder(config.cache)
@@ -159,6 +152,37 @@ def hold(
         protocols=tuple(protocols), seed=seed, limit=limit, epochs=epochs, table=table,
         fingerprints=(train.fingerprint, val.fingerprint), device=device_name(device.type), seconds=seconds,
     )  # fmt: skip
+
+
+def examined(configs: Sequence[Config], data: str | None, val_data: str | None, cache: str | None) -> Config:
+    """A configuration that names the images to examine backbones of these configurations on; arguments as of `hold`.
+
+    Raises:
+        UserError: they have different data, and none is named.
+    """
+    shared = {one.data for one in configs}
+    if data is None and len(shared) > 1:
+        raise UserError(f"the runs have different data ({', '.join(sorted(shared))}); give --data to say whose counts")
+    config = configs[0] if data is None else replace(configs[0], data=data, val_data=None)
+    config = replace(config, val_data=val_data or config.val_data, cache=cache or config.cache)
+    if data is not None or len({one.limit for one in configs}) > 1:
+        config = replace(config, limit=None)
+    return config
+
+
+def refuse(
+    runs: Sequence[str],
+    planned: Sequence[Config],
+    *,
+    data: str | None,
+    val_data: str | None,
+    table: Table | None,
+    protocols: Sequence[str],
+    cache: str | None,
+) -> None:
+    """Raise the `UserError` of `hold` before runs are trained by the `planned` configurations."""
+    configs = [*(judge.find(run).config for run in runs), *(without_secrets(one) for one in planned)]
+    judge.sets(examined(configs, data, val_data, cache), table, protocols)
 
 
 def titles(found: Sequence[judge.Judged]) -> list[str]:

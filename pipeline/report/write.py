@@ -3,13 +3,15 @@
 import json
 import re
 import shlex
+import tempfile
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
 from pipeline import tracking
 from pipeline.config import Config
-from pipeline.evaluation import classifier
+from pipeline.errors import UserError
+from pipeline.evaluation import classifier, judge
 from pipeline.evaluation.table import Table
 from pipeline.redaction import redact
 from pipeline.report import contest as contests
@@ -45,11 +47,9 @@ def compare(
         runs, fresh=fresh, data=data, val_data=val_data, table=table, protocols=protocols, limit=limit, epochs=epochs,
         seed=seed, cache=cache, engine=engine, workers=workers,
     )  # fmt: skip
-    first = held.entries[0].run
-    address = storage if first is None else first.rpartition("/")[0]
-    beside = Path("runs" if "://" in address else address)
+    around = beside(runs, storage)
     name = f"comparison-{held.data.replace(' ', '-')}-{datetime.now():%m%d-%H%M%S}"
-    folder = Path(output) if output else beside / name
+    folder = Path(output) if output else around / name
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     drawn = list(pictures.pictures(held))
     for picture in drawn:
@@ -65,8 +65,26 @@ def compare(
     print(f"\nreport       {folder / 'report.html'}")
     for weights in keep_classifiers(held, folder / "classifiers"):
         print(f"classify     python -m pipeline.classify {shlex.quote(str(weights))} PHOTOS")
-    track(held, folder, beside / name)
+    track(held, folder, around / name)
     return held
+
+
+def beside(runs: Sequence[str], storage: str) -> Path:
+    """The folder that holds the first run, or will; `runs/` where that is remote."""
+    address = judge.place(runs[0])[0].address.rpartition("/")[0] if runs else storage
+    return Path("runs" if "://" in address else address)
+
+
+def refuse(output: str | None, runs: Sequence[str], storage: str) -> None:
+    """Raise `UserError` where a report, or what MLflow does not take of it, could not be written."""
+    for folder in [beside(runs, storage), *([Path(output)] if output else [])]:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be written ({error.strerror}); name another --output or --storage"
+            ) from None
 
 
 def keep_classifiers(held: Contest, folder: Path) -> Iterator[Path]:

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -42,11 +43,15 @@ def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def asked(backbones: Sequence[str]) -> list[candidates.Candidate]:
+    return candidates.asked(backbones, ["mae"], data="photos", storage="runs")
+
+
 def test_as_many_train_at_once_as_there_is_room_for_and_one_that_fails_stops_no_other(
     trainer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(RuntimeError, match=r"^1 of 4 runs failed: runs/lenet5-mae-photos \(their logs are in runs/\)"):
-        candidates.train_missing(BACKBONES, ["mae"], data="photos", storage="runs")
+        candidates.train_missing(asked(BACKBONES), storage="runs")
     said = capsys.readouterr().out.splitlines()
     assert [line.split(" ")[0] for line in said if "training begins" in line] == [
         f"runs/{name}-mae-photos:" for name in BACKBONES
@@ -70,7 +75,7 @@ def test_ctrl_c_stops_those_that_train_and_begins_no_other(trainer: Path) -> Non
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(RuntimeError, match=r"^runs/resnet20-\S+, runs/vit_ti8-\S+, runs/alexnet-\S+: was stopped; "):
-        candidates.train_missing(BACKBONES[1:], ["mae"], data="photos", storage="runs")
+        candidates.train_missing(asked(BACKBONES[1:]), storage="runs")
     assert sorted(path.name for path in trainer.glob("*.stopped")) == ["resnet20.stopped", "vit_ti8.stopped"]
     assert not (trainer / "alexnet.begun").exists()
 
@@ -92,9 +97,10 @@ def test_missing_runs_are_trained_on_both_machines_of_a_cluster(
     machines = Machines(2, PYTHONPATH=f"{ROOT}:{ROOT / 'ssl'}")
     monkeypatch.setenv("RAY_ADDRESS", machines.cluster.address)
     backbones = ["lenet5", "resnet20", "vit_ti8"]
+    wanted = candidates.asked(backbones, ["mae"], data=str(photos), storage=storage, options=options)
     try:
         with pytest.raises(RuntimeError, match=r"1 of 3 runs failed: \S+lenet5-mae-photos "):
-            candidates.train_missing(backbones, ["mae"], data=str(photos), storage=storage, options=options)
+            candidates.train_missing(wanted, storage=storage)
         said = capsys.readouterr().out
         assert said.index("vit_ti8-mae-photos: training begins") < said.index("trained in")
         for name in backbones[1:]:
@@ -102,7 +108,7 @@ def test_missing_runs_are_trained_on_both_machines_of_a_cluster(
             assert json.loads((run / "summary.json").read_text())["images_seen"] > 0
             assert "Ray Train, 1 worker on cpu, 1 cores each" in run.with_suffix(".log").read_text()
         torn.unlink()
-        candidates.train_missing(backbones, ["mae"], data=str(photos), storage=storage, options=options)
+        candidates.train_missing(wanted, storage=storage)
         assert capsys.readouterr().out.count("trained already") == 2
         assert torn.with_name("summary.json").exists()
     finally:

@@ -221,12 +221,24 @@ def test_mistakes_are_one_sentence(
     words = ("--labels", nothing, "--protocols", "regression")
     assert "x.csv: knows none of the 24 images" in refused(LENET, VIT, *words)
     # Before anything is trained.
-    pair = ("--backbones", "lenet5", "vit_ti8", "--objectives", "mae", "--data", "photos", "--storage", "later")
+    pair = ("--backbones", "lenet5", "vit_ti8", "--objectives", "mae", "--data", "photos")
+    pair = (*pair, "--engine", "local", "--storage", "later", "--pretrain", SMALL.replace("--limit 24", ""))
     assert "has 2 columns beside the path" in refused(*pair, "--labels", nothing)
-    assert not Path("later").exists()
-    foreign = Path("foreign.pt")
-    torch.save({"model": {}}, foreign)
-    assert "is none of ours" in refused("foreign.pt", command=evaluate)
+
+    def other_data(data: str) -> list[str]:
+        return [data if word == "photos" else word for word in pair]
+
+    assert "x.csv: knows none of the 40 images" in refused(*pair, *words)
+    assert "has no labels, which --protocols knn cannot do" in refused(
+        *other_data("photos/train/r"), "--protocols", "knn"
+    )
+    same = other_data("photos/train")
+    assert "photos/train: holds the training images" in refused(*same, "--val-data", "photos/train")
+    (image, *_) = Path("photos", "val", "r").iterdir()
+    assert f"{image}/report: cannot be written (Not a directory)" in refused(*pair, "--output", f"{image}/report")
+    assert f"{image}: cannot be written (" in refused(*pair, "--storage", str(image))
+    assert "torn.pt: cannot be read" in refused("torn.pt", *pair)
+    assert not list(Path("later").rglob("*"))
 
 
 def written(name: str, *rows: str) -> str:
