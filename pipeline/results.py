@@ -61,7 +61,7 @@ def row(run: str) -> tuple[list[str], str]:
 
 
 def measured(summary: Mapping[str, Any], data: str) -> Mapping[str, Any]:
-    """The scores of the run's end; where its last checkpoint was evaluated again on the same images, of that.
+    """The scores of the run's end; where its last checkpoint was evaluated again on the same images, the latest.
 
     Args:
         data: the address that the run learnt from: what was measured on other data, or by other labels, is another
@@ -71,10 +71,13 @@ def measured(summary: Mapping[str, Any], data: str) -> Mapping[str, Any]:
         return summary
     from pipeline.training.launch import data_name  # torch comes with it
 
-    name = f"{data_name(Config(data=data))} at {summary['checkpoint_images']} images"
-    again = summary["evaluations"].get(name, {})
-    alike = all(again.get(count) == summary[count] for count in ("train_images", "val_images"))
-    return again if alike and all(score in again for score in SCORES) else summary
+    known = ("train_images", "val_images", "checkpoint_images", "fingerprints")
+    same = {key: summary[key] for key in known if key in summary}
+    same |= {"data": data_name(Config(data=data)), "limit": None}
+    for again in reversed(summary["evaluations"].values()):
+        if all(again.get(key) == value for key, value in same.items()) and all(score in again for score in SCORES):
+            return dict(again)
+    return summary
 
 
 def accuracy(name: str, trained: Mapping[str, Any], floors: Sequence[Mapping[str, Any]]) -> str:

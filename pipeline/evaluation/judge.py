@@ -1,5 +1,6 @@
 """Judge a run or one of its checkpoints: find its backbone and data, measure, and keep the result with the run."""
 
+import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -74,13 +75,16 @@ def judge(
         precision=precision_of(config, device), cache=cached / "features",
         table=own, look=cluster.looking(engine, workers),
     )  # fmt: skip
-    scores["pretrained_on"] = met.count
     name = launch.data_name(config) + (f" by {own.name}" if own else "")
+    scores |= {
+        "pretrained_on": met.count, "data": name, "labels": own.address if own else None, "checkpoint_images": seen,
+        "fingerprints": [train.fingerprint, val.fingerprint], "seed": seed, "limit": limit,
+    }  # fmt: skip
     print(f"{name}: {scores['train_images']:,} images to learn from, {scores['val_images']:,} to be judged on ({note})")
     conclusion.table({"backbone": config.backbone, "objective": config.objective, **scores})
     if said := met.sentence([f"{config.backbone} + {config.objective}"]):
         print(said)
-    keep(folder, config, name, seen, scores, protocols)
+    keep(folder, scores, protocols)
     for protocol, classifier in classifiers.items():
         file = f"classifiers/{protocol}-{name.replace(' ', '-')}.safetensors"
         folder.write(file, save(classifier))
@@ -205,29 +209,46 @@ def merged(earlier: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str, A
     return {**earlier, **scores, **{part: {**earlier.get(part, {}), **scores[part]} for part in within}}
 
 
-def keep(
-    folder: RunFolder, config: Config, data: str, seen: int, scores: Mapping[str, Any], protocols: Sequence[str]
-) -> None:
-    """Add the scores to those in `summary.json` under `evaluations`, and one child a protocol to the run in MLflow."""
+def name_of(scores: Mapping[str, Any]) -> str:
+    """What an evaluation is called among those of its run: alike where the same checkpoint was judged on the same
+    images and labels with the same seed, learning from as many."""
+    limit = "" if scores["limit"] is None else f", limit {scores['limit']}"
+    which = " ".join([*scores["fingerprints"], scores["labels"] or ""])
+    which = hashlib.blake2b(which.encode(), digest_size=4).hexdigest()
+    return f"{scores['data']} at {scores['checkpoint_images']} images, seed {scores['seed']}{limit} ({which})"
+
+
+def keep(folder: RunFolder, scores: Mapping[str, Any], protocols: Sequence[str]) -> None:
+    """Add the scores to those in `summary.json` under `evaluations`, the latest last, and one child a protocol to the
+    run in MLflow; say which of both was done."""
+    places = []
     if folder.exists("summary.json"):
         summary = json.loads(folder.read("summary.json"))
         evaluations = summary.setdefault("evaluations", {})
-        name = f"{data} at {seen} images"
-        evaluations[name] = merged(evaluations.get(name, {}), scores)
+        name = name_of(scores)
+        evaluations[name] = merged(evaluations.pop(name, {}), scores)
         folder.write_json("summary.json", summary)
-    if not folder.exists("mlflow_run_id"):
-        return
+        places.append(f"in {shlex.quote(folder.path('summary.json'))}")
+    if folder.exists("mlflow_run_id") and all(record(folder, scores, protocols)):
+        places.append("as children of the run in MLflow")
+    print(f"kept {' and '.join(places)}" if places else "not kept: the run has no summary.json before its end")
+
+
+def record(folder: RunFolder, scores: Mapping[str, Any], protocols: Sequence[str]) -> list[str | None]:
+    """The ids of one child a protocol of the run in MLflow, None for what waits to be delivered."""
     run_id = folder.read("mlflow_run_id").decode()
     uri = tracking.store_of(folder.address)
+    tags = {key: str(scores[key]) for key in ("data", "seed", "limit") if scores[key] is not None}
     children = []
     for protocol in protocols:
         numbers = {key: value for key, value in scores.items() if key.startswith(f"{protocol}_")}
         for floor in FLOORS:
             headline = f"{protocol}_{evaluation.PROTOCOLS[protocol].headline}"
             numbers[f"{floor}_{headline}"] = scores[floor].get(headline)
-        tags = {"protocol": protocol, "data": data}
         children.append(
-            tracking.child_run(uri, run_id, name=protocol, tags=tags, metrics=numbers, step=seen, run=folder.address)
-        )
-    recorded = " and as children of the run in MLflow" if all(children) else ""
-    print(f"kept in {shlex.quote(folder.path('summary.json'))}{recorded}")
+            tracking.child_run(
+                uri, run_id, name=protocol, tags={"protocol": protocol, **tags}, metrics=numbers,
+                step=scores["checkpoint_images"], run=folder.address,
+            )
+        )  # fmt: skip
+    return children

@@ -83,14 +83,17 @@ def conclude(
         "objective": config.objective,
         **{key: value for key, value in result.items() if key not in INTERNAL},
         "rejected": job.train.rejected_count,
+        "fingerprints": [one.fingerprint for one in (job.train, job.val) if one],
         "mlflow_run_id": None if tracker.pending else tracker.run_id,
         "config": folder.path("config.yaml"),
         "versions": {"python": platform.python_version(), **versions()},
         "device": device_name(job.device),
         "seconds": seconds,
     }
-    if summary["images_per_second"] is None and folder.exists("summary.json"):  # it had ended before: no step was left
-        before = json.loads(folder.read("summary.json"))
+    before = json.loads(folder.read("summary.json")) if folder.exists("summary.json") else {}
+    if "evaluations" in before:
+        summary["evaluations"] = before["evaluations"]
+    if before and summary["images_per_second"] is None:  # it had ended before: no step was left
         kept = (
             "images_per_second",
             "data_wait",

@@ -32,16 +32,20 @@ def test_a_run_is_a_row_with_its_floors(run: Path) -> None:
 
 
 def test_what_was_measured_again_of_the_same_images_counts(run: Path) -> None:
-    scores = {**SUMMARY, "linear_top1": 0.6, "val_images": 100}
-    other = {**scores, "linear_top1": 0.9}
-    summary = {**SUMMARY, "val_images": 100, "checkpoint_images": 64}
-    for again, expected in (
-        ({"photos at 64 images": scores, "others at 64 images": other, "photos by kind at 64 images": other}, "60.0"),
-        ({"photos at 32 images": scores}, "50.0"),
-        ({"photos at 64 images": {**scores, "val_images": 200}}, "50.0"),
-        ({"photos at 64 images": {"knn_top1": 0.6, "train_images": 2400, "val_images": 100}}, "50.0"),
-    ):
-        (run / "summary.json").write_text(json.dumps({**summary, "evaluations": again}))
+    summary = {**SUMMARY, "val_images": 100, "checkpoint_images": 64, "fingerprints": ["a", "b"]}
+    scores = {**summary, "linear_top1": 0.6, "data": "photos", "seed": 0, "limit": None}
+    lacking = {key: value for key, value in scores.items() if key != "linear_top1"}
+    others = [
+        {**scores, **change, "linear_top1": 0.9}
+        for change in (
+            {"data": "others"}, {"data": "photos by kind"}, {"checkpoint_images": 32}, {"val_images": 200},
+            {"limit": 100}, {"fingerprints": ["a", "c"]},
+        )
+    ]  # fmt: skip
+    earlier = {**scores, "seed": 1, "linear_top1": 0.7}
+    for again, expected in (([earlier, scores, lacking, *others], "60.0"), ([lacking, *others], "50.0")):
+        evaluations = {str(i): one for i, one in enumerate(again)}
+        (run / "summary.json").write_text(json.dumps({**summary, "evaluations": evaluations}))
         assert f"**{expected}** / 30.0 / 35.1 |" in table([str(run)])
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -299,10 +300,14 @@ def test_two_evaluations_of_the_same_data_stand_together(trained: Path, monkeypa
     monkeypatch.chdir(trained)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
+    def evaluations() -> dict:
+        return json.loads(Path(LENET, "summary.json").read_text()).get("evaluations", {})
+
     def kept(*words: str) -> dict:
         assert evaluate.main([LENET, "--engine", "local", "--cache", "cache", *words]) == 0
-        return json.loads(Path(LENET, "summary.json").read_text())["evaluations"]["photos at 24 images"]
+        return list(evaluations().values())[-1]
 
+    before = set(evaluations())
     first = kept("--protocols", "knn", "retrieval")
     both = kept("--protocols", "low_shot", "retrieval")
     for one, other in ((first, both), (first["untrained"], both["untrained"]), (first["pixels"], both["pixels"])):
@@ -313,6 +318,45 @@ def test_two_evaluations_of_the_same_data_stand_together(trained: Path, monkeypa
     fewer = kept("--protocols", "retrieval", "--limit", "16")
     assert fewer["train_images"] == 16
     assert all("knn_top1" not in one for one in (fewer, fewer["untrained"], fewer["pixels"]))
+    seeded = kept("--protocols", "retrieval", "--seed", "1")
+    assert "knn_top1" not in seeded
+    # Other images of the same name and number.
+    for file in Path("photos").rglob("*.png"):
+        Path("again", file).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(255 - np.asarray(Image.open(file))).save(Path("again", file))
+    limit = json.loads(Path("first/numbers.json").read_text())["train_images"]
+    others = kept("--data", "again/photos", "--protocols", "retrieval", "--limit", str(limit))
+    assert "knn_top1" not in others
+    assert [name.rsplit(" (")[0] for name in evaluations() if name not in before] == [
+        "photos at 24 images, seed 0", "photos at 24 images, seed 0, limit 16", "photos at 24 images, seed 1",
+        "photos at 24 images, seed 0, limit 24",
+    ]  # fmt: skip
+    assert kept("--protocols", "retrieval")["knn_top1"] == first["knn_top1"]
+    # They outlast the run's command, given once more.
+    kept_now = evaluations()
+    words = ["--backbone", "lenet5", "--objective", "mae", "--data", "photos", *shlex.split(SMALL), "--run", LENET]
+    assert pretrain.main([*words, "--engine", "local", "--cache", "cache"]) == 0
+    assert evaluations() == kept_now
+
+
+def test_an_evaluation_says_where_it_is_kept(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (checkpoint,) = Path(LENET, "checkpoints").glob("*.pt")
+    places = {"runs/begun": " as children of the run in MLflow", "alone": ""}
+    for place in places:
+        Path(place, "checkpoints").mkdir(parents=True)
+        shutil.copy(checkpoint, Path(place, "checkpoints"))
+    shutil.copy(Path(LENET, "mlflow_run_id"), "runs/begun")
+    for place, said in {
+        LENET: f" in {trained}/{LENET}/summary.json and as children of the run in MLflow",
+        **places,
+    }.items():
+        assert evaluate.main([place, "--engine", "local", "--cache", "cache", "--protocols", "knn"]) == 0
+        expected = f"kept{said}\n" if said else "not kept: the run has no summary.json before its end\n"
+        assert expected in capsys.readouterr().out
 
 
 def test_a_run_is_measured_on_images_without_labels(
@@ -326,7 +370,8 @@ def test_a_run_is_measured_on_images_without_labels(
     words = [LENET, "--engine", "local", "--cache", "cache", "--data", "plain", "--protocols"]
     assert evaluate.main([*words, "label_free"]) == 0
     assert "RankMe" in capsys.readouterr().out
-    scores = json.loads(Path(LENET, "summary.json").read_text())["evaluations"]["plain at 24 images"]
+    *_, scores = json.loads(Path(LENET, "summary.json").read_text())["evaluations"].values()
+    assert scores["data"] == "plain"
     assert scores["label_free_rankme"] > 1
     assert scores["train_images"] + scores["val_images"] == 40
     assert evaluate.main([*words, "label_free", "knn"]) == 2
