@@ -94,8 +94,9 @@ def refuse(arguments: Arguments) -> None:
             "--backbones and --objectives go together: every backbone is trained with every objective (none is needed "
             "where --protocols is scratch alone, which pretrains nothing)"
         )
-    if arguments.epochs is not None and arguments.epochs < 1:
-        raise UserError(f"--epochs {arguments.epochs}: must be at least 1")
+    for option, value in (("--limit", arguments.limit), ("--epochs", arguments.epochs)):
+        if value is not None and value < 1:
+            raise UserError(f"{option} {value}: must be at least 1")
     if arguments.backbones and not arguments.data:
         raise UserError("--backbones: give --data to say what they are trained on")
     count = len(arguments.runs) + len(arguments.backbones) * max(1, len(arguments.objectives))

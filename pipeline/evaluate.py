@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if name in BY_TABLE and arguments.labels is None:
                 raise UserError(f"--protocols {name}: needs --labels, a table of what every image has")
         refuse_workers(arguments.engine, arguments.workers)
+        if arguments.limit is not None and arguments.limit < 1:
+            raise UserError(f"--limit {arguments.limit}: must be at least 1")
         if "://" not in arguments.run and not Path(arguments.run).exists():
             raise UserError(f"{arguments.run}: no such run folder or checkpoint")
         from pipeline.evaluation.judge import judge  # torch comes with it, after all that can be refused without

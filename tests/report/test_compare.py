@@ -208,6 +208,10 @@ def test_mistakes_are_one_sentence(
     fresh = ("--backbones", "plain20", "resnet20", "--data", "photos", "--protocols", "scratch")
     assert "go together" in refused(*fresh, "knn")
     assert "--epochs 0: must be at least 1" in refused(*fresh, "--epochs", "0")
+    for limit in ("0", "-3"):
+        for command, runs in ((compare, (LENET, VIT)), (evaluate, (LENET,))):
+            said = refused(*runs, "--limit", limit, "--protocols", "knn", command=command)
+            assert f"--limit {limit}: must be at least 1" in said
     assert "resnet19" in refused("--backbones", "lenet5", "resnet19", "--objectives", "mae", "--data", "photos")
     (whole,) = Path(LENET, "checkpoints").glob("*.pt")
     torn = Path("torn.pt")
