@@ -38,6 +38,7 @@ class Findings(NamedTuple):
     labels       int64 [N], of the validation images that have one
     classifiers  by protocol, of those that train one
     choices      what was chosen on the training set and is no number, `<protocol>_<name>`
+    lacking      by protocol that measured nothing, what it takes for that
     """
 
     numbers: Results
@@ -45,6 +46,7 @@ class Findings(NamedTuple):
     labels: Tensor
     classifiers: Mapping[str, Classifier] = {}
     choices: Mapping[str, str] = {}
+    lacking: Mapping[str, str] = {}
 
 
 def evaluate_backbone(
@@ -101,9 +103,9 @@ def with_floors(
     look: Look = look,
 ) -> tuple[dict[str, Any], Mapping[str, Classifier]]:
     """As `evaluate_backbone`, with the same numbers of the untrained backbone under `untrained`, of raw pixels under
-    `pixels`, as far as protocols need nothing but features, and as `duplicates` how many validation images are also
-    training images; and the classifiers that were trained on the backbone. All three see the same images, each decoded
-    once."""
+    `pixels`, as far as protocols need nothing but features, as `duplicates` how many validation images are also
+    training images, and as `lacking` what each protocol takes that measured nothing; and the classifiers that were
+    trained on the backbone. All three see the same images, each decoded once."""
     found = examine(
         {"trained": backbone, "untrained": untrained, "pixels": floors.pixels()}, train, val, image_size=image_size,
         protocols=protocols, device=device, seed=seed, limit=limit, batch_size=batch_size, precision=precision,
@@ -113,6 +115,7 @@ def with_floors(
     scores = {
         **numbers["trained"],
         "choices": dict(found["trained"].choices),
+        "lacking": dict(found["trained"].lacking),
         "duplicates": len(duplicates(train, val)) if val else 0,
         "untrained": numbers["untrained"],
         "pixels": numbers["pixels"],
@@ -203,12 +206,15 @@ def examine(
         evidence: dict[str, Tensor] = {}
         classifiers: dict[str, Classifier] = {}
         choices: dict[str, str] = {}
+        lacking: dict[str, str] = {}
         for protocol in protocols:
             measure = PROTOCOLS[protocol]
             if name in floors and set(measure.needs) - OF_FLOORS:
                 continue
             with evaluating({name: backbones[name]}):
                 found = measure(bank, queries, seed=seed)
+            if found is None:
+                lacking[protocol] = measure.takes
             for key, value in ({measure.headline: None} if found is None else found).items():
                 if isinstance(value, Tensor):
                     evidence[f"{protocol}_{key}"] = value.cpu()
@@ -222,7 +228,7 @@ def examine(
         counted = {"train_images": bank, "val_images": queries}
         counts = {key: of.known() if labelled or table else len(of.labels) for key, of in counted.items()}
         truths = queries.labels[queries.labels >= 0].cpu()
-        results[name] = Findings({**numbers, **counts}, evidence, truths, classifiers, choices)
+        results[name] = Findings({**numbers, **counts}, evidence, truths, classifiers, choices, lacking)
     return results
 
 

@@ -84,6 +84,8 @@ def judge(
     conclusion.table({"backbone": config.backbone, "objective": config.objective, **scores})
     if said := met.sentence([f"{config.backbone} + {config.objective}"]):
         print(said)
+    for protocol, takes in scores["lacking"].items():
+        print(f"nothing by {protocol}: it takes {takes}")
     keep(folder, scores, protocols)
     for protocol, classifier in classifiers.items():
         file = f"classifiers/{protocol}-{name.replace(' ', '-')}.safetensors"
@@ -205,7 +207,7 @@ def merged(earlier: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str, A
     """The scores, and beside them those of other protocols that an earlier evaluation on as many images found."""
     if any(earlier.get(count) != scores[count] for count in ("train_images", "val_images")):
         return dict(scores)
-    within = ("choices", *FLOORS)
+    within = ("choices", "lacking", *FLOORS)
     return {**earlier, **scores, **{part: {**earlier.get(part, {}), **scores[part]} for part in within}}
 
 

@@ -50,12 +50,14 @@ class Measure(Protocol):
 
 @dataclass(frozen=True)
 class EvaluationProtocol:
-    """A protocol, the number that stands for it, what it needs of `NEEDS`, and whether it is nothing without labels."""
+    """A protocol, the number that stands for it, what it needs of `NEEDS`, whether it is nothing without labels, and
+    what it takes to measure anything, which is told where it gives None."""
 
     measure: Measure
     headline: str = "top1"
     needs: tuple[str, ...] = ()
     labels: bool = True
+    takes: str = "labelled images to learn from, and to be judged on"
 
     def __call__(self, train: FeatureSet, val: FeatureSet, *, seed: int) -> Mapping[str, Found] | None:
         return self.measure(train, val, seed=seed)
@@ -91,24 +93,39 @@ def linear_probe(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, 
     }  # fmt: skip
 
 
+COLUMN = f"a column of --labels that varies, over {targets.LEAST} images that it knows of either set"
+"""What protocols of a table take."""
+
 PROTOCOLS: MappingProxyType[str, EvaluationProtocol] = MappingProxyType(
     {
         "knn": EvaluationProtocol(knn),
         "linear": EvaluationProtocol(linear_probe, needs=("poolings",)),
-        "logistic": EvaluationProtocol(logistic.logistic, needs=("poolings",)),
-        "low_shot": EvaluationProtocol(low_shot.low_shot, "n10"),
+        "logistic": EvaluationProtocol(
+            logistic.logistic, needs=("poolings",),
+            takes=f"2 to {logistic.MOST:,} labelled images to learn from; linear takes more",
+        ),
+        "low_shot": EvaluationProtocol(
+            low_shot.low_shot, "n10", takes="a class with more than 1 labelled image to learn from"
+        ),
         "retrieval": EvaluationProtocol(retrieval.retrieval, "map"),
-        "label_free": EvaluationProtocol(label_free.label_free, "rankme", ("views",), labels=False),
-        "factors": EvaluationProtocol(factors.factors, "shape", ("factors",), labels=False),
+        "label_free": EvaluationProtocol(
+            label_free.label_free, "rankme", ("views",), labels=False, takes="3 images to learn from"
+        ),
+        "factors": EvaluationProtocol(
+            factors.factors, "shape", ("factors",), labels=False,
+            takes="images of which it is known what was drawn: --data embedded",
+        ),
         "layerwise": EvaluationProtocol(layerwise.layerwise, "last", ("layers",)),
         "similarity": EvaluationProtocol(similarity.similarity, "neighbours", ("images",), labels=False),
         "robustness": EvaluationProtocol(robustness.robustness, "corruptions", ("images",)),
         "seeing": EvaluationProtocol(seeing.seeing, "field_radius", ("images",), labels=False),
         "depth": EvaluationProtocol(depth.depth, "gradient_ratio", ("images",), labels=False),
-        "attentive": EvaluationProtocol(attentive.attentive, needs=("images",)),
+        "attentive": EvaluationProtocol(
+            attentive.attentive, needs=("images",), takes="10 labelled images to learn from, and some to be judged on"
+        ),
         "finetune": EvaluationProtocol(finetune.finetune, needs=("images",)),
         "scratch": EvaluationProtocol(finetune.scratch, needs=("images",)),
-        "multilabel": EvaluationProtocol(targets.multilabel, "map", ("targets",), labels=False),
-        "regression": EvaluationProtocol(targets.regression, "r2", ("targets",), labels=False),
+        "multilabel": EvaluationProtocol(targets.multilabel, "map", ("targets",), labels=False, takes=COLUMN),
+        "regression": EvaluationProtocol(targets.regression, "r2", ("targets",), labels=False, takes=COLUMN),
     }
-)
+)  # fmt: skip

@@ -72,6 +72,11 @@ class Contest:
     device: str = "cpu"
     seconds: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def lacking(self) -> dict[str, str]:
+        """By protocol that measured nothing, what it takes for that."""
+        return {protocol: takes for one in self.entries for protocol, takes in one.trained.lacking.items()}
+
 
 def hold(
     runs: Sequence[str],

@@ -60,6 +60,7 @@ def as_json(contest: Contest) -> dict[str, Any]:
         "val_images": contest.val_images,
         "fingerprints": list(contest.fingerprints),
         "copies": [list(pair) for pair in contest.copies],
+        "lacking": contest.lacking,
         "protocols": {name: PROTOCOLS[name].headline for name in contest.protocols},
         "seed": contest.seed,
         "limit": contest.limit,

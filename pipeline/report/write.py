@@ -62,6 +62,8 @@ def compare(
         print(sentence)
     for line in verdict.unfair(held):
         print(f"not alike: {line}")
+    for protocol, takes in held.lacking.items():
+        print(f"nothing by {protocol}: it takes {takes}")
     print(f"\nreport       {folder / 'report.html'}")
     for weights in keep_classifiers(held, folder / "classifiers"):
         print(f"classify     python -m pipeline.classify {shlex.quote(str(weights))} PHOTOS")

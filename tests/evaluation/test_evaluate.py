@@ -240,6 +240,21 @@ def test_every_protocol_finds_in_known_features_what_is_there(sets: tuple[Packed
     assert right == found.numbers["knn_top1"]
 
 
+def test_a_protocol_that_measures_nothing_says_what_it_takes(
+    tmp_path: Path, sets: tuple[Packed, Packed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.evaluation.logistic.MOST", 200)
+    asked = ("knn", "logistic", "factors")
+    scores, _ = with_floors(MeanColour(), MeanColour(), *sets, image_size=SIDE, protocols=asked)
+    assert scores["lacking"] == {
+        "logistic": "2 to 20,000 labelled images to learn from; linear takes more",
+        "factors": "images of which it is known what was drawn: --data embedded",
+    }
+    one_each = pack(tmp_path, "one each", 4, 2)
+    found = examine({"": MeanColour()}, one_each, sets[1], image_size=SIDE, protocols=("knn", "low_shot"))[""]
+    assert found.lacking == {"low_shot": "a class with more than 1 labelled image to learn from"}
+
+
 def test_robustness_is_what_neighbours_say_of_changed_images(sets: tuple[Packed, Packed]) -> None:
     found = examine({"": MeanColour()}, *sets, image_size=SIDE, protocols=("knn", "robustness"))[""]
     clean = found.evidence["robustness_clean_right"]

@@ -62,12 +62,15 @@ def test_two_runs_become_a_report_and_a_parent_with_children(
 ) -> None:
     monkeypatch.chdir(trained)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    wanted = ["knn", "low_shot", "retrieval", "seeing", "depth", "similarity"]
+    wanted = ["knn", "low_shot", "retrieval", "factors", "seeing", "depth", "similarity"]
     words = [LENET, VIT, "--engine", "local", "--cache", "cache", "--output", "out", "--protocols", *wanted]
     assert compare.main(words) == 0
     said = capsys.readouterr().out
     assert "On these 24 images" in said
     page = Path("out/report.html").read_text()
+    nothing = "othing by factors: it takes images of which it is known what was drawn: --data embedded"
+    assert nothing in said
+    assert f"{nothing}.</p>" in page
     for words_shown in (
         "lenet5 + mae",
         "vit_ti8 + mae",
@@ -358,9 +361,11 @@ def test_an_evaluation_says_where_it_is_kept(
         LENET: f" in {trained}/{LENET}/summary.json and as children of the run in MLflow",
         **places,
     }.items():
-        assert evaluate.main([place, "--engine", "local", "--cache", "cache", "--protocols", "knn"]) == 0
+        assert evaluate.main([place, "--engine", "local", "--cache", "cache", "--protocols", "factors"]) == 0
         expected = f"kept{said}\n" if said else "not kept: the run has no summary.json before its end\n"
-        assert expected in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert expected in out
+        assert "nothing by factors: it takes images of which it is known what was drawn: --data embedded\n" in out
 
 
 def test_a_run_is_measured_on_images_without_labels(
