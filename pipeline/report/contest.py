@@ -17,7 +17,7 @@ from pipeline.evaluation import BY_TABLE, floors, judge
 from pipeline.evaluation.duplicates import NEVER, Met, duplicates, met
 from pipeline.evaluation.evaluate import Findings, examine
 from pipeline.evaluation.table import Table
-from pipeline.redaction import redact
+from pipeline.redaction import hide, redact
 from pipeline.report.cost import Cost, cost
 from pipeline.training import launch
 
@@ -50,6 +50,7 @@ class Entry:
 class Contest:
     """Backbones examined on the same images.
 
+    address    of the images, without credentials
     classes    of the labels; none where only columns of a table were examined
     copies     (training image, validation image) that are the same file
     table      of the labels, where those of the folders do not count
@@ -57,6 +58,7 @@ class Contest:
     """
 
     data: str
+    address: str
     note: str
     classes: tuple[str, ...]
     train_images: int
@@ -151,7 +153,8 @@ def hold(
     if table:
         classes = () if set(protocols) <= set(BY_TABLE) else table.classes
     return Contest(
-        data=launch.data_name(config) + (f" by {table.name}" if table else ""), note=note, classes=classes,
+        data=launch.data_name(config) + (f" by {table.name}" if table else ""), address=hide(config.data), note=note,
+        classes=classes,
         train_images=int(numbers["train_images"] or 0), val_images=int(numbers["val_images"] or 0),
         entries=tuple(entries), copies=tuple(duplicates(train, val)),
         protocols=tuple(protocols), seed=seed, limit=limit, epochs=epochs, table=table,

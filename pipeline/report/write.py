@@ -17,6 +17,7 @@ from pipeline.redaction import redact
 from pipeline.report import contest as contests
 from pipeline.report import numbers, page, pictures, verdict
 from pipeline.report.contest import Contest
+from pipeline.report.cost import Cost
 
 
 def compare(
@@ -99,6 +100,19 @@ def keep_classifiers(held: Contest, folder: Path) -> Iterator[Path]:
             yield file
 
 
+def spent(cost: Cost) -> dict[str, float | None]:
+    """What a backbone and its pretraining cost, by the names of metrics; None where that is not known."""
+    return {
+        "parameters": cost.parameters,
+        "multiply_adds": cost.multiply_adds,
+        "inference_images_per_second": cost.inference,
+        "images_seen": cost.images_seen,
+        "pretraining_multiply_adds": cost.compute,
+        "images_per_second": cost.training,
+        "pretraining_hours": cost.hours(),
+    }
+
+
 def track(held: Contest, folder: Path, place: Path) -> None:
     """One parent run in MLflow with the report and its pictures, below it a child for each backbone, all with the same
     metric names.
@@ -123,7 +137,7 @@ def track(held: Contest, folder: Path, place: Path) -> None:
         dataset={
             "name": held.data,
             "digest": held.fingerprints[0],
-            "path": held.entries[0].config.data,
+            "path": held.address,
             "images": held.train_images,
             "classes": len(held.classes),
         },
@@ -138,8 +152,7 @@ def track(held: Contest, folder: Path, place: Path) -> None:
         for floor, found in (("untrained", one.untrained), ("pixels", one.pixels)):
             known = {key: found.numbers.get(key) for key in headlines}
             metrics |= {f"{floor}_{key}": value for key, value in known.items() if value is not None and value == value}
-        metrics |= {"parameters": one.cost.parameters, "multiply_adds": one.cost.multiply_adds}
-        metrics |= {"inference_images_per_second": one.cost.inference}
+        metrics |= {key: value for key, value in spent(one.cost).items() if value is not None}
         tags = {
             "backbone": one.config.backbone,
             "objective": one.config.objective if one.run else "from scratch",

@@ -113,7 +113,8 @@ def scratch(backbone: str, right: float, on_train: float, epochs: float = 2.0) -
 
 def contest(entries: Sequence[Entry], pixels: Findings, protocols: Sequence[str] = PLAIN) -> Contest:
     return Contest(
-        data="photos", note="its own validation part", classes=tuple(f"class <{i}>" for i in range(CLASSES)),
+        data="photos", address="/somewhere/photos", note="its own validation part",
+        classes=tuple(f"class <{i}>" for i in range(CLASSES)),
         train_images=300, val_images=400, entries=tuple(replace(one, pixels=pixels) for one in entries), copies=(),
         protocols=tuple(protocols), seed=0, limit=None, fingerprints=("a" * 32, "b" * 32),
         seconds={"resnet18 + dino": 3.0},

@@ -103,7 +103,12 @@ def test_two_runs_become_a_report_and_a_parent_with_children(
     assert {child.info.run_name for child in children} == {"lenet5 + mae", "vit_ti8 + mae"}
     metrics = [set(child.data.metrics) for child in children]
     shared = {"knn_top1", "low_shot_n1", "untrained_knn_top1", "pixels_knn_top1", "pixels_retrieval_map", "parameters"}
+    shared |= {"images_seen", "images_per_second", "pretraining_hours", "pretraining_multiply_adds"}
     assert shared <= metrics[0] & metrics[1]
+    (child,) = (child for child in children if child.info.run_name == "lenet5 + mae")
+    assert child.data.metrics["images_per_second"] == pytest.approx(summary["images_per_second"])
+    assert child.data.metrics["pretraining_hours"] == pytest.approx(summary["training_seconds"] / 3600)
+    assert child.data.metrics["images_seen"] == 24
     files = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert files == {"report.html", "numbers.json", "pictures"}
     seen = {file.path for file in client.list_artifacts(parent.info.run_id, "pictures")}
@@ -155,6 +160,8 @@ def test_what_waits_of_a_comparison_is_delivered_where_its_runs_are(
     assert {run.info.run_name for run in client.search_runs([experiment.experiment_id])} == {
         "comparison of 2", "lenet5 + mae", "vit_ti8 + mae",
     }  # fmt: skip
+    (parent,) = client.search_runs([experiment.experiment_id], "tags.kind = 'comparison'")
+    assert json.loads(parent.inputs.dataset_inputs[0].dataset.source) == {"uri": held.address}
 
 
 def test_the_command_that_the_report_gives_trains_the_backbone_again(

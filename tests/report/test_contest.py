@@ -65,7 +65,9 @@ def test_images_without_labels_are_compared_as_far_as_no_protocol_needs_labels(t
     fresh, cache = [one, replace(one, seed=1)], str(tmp_path / "cache")
     with pytest.raises(UserError, match=r"has no labels, which --protocols knn retrieval cannot do without"):
         contest.hold([], fresh=fresh, protocols=("knn", "label_free", "retrieval"), cache=cache)
-    held = contest.hold([], fresh=fresh, protocols=("label_free",), cache=cache)
+    elsewhere = [replace(config, data="elsewhere") for config in fresh]
+    held = contest.hold([], fresh=elsewhere, data=one.data, protocols=("label_free",), cache=cache)
+    assert held.address == one.data
     assert held.train_images + held.val_images == 60
     assert held.val_images
     for entry in held.entries:
