@@ -131,7 +131,7 @@ def test_finetuning_and_attention_learn_the_labels_and_leave_the_backbone_alone(
     assert backbone.training
 
 
-@pytest.mark.parametrize("name", ["attentive", "finetune"])
+@pytest.mark.parametrize("name", ["attentive", "finetune", "scratch"])
 def test_labels_that_nothing_shows_give_chance(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Labels permuted so that each is as frequent among the images of every kind."""
     monkeypatch.setattr(attentive, "STEPS", 60)
@@ -139,6 +139,7 @@ def test_labels_that_nothing_shows_give_chance(name: str, tmp_path: Path, monkey
         RECIPES["cnn without batch norm"], lr=2e-2, epochs=1, least_steps=60, batch=32, layer_decay=1.0, ema=0.9
     )
     monkeypatch.setattr(finetune, "RECIPES", {"cnn without batch norm": quick})
+    monkeypatch.setattr(finetune, "FRESH", {"cnn": quick})
     torch.manual_seed(0)
     backbone = backbones.create("lenet5", image_size=SIDE).eval()
 
