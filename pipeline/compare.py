@@ -63,7 +63,8 @@ class Arguments:
     output: str | None = None
     """Folder of the report; left open: a fresh one beside the first run."""
     cache: str | None = None
-    """Where packed data sets and features are kept; left open: ~/.cache/ssl-pretraining."""
+    """Where packed data sets, and in features/ what backbones make of them, are kept, to be deleted at any time; left
+    open: ~/.cache/ssl-pretraining."""
     debug: bool = False
     """Show the traceback of an error."""
 

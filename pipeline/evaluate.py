@@ -30,7 +30,7 @@ class Arguments:
     protocols: tuple[str, ...] = DEFAULT
     """Of knn, linear, logistic, low_shot, retrieval, label_free, factors, layerwise, similarity,
     robustness, seeing, depth, attentive, finetune, scratch; and with --labels multilabel, regression. label_free,
-    similarity, seeing and depth need no labels."""
+    similarity, seeing and depth need no labels. What is a picture pipeline.compare draws."""
     limit: int | None = None
     """Learn from at most this many images."""
     seed: int = 0
@@ -41,7 +41,8 @@ class Arguments:
     workers: int | None = None
     """Processes that extract features; left open: one to a GPU, or to a machine, of the cluster that is there."""
     cache: str | None = None
-    """Where packed data sets are kept; left open: ~/.cache/ssl-pretraining."""
+    """Where packed data sets, and in features/ what backbones make of them, are kept, to be deleted at any time; left
+    open: ~/.cache/ssl-pretraining."""
     debug: bool = False
     """Show the traceback of an error."""
 

@@ -104,7 +104,10 @@ class OnlineKnn:
 def finish(
     config: Config, backbone: Backbone, train: Packed, val: Packed | None, device: torch.device
 ) -> dict[str, Any]:
-    """Measure the backbone beside the untrained one and raw pixels; this part of `summary.json`."""
+    """Measure the backbone beside the untrained one and raw pixels; this part of `summary.json`.
+
+    Features are not kept: those of a large set take gigabytes, and of many runs nobody asks for them again.
+    """
     scores, _ = evaluation.with_floors(
         backbone, floors.untrained(backbone.config, config.seed).to(device), train, val,
         image_size=int(config.image_size or 0), device=device, seed=config.seed, precision=precision_of(config, device),
