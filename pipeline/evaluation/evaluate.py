@@ -13,6 +13,7 @@ from pipeline.data import embedded
 from pipeline.data.beton import BetonReader
 from pipeline.data.packed import Packed, read_facts
 from pipeline.evaluation import DEFAULT, floors
+from pipeline.evaluation.accuracy import confusion
 from pipeline.evaluation.attentive import Attentive
 from pipeline.evaluation.classifier import Classifier
 from pipeline.evaluation.duplicates import duplicates
@@ -101,11 +102,11 @@ def with_floors(
     cache: Path | None = None,
     table: Table | None = None,
     look: Look = look,
-) -> tuple[dict[str, Any], Mapping[str, Classifier]]:
+) -> tuple[dict[str, Any], Findings]:
     """As `evaluate_backbone`, with the same numbers of the untrained backbone under `untrained`, of raw pixels under
     `pixels`, as far as protocols need nothing but features, as `duplicates` how many validation images are also
-    training images, and as `lacking` what each protocol takes that measured nothing; and the classifiers that were
-    trained on the backbone. All three see the same images, each decoded once."""
+    training images, and as `lacking` what each protocol takes that measured nothing; and all that was found in the
+    backbone. All three see the same images, each decoded once."""
     found = examine(
         {"trained": backbone, "untrained": untrained, "pixels": floors.pixels()}, train, val, image_size=image_size,
         protocols=protocols, device=device, seed=seed, limit=limit, batch_size=batch_size, precision=precision,
@@ -120,7 +121,7 @@ def with_floors(
         "untrained": numbers["untrained"],
         "pixels": numbers["pixels"],
     }
-    return scores, found["trained"].classifiers
+    return scores, found["trained"]
 
 
 def examine(
@@ -230,6 +231,23 @@ def examine(
         truths = queries.labels[queries.labels >= 0].cpu()
         results[name] = Findings({**numbers, **counts}, evidence, truths, classifiers, choices, lacking)
     return results
+
+
+def confusions(found: Findings, classes: Sequence[str]) -> dict[str, dict[str, dict[str, int]]]:
+    """By protocol, of every true class how many of its images were taken for which: those cells that are not zero. A
+    class that the training set lacks is called by its number."""
+    by_protocol: dict[str, dict[str, dict[str, int]]] = {}
+    for protocol in PROTOCOLS:
+        predicted = found.evidence.get(f"{protocol}_predicted")
+        if predicted is None:
+            continue
+        table = confusion(predicted, found.labels)
+        names = [*classes, *map(str, range(len(classes), len(table)))]
+        rows: dict[str, dict[str, int]] = {}
+        for of, taken in table.nonzero().tolist():
+            rows.setdefault(names[of], {})[names[taken]] = int(table[of, taken])
+        by_protocol[protocol] = rows
+    return by_protocol
 
 
 def named(

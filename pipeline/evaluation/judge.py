@@ -21,6 +21,7 @@ from pipeline.device import here, precision_of
 from pipeline.errors import UserError
 from pipeline.evaluation import duplicates, finetune, floors, table
 from pipeline.evaluation.classifier import save
+from pipeline.evaluation.evaluate import confusions
 from pipeline.training import conclusion, launch, measure, step
 from pipeline.training.run_folder import RunFolder
 
@@ -43,7 +44,8 @@ def judge(
     """Measure a backbone beside its floors; print the table, add to `summary.json`, and tell MLflow as children.
     `pretrained_on` of what is added is how many validation images the run had learnt from, None where that is unknown.
 
-    Classifiers that are trained for it stay in the run's folder `classifiers/`, those of the latest evaluation.
+    Classifiers that are trained for it stay in the run's folder `classifiers/`, and what they took for what in
+    `confusions/`, those of the latest evaluation.
 
     Args:
         run: address of a run folder (its newest checkpoint is judged) or of one checkpoint.
@@ -69,7 +71,7 @@ def judge(
     cached = preparation.cache_folder(config.cache)
     met = duplicates.met(judged.config, judged.trained_on, val, cache=cached)
     device = here()
-    scores, classifiers = evaluation.with_floors(
+    scores, found = evaluation.with_floors(
         backbone.to(device), floors.untrained(backbone.config, config.seed).to(device), train, val,
         image_size=int(config.image_size or 0), protocols=protocols, device=device, seed=seed, limit=limit,
         precision=precision_of(config, device), cache=cached / "features",
@@ -87,8 +89,12 @@ def judge(
     for protocol, takes in scores["lacking"].items():
         print(f"nothing by {protocol}: it takes {takes}")
     keep(folder, scores, protocols)
-    for protocol, classifier in classifiers.items():
-        file = f"classifiers/{protocol}-{name.replace(' ', '-')}.safetensors"
+    called = name.replace(" ", "-")
+    if tables := confusions(found, own.classes if own else train.classes):
+        folder.write_json(f"confusions/{called}.json", tables)
+        print(f"confusions   {shlex.quote(folder.path(f'confusions/{called}.json'))}")
+    for protocol, classifier in found.classifiers.items():
+        file = f"classifiers/{protocol}-{called}.safetensors"
         folder.write(file, save(classifier))
         print(f"classify     python -m pipeline.classify {shlex.quote(folder.path(file))} PHOTOS")
     return scores

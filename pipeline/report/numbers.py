@@ -1,13 +1,13 @@
 """`numbers.json`: everything that a report says, but for its tensors, as plain data."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from pipeline.evaluation.accuracy import confusion
+from pipeline.evaluation.evaluate import confusions
 from pipeline.evaluation.protocols import PROTOCOLS
 from pipeline.report import verdict
-from pipeline.report.contest import Contest, Entry
+from pipeline.report.contest import Contest
 
 
 def as_json(contest: Contest) -> dict[str, Any]:
@@ -76,27 +76,10 @@ def as_json(contest: Contest) -> dict[str, Any]:
                 "pretrained_on": one.met.count,
                 "trained": plain(one.trained.numbers),
                 "choices": dict(one.trained.choices),
-                "confusions": confusions(one, contest.classes),
+                "confusions": confusions(one.trained, contest.classes),
                 "untrained": plain(one.untrained.numbers),
                 "pixels": plain(one.pixels.numbers),
             }
             for one in contest.entries
         ],
     }
-
-
-def confusions(one: Entry, classes: Sequence[str]) -> dict[str, dict[str, dict[str, int]]]:
-    """By protocol, of every true class how many of its images were taken for which: those cells that are not zero. A
-    class that the training set lacks is called by its number."""
-    found: dict[str, dict[str, dict[str, int]]] = {}
-    for protocol in PROTOCOLS:
-        predicted = one.trained.evidence.get(f"{protocol}_predicted")
-        if predicted is None:
-            continue
-        table = confusion(predicted, one.trained.labels)
-        names = [*classes, *map(str, range(len(classes), len(table)))]
-        rows: dict[str, dict[str, int]] = {}
-        for of, taken in table.nonzero().tolist():
-            rows.setdefault(names[of], {})[names[taken]] = int(table[of, taken])
-        found[protocol] = rows
-    return found

@@ -138,7 +138,7 @@ def test_the_crop_of_an_evaluation() -> None:
 
 
 def test_numbers_floors_and_their_names(sets: tuple[Packed, Packed]) -> None:
-    results, classifiers = with_floors(MeanColour(), MeanColour(), *sets, image_size=SIDE)
+    results, found = with_floors(MeanColour(), MeanColour(), *sets, image_size=SIDE)
     assert results["knn_top1"] == results["knn_k20"] > 0.95
     assert results["linear_top1"] > 0.95
     assert results["knn_low"] <= results["knn_top1"] <= results["knn_high"]
@@ -150,7 +150,7 @@ def test_numbers_floors_and_their_names(sets: tuple[Packed, Packed]) -> None:
         0 <= value <= 1 for floor in ("untrained", "pixels") for key, value in results[floor].items() if "top1" in key
     )
     json.dumps(results)
-    assert not classifiers  # of what is no backbone of ours
+    assert not found.classifiers  # of what is no backbone of ours
 
 
 def test_copies_across_the_split_are_counted_and_told(

@@ -134,9 +134,9 @@ def test_the_choice_and_every_poolings_accuracy_are_kept_and_each_image_is_seen_
     seen: list[int] = []
     backbone.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     options = {"image_size": SIDE, "cache": tmp_path, "protocols": ("knn", "linear")}
-    scores, classifiers = with_floors(backbone, untrained(backbone.config), *sets, **options)
+    scores, found = with_floors(backbone, untrained(backbone.config), *sets, **options)
     assert sum(seen) == 220
-    assert scores["choices"] == {"linear_pooling": classifiers["linear"].pooling}
+    assert scores["choices"] == {"linear_pooling": found.classifiers["linear"].pooling}
     for numbers in (scores, scores["untrained"]):
         assert {key for key in numbers if "held_out" in key} == {f"linear_held_out_{name}" for name in OF_VIT}
     assert {key for key in scores["pixels"] if "held_out" in key} == {"linear_held_out_pooled"}
@@ -146,7 +146,7 @@ def test_the_choice_and_every_poolings_accuracy_are_kept_and_each_image_is_seen_
 
 
 def test_what_one_protocol_chose_stays_when_another_is_measured_later() -> None:
-    both = {"train_images": 8, "val_images": 4, "untrained": {}, "pixels": {}}
+    both = {"train_images": 8, "val_images": 4, "untrained": {}, "pixels": {}, "lacking": {}}
     first = {**both, "choices": {"linear_pooling": "class_4"}}
     later = judge.merged(first, {**both, "choices": {"logistic_pooling": "mean_1"}})
     assert later["choices"] == {"linear_pooling": "class_4", "logistic_pooling": "mean_1"}

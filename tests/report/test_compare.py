@@ -323,6 +323,9 @@ def test_two_evaluations_of_the_same_data_stand_together(trained: Path, monkeypa
 
     before = set(evaluations())
     first = kept("--protocols", "knn", "retrieval")
+    told = json.loads(Path(LENET, "confusions", "photos.json").read_text())
+    assert {of: sum(row.values()) for of, row in told["knn"].items()} == {"b": 12, "r": 12}
+    assert sum(row.get(of, 0) for of, row in told["knn"].items()) == pytest.approx(24 * first["knn_top1"])
     both = kept("--protocols", "low_shot", "retrieval")
     for one, other in ((first, both), (first["untrained"], both["untrained"]), (first["pixels"], both["pixels"])):
         assert other["knn_top1"] == one["knn_top1"]
