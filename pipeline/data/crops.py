@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from objectives.views import View
 
 # Columns of `view_table`, one row for each view.
-HEIGHT, WIDTH, SCALE_LOW, SCALE_HIGH, LOG_RATIO_LOW, LOG_RATIO_HIGH, FLIP_P, CROP_PCT, COLUMNS = range(9)
+HEIGHT, WIDTH, SCALE_LOW, SCALE_HIGH, LOG_RATIO_LOW, LOG_RATIO_HIGH, FLIP_P, CROP_PCT, CROP_OF, COLUMNS = range(10)
 
 # Draws of one view's stream: 0..39 belong to the ten trials of the crop, four each.
 FLIP_DRAW = 40
@@ -85,8 +85,8 @@ def _uniform(key, draw):
 
 def view_table(views: Sequence["View"]) -> np.ndarray:
     """The views as numbers, float64 [views, COLUMNS], for compiled code; scale -1 marks a deterministic centre crop."""
-    rows = []
-    for view in views:
+    rows, names = [], [view.name for view in views]
+    for number, view in enumerate(views):
         height, width = view.size
         low, high = (-1.0, -1.0) if view.scale is None else view.scale
         if height < 1 or width < 1:
@@ -97,8 +97,11 @@ def view_table(views: Sequence["View"]) -> np.ndarray:
             raise ValueError(f"view {view.name!r} has crop_pct {view.crop_pct}: give a share in (0, 1]")
         if not 0 < view.ratio[0] <= view.ratio[1]:
             raise ValueError(f"view {view.name!r} has ratio {view.ratio}: give 0 < low <= high, width over height")
+        if view.crop_of is not None and view.crop_of not in names:
+            raise ValueError(f"view {view.name!r} is a crop of {view.crop_of!r}: there is no such view")
         logs = math.log(view.ratio[0]), math.log(view.ratio[1])
-        rows.append((height, width, low, high, *logs, view.flip_p, view.crop_pct))
+        whose = number if view.crop_of is None else names.index(view.crop_of)
+        rows.append((height, width, low, high, *logs, view.flip_p, view.crop_pct, whose))
     if not rows:
         raise ValueError("no views given: a loader needs at least one")
     return np.array(rows, np.float64)
@@ -141,11 +144,12 @@ def centre_box(height, width, view_height, view_width, crop_pct):
 @compiled
 def box(key, index, view, table, height, width):
     """(top, left, height, width, flipped) of view number `view`, a row of `table`, in image `index`."""
-    row = table[view]
+    whose = int(table[view, CROP_OF])
+    row = table[whose]
     if row[SCALE_LOW] < 0:
         top, left, h, w = centre_box(height, width, row[HEIGHT], row[WIDTH], row[CROP_PCT])
         return top, left, h, w, False
-    k = _view_key(key, index, view)
+    k = _view_key(key, index, whose)
     top, left, h, w = random_box(
         k, height, width, row[SCALE_LOW], row[SCALE_HIGH], row[LOG_RATIO_LOW], row[LOG_RATIO_HIGH]
     )

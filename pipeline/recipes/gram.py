@@ -21,9 +21,9 @@ def options(**changes: Any) -> dict[str, Any]:
 
 RECIPES = {
     ("vit", "large"): Recipe(
-        "DINOv3 ViT-7B/16, Gram stage: constant rate 3e-5 * 4 sqrt(B / 1024), weight decay, betas (facebookresearch/"
-        "dinov3, dinov3_vit7b16_gram_anchor.yaml, where the Gram teacher sees undistorted crops and local ones count "
-        "half); length, batch, clip and drop path for smaller ViTs, unpublished",
+        "DINOv3 ViT-7B/16, Gram stage: constant rate 3e-5 * 4 sqrt(B / 1024), weight decay, betas "
+        "(facebookresearch/dinov3, dinov3_vit7b16_gram_anchor.yaml, where local crops count half in DINO's loss); "
+        "length, batch, clip and drop path for smaller ViTs, unpublished",
         epochs=10,
         batch_size=1024,
         image_size=224,

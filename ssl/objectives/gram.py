@@ -1,7 +1,7 @@
 """Gram anchoring: keep the cells of a long-trained backbone apart (Siméoni et al. 2025, DINOv3, arXiv 2508.10104).
 
-Sections are the paper's; settings follow the authors' code (gram_loss.py, dinov3_vit7b16_gram_anchor.yaml) but for two:
-there the Gram teacher sees its crops as they are before colours change, and local crops count half in DINO's loss.
+Sections are the paper's; settings follow the authors' code (gram_loss.py, dinov3_vit7b16_gram_anchor.yaml), where local
+crops besides count half in DINO's loss.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from objectives.ibot import IBOT
 from objectives.multicrop import crop_size
 from objectives.precision import full_precision
 from objectives.schedules import cosine
-from objectives.views import View, VitalSign
+from objectives.views import VitalSign
 
 if TYPE_CHECKING:
     from backbones import Backbone
@@ -73,23 +73,14 @@ def read_checkpoint(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"checkpoint {found[-1]}: was not written by this program ({reason})") from None
 
 
-def enlarged(view: View, size: tuple[int, int]) -> View:
-    """The same crop in `size` pixels, blurred as widely as before."""
-    factor = size[0] / view.size[0]
-    low, high = view.photometric.blur_sigma if view.photometric else (0.0, 0.0)
-    photometric = view.photometric and replace(view.photometric, blur_sigma=(low * factor, high * factor))
-    return replace(view, size=size, photometric=photometric)
-
-
 class GramAnchoring(Objective):
     """A refinement stage: go on with a run of DINO, iBOT or DINOv2, its cells held to an earlier teacher's geometry.
 
     Long training makes image features better and cell features alike (sec. 4.1). The Gram teacher, a frozen copy of
-    the EMA teacher, sees the global views at a higher resolution, which makes its cells smoother; the similarities
-    of the student's cells follow its. It sees their colours changed as the student does: no `View` can ask for the
-    window of another, as undistorted crops would. What the checkpoint's objective schedules stands as at its end;
-    its teacher follows with a constant rate. Published for ViTs, it runs on every backbone whose grid has more than
-    one cell.
+    the EMA teacher, sees the crops of the global views as they are before colours change, at a higher resolution,
+    which makes its cells smoother; the similarities of the student's cells follow its. What the checkpoint's objective
+    schedules stands as at its end; its teacher follows with a constant rate. Published for ViTs, it runs on every
+    backbone whose grid has more than one cell.
 
     Args:
         backbone: of the checkpoint's kind; its weights are those of the checkpoint.
@@ -136,15 +127,17 @@ class GramAnchoring(Objective):
         self.register_buffer("refreshed", torch.zeros((), dtype=torch.int64))
         self.refresh_every, self.refreshes = refresh_every, refreshes
         self.gram_weight, self.gram_warmup = gram_weight, gram_warmup
-        self.size = size
         large = crop_size(backbone, (size[0] * gram_resolution, size[1] * gram_resolution), size)
         self.grid, self.gram_grid = backbone.grid(*size), backbone.grid(*large)
         if self.grid == (1, 1):
             raise ValueError(
                 f"gram anchoring compares cells: {backbone.name} has only one at {size[0]}x{size[1]} pixels"
             )
-        one, two, *locals_ = self.base.views
-        self.views = (enlarged(one, large), enlarged(two, large), *locals_)
+        undistorted = (
+            replace(view, name=f"Gram teacher's {view.name}", size=large, photometric=None, crop_of=view.name)
+            for view in self.base.views[:2]
+        )
+        self.views = (*self.base.views, *undistorted)
         drift = VitalSign("gram", 0.0, 0.25, "cells no longer resemble each other as the Gram teacher's do")
         self.vital_signs = (*self.base.vital_signs, drift)
 
@@ -160,14 +153,10 @@ class GramAnchoring(Objective):
         return self
 
     def forward(self, views: Sequence[Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """L + w_Gram L_Gram (sec. 4.2) and scalars of the views [B, C, h, w], the two globals large."""
-        large, locals_ = torch.cat(list(views[:2])), views[2:]
-        globals_ = large
-        if tuple(large.shape[-2:]) != self.size:
-            globals_ = F.interpolate(large, size=self.size, mode="bicubic", antialias=True)
-        loss, scalars, (_, cells) = self.base.distil([*globals_.chunk(2), *locals_], 1.0)
+        """L + w_Gram L_Gram (sec. 4.2) and scalars of the views [B, C, h, w], the Gram teacher's two last."""
+        loss, scalars, (_, cells) = self.base.distil(views[:-2], 1.0)
         with torch.no_grad():
-            anchor = resample(self.gram(large).cells, self.gram_grid, self.grid)
+            anchor = resample(self.gram(torch.cat(list(views[-2:]))).cells, self.gram_grid, self.grid)
         gram = gram_loss(cells.flatten(0, 1), anchor)
         return loss + self.weight(progress) * gram, scalars | {"gram": gram.detach()}
 

@@ -35,6 +35,9 @@ class View:
     that of its width over its height, as in a random resized crop. Without a scale the crop is the centre one:
     the shorter side is resized to `size / crop_pct`, and nothing is random but what `flip_p` and
     `photometric` ask for.
+
+    `crop_of` names another view of the same objective whose crop it is, mirroring included, in its own size and with
+    its own photometric changes; what it says of the crop itself is then not looked at.
     """
 
     name: str
@@ -44,6 +47,7 @@ class View:
     flip_p: float = 0.5
     crop_pct: float = 0.875
     photometric: Photometric | None = None
+    crop_of: str | None = None
 
 
 class VitalSign(NamedTuple):

@@ -78,6 +78,23 @@ def test_draws_differ_between_seeds_epochs_images_and_views_and_repeat_otherwise
     assert (same != second).any(axis=1).mean() > 0.9
 
 
+@pytest.mark.parametrize("scale", [(0.3, 1.0), None])
+def test_a_crop_of_another_view_is_the_same_window_in_its_own_size(scale):
+    first = View("first", (20, 30), scale)
+    views = [TWO[1], first, View("large", (40, 60), (0.05, 0.1), flip_p=1.0, crop_of="first")]
+    table, key = crops.view_table(views), crops.stream(crops.CROP, 0, 0)
+    both = [[crops.box(key, index, view, table, 300, 200) for index in range(50)] for view in (1, 2)]
+    assert both[0] == both[1]
+    assert len({flipped for *_, flipped in both[0]}) == (2 if scale else 1)
+    image = np.random.default_rng(0).integers(0, 256, (300, 200, 3), np.uint8)
+    out = np.zeros(crops.batch_bytes(table, 1), np.uint8)
+    crops.cut(image, key, 0, table, 0, 1, out)
+    top, left, h, w, flipped = both[0][0]
+    large = np.zeros((40, 60, 3), np.uint8)
+    crops.resample(image, top, left, h, w, flipped, large)
+    assert (out[-large.size :].reshape(large.shape) == large).all()
+
+
 def test_one_view_says_nothing_about_another():
     u = np.stack(
         [crops.uniforms(crops.sample_keys(crops.stream(crops.CROP, 0, 0), np.arange(5000), v), 0) for v in range(4)]
@@ -148,6 +165,7 @@ def test_a_flat_image_stays_flat_and_a_full_window_is_the_image():
         (View("v", (5, 5), (0.9, 0.1)), "scale"),
         (View("v", (5, 5), None, crop_pct=1.5), "crop_pct"),
         (View("v", (5, 5), (0.1, 1.0), ratio=(2.0, 1.0)), "ratio"),
+        (View("v", (5, 5), (0.1, 1.0), crop_of="w"), "crop of 'w'"),
     ],
 )
 def test_a_view_that_cannot_be_cut_is_refused_by_name(view, word):

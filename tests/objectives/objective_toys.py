@@ -76,15 +76,19 @@ def toy_images(n: int, size: int = 32, kinds: int = 6, seed: int = 0) -> tuple[T
     return wave[:, None] + light + noise, kind
 
 
-def crop(images: Tensor, view: View) -> Tensor:
-    """A random resized crop for each image, mirrored never (a mirror would change the orientation), with new light."""
-    n = len(images)
+def window(n: int, view: View) -> Tensor:
+    """Where the crops of n images are: affine maps [n, 2, 3]."""
     low, high = view.scale or (1.0, 1.0)
     side = (low + (high - low) * torch.rand(n)).sqrt()
-    centre = (1 - side)[:, None] * (2 * torch.rand(n, 2) - 1)
     theta = torch.zeros(n, 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = side
-    theta[:, :, 2] = centre
+    theta[:, :, 2] = (1 - side)[:, None] * (2 * torch.rand(n, 2) - 1)
+    return theta
+
+
+def crop(images: Tensor, view: View, theta: Tensor) -> Tensor:
+    """A random resized crop for each image, mirrored never (a mirror would change the orientation), with new light."""
+    n = len(images)
     grid = F.affine_grid(theta, [n, images.shape[1], *view.size], align_corners=False)
     out = F.grid_sample(images, grid, align_corners=False, padding_mode="reflection")
     if view.photometric:
@@ -95,7 +99,12 @@ def crop(images: Tensor, view: View) -> Tensor:
 def batches(images: Tensor, views: Sequence[View], batch_size: int, steps: int) -> Iterator[list[Tensor]]:
     for _ in range(steps):
         chosen = images[torch.randint(len(images), (batch_size,))]
-        yield [crop(chosen, view) for view in views]
+        windows: dict[str, Tensor] = {}
+        cut = []
+        for view in views:
+            windows[view.name] = windows[view.crop_of] if view.crop_of else window(batch_size, view)
+            cut.append(crop(chosen, view, windows[view.name]))
+        yield cut
 
 
 def train(

@@ -7,7 +7,7 @@ import objective_checks as check
 import pytest
 import torch
 from objective_checks import random_views, relative
-from objective_toys import ToyBackbone, crop, knn, toy_images
+from objective_toys import ToyBackbone, crop, knn, toy_images, window
 from torch import Tensor, nn
 
 import objectives
@@ -114,6 +114,7 @@ def test_what_every_objective_keeps() -> None:
 def test_it_learns_the_labels(kind: str) -> None:
     backbone = check.toy(kind)
     objective = Supervised(backbone, image_size=32, classes=6, scale=(0.5, 1.0))
+    (view,) = objective.views
     images, kinds = toy_images(512)
     test, test_kinds = toy_images(300, seed=1)
     before = knn(backbone, test, test_kinds)
@@ -121,7 +122,7 @@ def test_it_learns_the_labels(kind: str) -> None:
     objective.train()
     for i in range(150):
         chosen = torch.randint(len(images), (32,))
-        loss, scalars = objective([crop(images[chosen], objective.views[0])], i / 150, kinds[chosen])
+        loss, scalars = objective([crop(images[chosen], view, window(len(chosen), view))], i / 150, kinds[chosen])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
