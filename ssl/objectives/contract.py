@@ -28,8 +28,9 @@ class Objective(nn.Module):
         objective.after_step(progress)
 
     Randomness comes from torch's default generators alone, which the loop seeds before each step. Every trainable
-    parameter gets a gradient in every step, so DDP needs no search for unused ones. Any number of ranks may run
-    it: what couples samples is summed over them.
+    parameter gets a gradient in every step, so DDP needs no search for unused ones. Any number of ranks trains as one
+    with the joined batch: what couples samples is summed over them. What is drawn for each image, its mask, a rank
+    draws for its own from a seed of its own: there, ranks are as one in distribution.
     """
 
     family: ClassVar[str]

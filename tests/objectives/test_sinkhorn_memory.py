@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_objectives_distributed import on_two_ranks
+from two_ranks import on_two_ranks
 
 from objectives.memory import Queue
 from objectives.sinkhorn import sinkhorn_knopp
