@@ -1,17 +1,17 @@
-"""Prints the grid of `test_matrix.py` at the end of a test run."""
+"""Notes how near each objective is to independent computations, for the table of `tables.py`."""
+
+from collections.abc import Generator
 
 import pytest
+from objective_checks import PARITY
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    grid: dict[tuple[str, str], str] = {}
-    for outcome, said in (("passed", "ok"), ("failed", "fails")):
-        for report in terminalreporter.getreports(outcome):
-            grid |= {tuple(cell): said for key, cell in report.user_properties if key == "cell"}
-    if not grid:
-        return
-    rows, columns = (sorted({key[i] for key in grid}) for i in (0, 1))
-    terminalreporter.section("every objective on every kind of backbone")
-    terminalreporter.line(" " * 14 + "".join(f"{column[:12]:>13}" for column in columns))
-    for row in rows:
-        terminalreporter.line(f"{row:14}" + "".join(f"{grid.get((row, c), '–'):>13}" for c in columns))
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """What a test compared travels with its report, also from another process."""
+    PARITY.clear()
+    try:
+        yield
+    finally:
+        objective = item.path.stem.removeprefix("test_")
+        item.user_properties += [("parity", (objective, *compared)) for compared in PARITY]

@@ -46,10 +46,20 @@ def toy(kind: str) -> nn.Module:
     return ToyBackbone() if kind == "vit" else ToyCNN()
 
 
-def relative(ours: Tensor, theirs: np.ndarray | Tensor | float) -> float:
-    """The largest error, as a share of the largest value."""
+PARITY: list[tuple[str, str, float]] = []
+"""What the running test compared: "loss" or "gradient", with whose, and the error."""
+
+
+def relative(ours: Tensor, theirs: np.ndarray | Tensor | float, *, loss_of: str = "", gradient_of: str = "") -> float:
+    """The largest error, as a share of the largest value.
+
+    Args:
+        loss_of, gradient_of: whose `theirs` is, for the table that is printed at the end of the test run.
+    """
     theirs = torch.as_tensor(theirs, dtype=torch.float64)
-    return ((ours.detach().double() - theirs).abs().max() / theirs.abs().max()).item()
+    error = ((ours.detach().double() - theirs).abs().max() / theirs.abs().max()).item()
+    PARITY.extend((what, oracle, error) for what, oracle in (("loss", loss_of), ("gradient", gradient_of)) if oracle)
+    return error
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:

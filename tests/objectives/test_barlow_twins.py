@@ -46,8 +46,8 @@ def test_loss_and_gradient_equal_the_papers_in_float64() -> None:
     x = torch.tensor(z1, dtype=torch.float32, requires_grad=True)
     ours = barlow_twins_loss(cross_correlation(x, torch.tensor(z2, dtype=torch.float32)), 0.0051)
     ours.backward()
-    assert relative(ours, loss) <= 1e-5
-    assert relative(x.grad, gradient) <= 1e-5
+    assert relative(ours, loss, loss_of="the paper") <= 1e-5
+    assert relative(x.grad, gradient, gradient_of="the paper") <= 1e-5
 
 
 def test_with_its_norm_it_equals_lightlys() -> None:
@@ -62,7 +62,9 @@ def test_with_its_norm_it_equals_lightlys() -> None:
         value = loss(x, y)
         value.backward()
         results.append((value.detach(), x.grad, y.grad))
-    assert all(relative(ours, theirs) <= 1e-10 for ours, theirs in zip(*results))
+    (ours, *gradients), (theirs, *their_gradients) = results
+    assert relative(ours, theirs, loss_of="LightlySSL") <= 1e-10
+    assert all(relative(*pair, gradient_of="LightlySSL") <= 1e-10 for pair in zip(gradients, their_gradients))
 
 
 def test_gradient_equals_finite_differences() -> None:
@@ -77,7 +79,7 @@ def test_a_whole_step_equals_the_papers() -> None:
     with torch.no_grad():
         raw = [objective.encoder.projector[:-1](objective.encoder.backbone(view).pooled).numpy() for view in views]
     ours, scalars = objective(views, 0.5)
-    assert relative(ours, 0.5 * paper(*(standardised(z) for z in raw), 0.02)[0]) <= 1e-10
+    assert relative(ours, 0.5 * paper(*(standardised(z) for z in raw), 0.02)[0], loss_of="the paper") <= 1e-10
     c = standardised(raw[0]).T @ standardised(raw[1]) / len(raw[0])
     assert scalars["invariance"].item() == pytest.approx(np.diag(c).mean())
     beside = c[~np.eye(len(c), dtype=bool)]

@@ -40,14 +40,14 @@ def test_loss_and_gradient_equal_the_papers_and_lightlys() -> None:
     x = torch.tensor(q, dtype=torch.float32, requires_grad=True)
     ours = byol_loss(x, torch.tensor(z, dtype=torch.float32))
     ours.backward()
-    assert relative(ours, loss) <= 1e-5
-    assert relative(x.grad, gradient) <= 1e-5
+    assert relative(ours, loss, loss_of="the paper") <= 1e-5
+    assert relative(x.grad, gradient, gradient_of="the paper") <= 1e-5
     lightly = pytest.importorskip("lightly.loss").NegativeCosineSimilarity()
     y = torch.tensor(q, requires_grad=True)
     theirs = 2 + 2 * lightly(y, torch.tensor(z))
     theirs.backward()
-    assert relative(ours, theirs.detach()) <= 1e-5
-    assert relative(x.grad, y.grad) <= 1e-5
+    assert relative(ours, theirs.detach(), loss_of="LightlySSL") <= 1e-5
+    assert relative(x.grad, y.grad, gradient_of="LightlySSL") <= 1e-5
 
 
 def test_gradient_equals_finite_differences() -> None:
@@ -66,7 +66,7 @@ def test_a_whole_step_equals_the_papers() -> None:
         q = [objective.predictor(objective.online(view)[0]).numpy() for view in views]
         z = [objective.target(view)[0].numpy() for view in views]
     ours, _ = objective(views, 0.25)
-    assert relative(ours, paper(q[0], z[1])[0] + paper(q[1], z[0])[0]) <= 1e-12
+    assert relative(ours, paper(q[0], z[1])[0] + paper(q[1], z[0])[0], loss_of="the paper") <= 1e-12
     ours.backward()
     assert all(p.grad is None for p in objective.target.parameters())
     before = [(t.clone(), s.clone()) for t, s in zip(objective.target.parameters(), objective.online.parameters())]

@@ -72,8 +72,8 @@ def test_a_whole_step_equals_the_papers_in_float64(kind: str, beta: float, taken
     expected, gradient = paper(
         out.detach().double().numpy(), [layers[i].double().numpy() for i in taken], masked.numpy(), beta
     )
-    assert relative(loss.detach(), expected) <= 1e-5
-    assert relative(out.grad, gradient) <= 1e-5
+    assert relative(loss.detach(), expected, loss_of="the paper") <= 1e-5
+    assert relative(out.grad, gradient, gradient_of="the paper") <= 1e-5
     pairs = [(t.clone(), s.clone()) for t, s in zip(objective.teacher.parameters(), objective.student.parameters())]
     objective.after_step(0.25)
     for new, (t, s) in zip(objective.teacher.parameters(), pairs):

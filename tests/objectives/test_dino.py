@@ -57,8 +57,8 @@ def test_loss_and_gradient_equal_the_papers_in_float64(n_views: int, batch: int,
     p = ((torch.tensor(teacher, dtype=torch.float32) - torch.tensor(centre, dtype=torch.float32)) / 0.04).softmax(-1)
     ours = dino_loss(z, p, 0.1)
     ours.backward()
-    assert relative(ours.detach(), loss) <= 1e-5
-    assert relative(z.grad, gradient) <= 1e-5
+    assert relative(ours.detach(), loss, loss_of="the paper") <= 1e-5
+    assert relative(z.grad, gradient, gradient_of="the paper") <= 1e-5
 
 
 def test_three_steps_equal_lightlys_with_the_centre_moving() -> None:
@@ -75,8 +75,8 @@ def test_three_steps_equal_lightlys_with_the_centre_moving() -> None:
         objective.centre.update(0.9)
         ours.backward()
         theirs.backward()
-        assert relative(ours.detach(), theirs.detach()) <= 1e-5
-        assert relative(student.grad, theirs_in.grad) <= 1e-5
+        assert relative(ours.detach(), theirs.detach(), loss_of="LightlySSL") <= 1e-5
+        assert relative(student.grad, theirs_in.grad, gradient_of="LightlySSL") <= 1e-5
         assert relative(objective.centre.value, lightly.center.flatten()) <= 1e-5
 
 
@@ -100,7 +100,7 @@ def test_a_whole_step_equals_the_papers() -> None:
     centre = objective.centre.value.clone()
     loss, _, batch_centre = paper(student, teacher, centre.numpy(), 0.1, 0.055)
     ours, scalars = objective(views, 0.25)
-    assert relative(ours.detach(), loss) <= 1e-12
+    assert relative(ours.detach(), loss, loss_of="the paper") <= 1e-12
     assert torch.equal(objective.centre.value, centre), "the centre moved before the step"
     assert all(not s.requires_grad and s.shape == () for s in scalars.values())
     weights = [(t.clone(), s.clone()) for t, s in zip(objective.teacher.parameters(), objective.student.parameters())]

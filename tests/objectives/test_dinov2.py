@@ -67,8 +67,8 @@ def test_koleo_and_its_gradient_equal_the_papers_in_float64(shape: tuple[int, in
     x = torch.tensor(features, dtype=torch.float32, requires_grad=True)
     ours = koleo_loss(x)
     ours.backward()
-    assert relative(ours.detach(), loss) <= 1e-5
-    assert relative(x.grad, gradient) <= 1e-5
+    assert relative(ours.detach(), loss, loss_of="the paper: KoLeo") <= 1e-5
+    assert relative(x.grad, gradient, gradient_of="the paper: KoLeo") <= 1e-5
 
 
 def test_koleo_equals_lightlys() -> None:
@@ -78,8 +78,8 @@ def test_koleo_equals_lightlys() -> None:
     ours, theirs = koleo_loss(x), lightly(y)
     ours.backward()
     theirs.backward()
-    assert relative(ours.detach(), theirs.detach()) <= 1e-5
-    assert relative(x.grad, y.grad) <= 1e-5
+    assert relative(ours.detach(), theirs.detach(), loss_of="LightlySSL: KoLeo") <= 1e-5
+    assert relative(x.grad, y.grad, gradient_of="LightlySSL: KoLeo") <= 1e-5
 
 
 def test_koleos_gradient_equals_finite_differences() -> None:
@@ -146,7 +146,7 @@ def test_a_whole_step_equals_the_papers(centring: str, separate: bool) -> None:
     cell_term = sum(-(q[i] * log_q[i]).sum() / (owner == owner[i]).sum() / 8 for i in range(len(q)))
     koleo = sum(paper_koleo(part.numpy())[0] for part in seen.pooled.chunk(2))
     loss, scalars = objective(views, 0.25)
-    assert relative(loss.detach(), image_term + cell_term + 0.1 * koleo) <= 1e-9
+    assert relative(loss.detach(), image_term + cell_term + 0.1 * koleo, loss_of="the paper") <= 1e-9
     assert relative(scalars["koleo"], koleo) <= 1e-9
 
 

@@ -60,8 +60,8 @@ def test_loss_and_gradient_equal_the_papers_in_float64() -> None:
         x.grad = None
         ours = match_loss(x.requires_grad_(), y, alpha, beta)
         ours.backward()
-        assert relative(ours, loss) <= 1e-5
-        assert relative(x.grad, gradient) <= 1e-5
+        assert relative(ours, loss, loss_of="the paper") <= 1e-5
+        assert relative(x.grad, gradient, gradient_of="the paper") <= 1e-5
     assert relative(cosine_distance(x, y), paper(student, taught, 1.0, 0.0)[0]) <= 1e-5
 
 
@@ -95,7 +95,7 @@ def test_a_whole_step_equals_the_papers() -> None:
     ours, scalars = objective(views, 0.5)
     summary = paper(pooled.numpy(), taught.pooled.numpy(), 1.0, 0.0)[0]
     features = paper(cells.flatten(0, 1).numpy(), targets.flatten(0, 1).numpy(), 0.9, 0.1)[0]
-    assert relative(ours, summary + 0.5 * features) <= 1e-10
+    assert relative(ours, summary + 0.5 * features, loss_of="the paper") <= 1e-10
     assert scalars["agreement"].item() == pytest.approx(1 - summary)
 
 

@@ -82,8 +82,8 @@ def test_loss_and_gradient_equal_the_papers_in_float64(shape: tuple[int, int, in
     x = torch.tensor(student, dtype=torch.float32, requires_grad=True)
     ours = gram_loss(x, torch.tensor(teacher, dtype=torch.float32))
     ours.backward()
-    assert relative(ours.detach(), loss) <= 1e-5
-    assert relative(x.grad, gradient) <= 1e-5
+    assert relative(ours.detach(), loss, loss_of="the paper") <= 1e-5
+    assert relative(x.grad, gradient, gradient_of="the paper") <= 1e-5
 
 
 def test_gradient_equals_finite_differences() -> None:
@@ -147,7 +147,7 @@ def test_a_whole_step_equals_the_papers(run: str, resolution: float) -> None:
     for progress, weight in ((0.0, 0.0), (0.01, 1.5 * (1 - np.cos(np.pi * 0.4)) / 2), (0.025, 1.5), (1.0, 1.5)):
         loss, scalars = objective(views, progress)
         assert relative(scalars["gram"], gram) <= 1e-10
-        assert relative(loss.detach(), base.item() + weight * gram) <= 1e-10
+        assert relative(loss.detach(), base.item() + weight * gram, loss_of="the paper") <= 1e-10
 
 
 def test_its_loss_may_have_its_weight_from_the_start(run: str) -> None:

@@ -67,8 +67,8 @@ def test_loss_and_gradient_equal_the_papers_in_float64(images: int, cells: int, 
     p = ((torch.tensor(teacher - centre, dtype=torch.float32).flatten(0, 1)[chosen]) / 0.05).softmax(-1)
     ours = cell_loss(z.flatten(0, 1)[chosen], p, cell_weights(torch.tensor(masks), chosen), 0.1)
     ours.backward()
-    assert relative(ours.detach(), loss) <= 1e-5
-    assert relative(z.grad, gradient) <= 1e-5
+    assert relative(ours.detach(), loss, loss_of="the paper") <= 1e-5
+    assert relative(z.grad, gradient, gradient_of="the paper") <= 1e-5
 
 
 def test_three_steps_equal_lightlys_with_the_centre_moving() -> None:
@@ -86,8 +86,8 @@ def test_three_steps_equal_lightlys_with_the_centre_moving() -> None:
         objective.cell_centre.update(0.9)
         ours.backward()
         theirs.backward()
-        assert relative(ours.detach(), theirs.detach()) <= 1e-5
-        assert relative(student.grad, theirs_in.grad) <= 1e-5
+        assert relative(ours.detach(), theirs.detach(), loss_of="LightlySSL") <= 1e-5
+        assert relative(student.grad, theirs_in.grad, gradient_of="LightlySSL") <= 1e-5
         assert relative(objective.cell_centre.value, lightly.center.value.flatten()) <= 1e-5
 
 
@@ -123,7 +123,7 @@ def test_a_whole_step_equals_the_papers() -> None:
     image_term = paper_images(student_images.numpy(), teacher_images.numpy(), centre, 0.1, 0.055)
     cell_term, _ = paper_cells(student_cells.numpy(), teacher_cells.numpy(), masks.numpy(), cell_centre, 0.1, 0.055)
     loss, scalars = objective(views, 0.25)
-    assert relative(loss.detach(), image_term + 0.7 * cell_term) <= 1e-12
+    assert relative(loss.detach(), image_term + 0.7 * cell_term, loss_of="the paper") <= 1e-12
     assert relative(scalars["image_loss"], image_term) <= 1e-12
     assert relative(scalars["cell_loss"], cell_term) <= 1e-12
     objective.after_step(0.25)

@@ -67,8 +67,8 @@ def test_a_whole_step_equals_the_papers_in_float64(kind: str) -> None:
     seen = copy.deepcopy(objective.student)(images, visible=context).cells
     assert relative(cells.detach(), seen.detach()) <= 1e-5
     expected, gradient = paper(out.detach().double().numpy(), teacher, blocks.numpy())
-    assert relative(loss.detach(), expected) <= 1e-5
-    assert relative(out.grad, gradient) <= 1e-5
+    assert relative(loss.detach(), expected, loss_of="the paper") <= 1e-5
+    assert relative(out.grad, gradient, gradient_of="the paper") <= 1e-5
     pairs = [(t.clone(), s.clone()) for t, s in zip(objective.teacher.parameters(), objective.student.parameters())]
     objective.after_step(0.25)
     for new, (t, s) in zip(objective.teacher.parameters(), pairs):
@@ -108,7 +108,7 @@ def test_the_predictor_equals_lightlys_with_the_same_weights() -> None:
         outputs.append(out.detach())
         gradients.append(x.grad)
     assert relative(outputs[0], outputs[1]) <= 1e-10
-    assert relative(gradients[0], gradients[1]) <= 1e-10
+    assert relative(gradients[0], gradients[1], gradient_of="LightlySSL: predictor") <= 1e-10
     for name, parameter in ours.named_parameters():
         assert torch.allclose(parameter.grad, theirs.get_parameter(their_name(name)).grad, rtol=1e-8, atol=1e-12), name
 

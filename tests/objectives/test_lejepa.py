@@ -55,8 +55,8 @@ def test_sigreg_and_its_gradient_equal_the_papers_in_float64() -> None:
     x = torch.tensor(z, dtype=torch.float32, requires_grad=True)
     ours = sigreg(x, torch.tensor(slices, dtype=torch.float32))
     ours.backward()
-    assert relative(ours, loss) <= 1e-5
-    assert relative(x.grad, gradient) <= 1e-5
+    assert relative(ours, loss, loss_of="the paper") <= 1e-5
+    assert relative(x.grad, gradient, gradient_of="the paper") <= 1e-5
 
 
 def test_the_whole_loss_equals_lightlys_on_the_same_slices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,9 @@ def test_the_whole_loss_equals_lightlys_on_the_same_slices(monkeypatch: pytest.M
         loss.backward()
         results.append((loss.detach(), x.grad))
     # Their knots and weights are computed in float32 before they become float64.
-    assert all(relative(ours, theirs) <= 1e-5 for ours, theirs in zip(*results))
+    (ours, *gradients), (theirs, *their_gradients) = results
+    assert relative(ours, theirs, loss_of="LightlySSL") <= 1e-5
+    assert all(relative(*pair, gradient_of="LightlySSL") <= 1e-5 for pair in zip(gradients, their_gradients))
 
 
 def test_gradient_equals_finite_differences() -> None:
@@ -96,7 +98,7 @@ def test_a_whole_step_equals_the_papers() -> None:
     torch.manual_seed(3)
     ours, scalars = objective(views, 0.5)
     gaussian = np.mean([paper_sigreg(view, slices)[0] for view in z])
-    assert relative(ours, 0.9 * paper_prediction(z, 2) + 0.1 * gaussian) <= 1e-12
+    assert relative(ours, 0.9 * paper_prediction(z, 2) + 0.1 * gaussian, loss_of="the paper") <= 1e-12
     assert scalars["deviation"].item() == pytest.approx(math.sqrt(z.var(1).mean()))
 
 

@@ -65,8 +65,11 @@ def test_loss_and_gradient_equal_the_papers_in_float64() -> None:
     assert (masked.sum(1) == 12).all()
     error = predictions.detach().double().numpy() - targets
     # models_mae.py: mean over a patch's values, then over the masked patches alone.
-    assert relative(loss.detach(), (error**2).mean(-1)[masked].mean()) <= 1e-5
-    assert relative(predictions.grad, 2 * error * masked[..., None] / (masked.sum() * 192)) <= 1e-5
+    assert relative(loss.detach(), (error**2).mean(-1)[masked].mean(), loss_of="the paper") <= 1e-5
+    assert (
+        relative(predictions.grad, 2 * error * masked[..., None] / (masked.sum() * 192), gradient_of="the paper")
+        <= 1e-5
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -108,8 +111,8 @@ def test_decoder_and_whole_loss_equal_lightlys_with_the_same_weights() -> None:
         loss.backward()
         losses.append(loss.detach())
         gradients.append(torch.cat([a.grad, b.grad], 1))
-    assert relative(losses[0], losses[1]) <= 1e-10
-    assert relative(gradients[0], gradients[1]) <= 1e-10
+    assert relative(losses[0], losses[1], loss_of="LightlySSL") <= 1e-10
+    assert relative(gradients[0], gradients[1], gradient_of="LightlySSL") <= 1e-10
     for name, parameter in ours.named_parameters():
         other = theirs.get_parameter(their_name(name))
         assert torch.allclose(parameter.grad, other.grad, rtol=1e-8, atol=1e-12), name

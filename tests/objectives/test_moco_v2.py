@@ -51,8 +51,8 @@ def test_loss_and_gradient_equal_the_papers_in_float64(batch: int, width: int, s
     q = torch.tensor(q_data, dtype=torch.float32, requires_grad=True)
     ours = info_nce(*contrast(q, torch.tensor(k).float(), torch.tensor(queue).float(), tau))
     ours.backward()
-    assert relative(ours, loss) <= 1e-5
-    assert relative(q.grad, gradient) <= 1e-5
+    assert relative(ours, loss, loss_of="the paper") <= 1e-5
+    assert relative(q.grad, gradient, gradient_of="the paper") <= 1e-5
 
 
 def test_three_steps_equal_lightlys_with_the_queue_moving() -> None:
@@ -72,8 +72,8 @@ def test_three_steps_equal_lightlys_with_the_queue_moving() -> None:
         theirs.backward()
         queue.observe(F.normalize(k, dim=-1))
         queue.update()
-        assert relative(ours, theirs.detach()) <= 1e-5
-        assert relative(q.grad, theirs_in.grad) <= 1e-5
+        assert relative(ours, theirs.detach(), loss_of="LightlySSL") <= 1e-5
+        assert relative(q.grad, theirs_in.grad, gradient_of="LightlySSL") <= 1e-5
 
 
 def test_gradient_equals_finite_differences() -> None:
@@ -97,7 +97,7 @@ def test_a_whole_step_equals_the_papers(symmetric: bool) -> None:
     losses = [paper(q[0], k[1], queue.numpy(), 0.3)[0], paper(q[1], k[0], queue.numpy(), 0.3)[0]]
     expected = np.mean(losses) if symmetric else losses[0]
     ours, scalars = objective(views, 0.25)
-    assert relative(ours, expected) <= 1e-12
+    assert relative(ours, expected, loss_of="the paper") <= 1e-12
     assert relative(scalars["loss_over_chance"], expected / np.log(65)) <= 1e-12
     ours.backward()
     assert all(p.grad is None for p in objective.momentum_encoder.parameters())

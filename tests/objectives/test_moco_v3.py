@@ -46,8 +46,8 @@ def test_loss_and_gradient_equal_the_papers_in_float64(batch: int, width: int, t
     q = torch.tensor(q_data, dtype=torch.float32, requires_grad=True)
     ours = 2 * tau * F.cross_entropy(*contrast(q, torch.tensor(k_data, dtype=torch.float32), tau))
     ours.backward()
-    assert relative(ours, loss) <= 1e-5
-    assert relative(q.grad, gradient) <= 1e-5
+    assert relative(ours, loss, loss_of="the paper") <= 1e-5
+    assert relative(q.grad, gradient, gradient_of="the paper") <= 1e-5
 
 
 def test_loss_and_gradient_equal_lightlys() -> None:
@@ -62,8 +62,8 @@ def test_loss_and_gradient_equal_lightlys() -> None:
     ours = F.cross_entropy(*contrast(q, k, 0.2))
     ours.backward()
     theirs.backward()
-    assert relative(ours, theirs.detach()) <= 1e-5
-    assert relative(q.grad, theirs_in.grad) <= 1e-5
+    assert relative(ours, theirs.detach(), loss_of="LightlySSL") <= 1e-5
+    assert relative(q.grad, theirs_in.grad, gradient_of="LightlySSL") <= 1e-5
 
 
 def test_gradient_equals_finite_differences() -> None:
@@ -83,7 +83,7 @@ def test_a_whole_step_equals_the_papers() -> None:
         k = objective.momentum_encoder(views)[0].numpy()
     ours, scalars = objective(views, 0.25)
     expected = ctr(q[0], k[1], 0.3)[0] + ctr(q[1], k[0], 0.3)[0]
-    assert relative(ours, expected) <= 1e-12
+    assert relative(ours, expected, loss_of="the paper") <= 1e-12
     assert relative(scalars["loss_over_chance"], expected / 2 / 0.6 / np.log(4)) <= 1e-12
     ours.backward()
     assert all(p.grad is None for p in objective.momentum_encoder.parameters())

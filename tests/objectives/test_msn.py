@@ -80,9 +80,9 @@ def test_loss_and_gradient_equal_the_papers_in_float64(views: int, batch: int, k
     s = torch.tensor(anchors, dtype=torch.float32, requires_grad=True)
     terms = msn_loss((s / 0.1).log_softmax(-1), ours_targets)
     sum(terms).backward()
-    assert relative(terms[0].detach(), cross_entropy) <= 1e-5
+    assert relative(terms[0].detach(), cross_entropy, loss_of="the paper") <= 1e-5
     assert abs(terms[1].item() - me_max) <= 1e-5 * math.log(k)
-    assert relative(s.grad, gradient) <= 1e-5
+    assert relative(s.grad, gradient, gradient_of="the paper") <= 1e-5
 
 
 @pytest.mark.parametrize("sinkhorn", [0, 3])
@@ -99,9 +99,9 @@ def test_it_equals_lightlys(sinkhorn: int) -> None:
     ours = cross_entropy + 0.7 * me_max
     ours.backward()
     theirs.backward()
-    assert relative(ours.detach(), theirs.detach()) <= 1e-5
+    assert relative(ours.detach(), theirs.detach(), loss_of="LightlySSL") <= 1e-5
     for a, b in zip(ours_in, theirs_in):
-        assert relative(a.grad, b.grad) <= 1e-5
+        assert relative(a.grad, b.grad, gradient_of="LightlySSL") <= 1e-5
 
 
 def test_gradient_equals_finite_differences() -> None:
@@ -130,7 +130,7 @@ def test_a_whole_step_equals_the_papers() -> None:
     cross_entropy, me_max, _ = paper(unit(z.numpy()) @ prototypes.T, targets, 0.1)
     torch.manual_seed(5)
     loss, scalars = objective(views, 0.3)
-    assert relative(loss.detach(), cross_entropy + 0.5 * me_max) <= 1e-10
+    assert relative(loss.detach(), cross_entropy + 0.5 * me_max, loss_of="the paper") <= 1e-10
     entropy = -(targets * np.log(targets)).sum(1).mean() / math.log(16)
     assert relative(scalars["target_entropy"], entropy) <= 1e-10
     assert relative(scalars["mean_entropy"], 1 - me_max / math.log(16)) <= 1e-10

@@ -56,8 +56,8 @@ def test_loss_and_gradient_equal_the_papers_in_float64(
     z = torch.tensor(data, dtype=torch.float32, requires_grad=True)
     ours = LOSSES[without_positive](*contrast(z, tau))
     ours.backward()
-    assert relative(ours, loss) <= 1e-5
-    assert relative(z.grad, gradient) <= 1e-5
+    assert relative(ours, loss, loss_of="the paper") <= 1e-5
+    assert relative(z.grad, gradient, gradient_of="the paper") <= 1e-5
 
 
 @pytest.mark.parametrize("without_positive", [False, True])
@@ -70,8 +70,8 @@ def test_loss_and_gradient_equal_lightlys(without_positive: bool) -> None:
     ours = LOSSES[without_positive](*contrast(z, 0.2))
     ours.backward()
     theirs.backward()
-    assert relative(ours, theirs.detach()) <= 1e-5
-    assert relative(z.grad, theirs_in.grad) <= 1e-5
+    assert relative(ours, theirs.detach(), loss_of="LightlySSL") <= 1e-5
+    assert relative(z.grad, theirs_in.grad, gradient_of="LightlySSL") <= 1e-5
 
 
 @pytest.mark.parametrize("loss", [nt_xent, decoupled])
@@ -86,7 +86,7 @@ def test_a_whole_step_equals_the_papers(without_positive: bool) -> None:
     views = [view.double() for view in random_views(objective, batch=4)]
     z = np.stack([objective.head(objective.encoder(view).pooled).detach().numpy() for view in views])
     ours, scalars = objective(views, 0.0)
-    assert relative(ours, paper(z, 0.3, without_positive)[0]) <= 1e-12
+    assert relative(ours, paper(z, 0.3, without_positive)[0], loss_of="the paper") <= 1e-12
     assert relative(scalars["loss_over_chance"], paper(z, 0.3, False)[0] / np.log(7)) <= 1e-12
 
 

@@ -70,13 +70,15 @@ def test_a_whole_step_equals_the_papers_in_float64(kind: str) -> None:
     seen = cells[0].detach().double().numpy()
     weight, bias = (p.detach().double().numpy() for p in objective.head.parameters())
     expected, gradient = paper(images.double().numpy(), shuffle(seen @ weight.T + bias, 4, 6, 8), hidden)
-    assert relative(loss.detach(), expected) <= 1e-5
+    assert relative(loss.detach(), expected, loss_of="the paper") <= 1e-5
     by_cell = np.zeros((3, 24, 192))
     for n in range(24):
         top, left = n // 6 * 8, n % 6 * 8
         by_cell[:, n] = gradient[:, :, top : top + 8, left : left + 8].transpose(0, 2, 3, 1).reshape(3, -1)
-    assert relative(objective.head.bias.grad, by_cell.sum((0, 1))) <= 1e-5
-    assert relative(objective.head.weight.grad, np.einsum("bnp,bnd->pd", by_cell, seen)) <= 1e-5
+    assert relative(objective.head.bias.grad, by_cell.sum((0, 1)), gradient_of="the paper") <= 1e-5
+    assert (
+        relative(objective.head.weight.grad, np.einsum("bnp,bnd->pd", by_cell, seen), gradient_of="the paper") <= 1e-5
+    )
 
 
 def test_gradient_equals_finite_differences() -> None:

@@ -40,15 +40,15 @@ def test_loss_and_gradient_equal_the_papers_and_lightlys() -> None:
     x, still = (torch.tensor(a, dtype=torch.float32, requires_grad=True) for a in (p, z))
     ours = negative_cosine(x, still)
     ours.backward()
-    assert relative(ours, loss) <= 1e-5
-    assert relative(x.grad, gradient) <= 1e-5
+    assert relative(ours, loss, loss_of="the paper") <= 1e-5
+    assert relative(x.grad, gradient, gradient_of="the paper") <= 1e-5
     assert still.grad is None
     lightly = pytest.importorskip("lightly.loss").NegativeCosineSimilarity()
     y = torch.tensor(p, requires_grad=True)
     theirs = lightly(y, torch.tensor(z))
     theirs.backward()
-    assert relative(ours, theirs.detach()) <= 1e-5
-    assert relative(x.grad, y.grad) <= 1e-5
+    assert relative(ours, theirs.detach(), loss_of="LightlySSL") <= 1e-5
+    assert relative(x.grad, y.grad, gradient_of="LightlySSL") <= 1e-5
 
 
 def test_gradient_equals_finite_differences() -> None:
@@ -66,7 +66,7 @@ def test_a_whole_step_equals_the_papers() -> None:
     ours.backward()
     p = [objective.predictor(embedding) for embedding in z]
     expected = [paper(a.detach().numpy(), b.numpy()) for a, b in zip(p, reversed(z))]
-    assert relative(ours, (expected[0][0] + expected[1][0]) / 2) <= 1e-12
+    assert relative(ours, (expected[0][0] + expected[1][0]) / 2, loss_of="the paper") <= 1e-12
     got = objective.encoder.projector[0].weight.grad.clone()
     objective.zero_grad()
     again = [objective.predictor(objective.encoder(view)[0]) for view in views]

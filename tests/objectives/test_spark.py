@@ -118,8 +118,8 @@ def test_loss_and_gradient_equal_the_papers_in_float64() -> None:
             expected, count = expected + (difference**2).mean(), count + 1
             gradient[at] = 2 * difference / difference.size
     assert count == 30
-    assert relative(loss.detach(), expected / count) <= 1e-5
-    assert relative(painted.grad, gradient / count) <= 1e-5
+    assert relative(loss.detach(), expected / count, loss_of="the paper") <= 1e-5
+    assert relative(painted.grad, gradient / count, gradient_of="the paper") <= 1e-5
 
 
 def test_gradient_equals_finite_differences() -> None:

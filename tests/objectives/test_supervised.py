@@ -54,8 +54,8 @@ def test_loss_and_gradient_equal_the_papers_and_skip_the_unlabelled(epsilon: flo
     x = torch.tensor(scores, dtype=torch.float32, requires_grad=True)
     ours = classification_loss(x, torch.tensor(labels), epsilon)
     ours.backward()
-    assert relative(ours, loss) <= 1e-5
-    assert relative(x.grad, gradient) <= 1e-5
+    assert relative(ours, loss, loss_of="the paper") <= 1e-5
+    assert relative(x.grad, gradient, gradient_of="the paper") <= 1e-5
 
 
 def test_gradient_equals_finite_differences() -> None:
@@ -69,7 +69,7 @@ def test_a_whole_step_equals_the_papers() -> None:
     views, labels = [view.double() for view in random_views(objective)], torch.tensor([0, 1, -1, 4, 2, 2])
     scores = objective.classifier(objective.encoder(views[0]).pooled).detach()
     loss, scalars = objective(views, 0.5, labels)
-    assert relative(loss, paper(scores.numpy(), labels.tolist(), 0.1)[0]) <= 1e-12
+    assert relative(loss, paper(scores.numpy(), labels.tolist(), 0.1)[0], loss_of="the paper") <= 1e-12
     right = [int(row.argmax()) == int(label) for row, label in zip(scores, labels) if label >= 0]
     assert scalars["accuracy"].item() == pytest.approx(sum(right) / 5)
     assert scalars["labelled"].item() == pytest.approx(5 / 6)

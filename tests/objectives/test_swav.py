@@ -52,8 +52,8 @@ def test_loss_and_gradient_equal_the_papers_in_float64(n_views: int, batch: int,
     scores = torch.tensor(data, dtype=torch.float32, requires_grad=True)
     ours = dino_loss(scores, torch.stack([sinkhorn_knopp(x, 0.05) for x in scores[:2]]), 0.1)
     ours.backward()
-    assert relative(ours, loss) <= 1e-5
-    assert relative(scores.grad, gradient) <= 1e-5
+    assert relative(ours, loss, loss_of="the paper") <= 1e-5
+    assert relative(scores.grad, gradient, gradient_of="the paper") <= 1e-5
 
 
 @pytest.mark.parametrize("queued", [0, 20])
@@ -70,8 +70,8 @@ def test_loss_and_gradient_equal_lightlys(queued: int) -> None:
     ours = dino_loss(scores, objective.codes(scores[:2]), 0.1)
     ours.backward()
     theirs.backward()
-    assert relative(ours, theirs.detach()) <= 1e-5
-    assert relative(scores.grad, theirs_in.grad) <= 1e-5
+    assert relative(ours, theirs.detach(), loss_of="LightlySSL") <= 1e-5
+    assert relative(scores.grad, theirs_in.grad, gradient_of="LightlySSL") <= 1e-5
 
 
 def test_gradient_equals_finite_differences_and_codes_have_none() -> None:
@@ -102,7 +102,7 @@ def test_a_whole_step_equals_the_papers() -> None:
             codes.append(paper_codes(np.concatenate([scores[i], past @ c.T]), 0.05, 3)[:5])
     loss, _ = paper(np.stack(scores), np.stack(codes), 0.1)
     ours, _ = objective(views, 0.7)
-    assert relative(ours, loss) <= 1e-12
+    assert relative(ours, loss, loss_of="the paper") <= 1e-12
 
 
 def test_the_queue_waits_for_its_start_and_until_it_is_full() -> None:

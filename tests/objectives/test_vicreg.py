@@ -57,14 +57,14 @@ def test_loss_and_gradient_equal_the_papers_and_lightlys() -> None:
     x = torch.tensor(z1, dtype=torch.float32, requires_grad=True)
     ours = vicreg(x, torch.tensor(z2, dtype=torch.float32))
     ours.backward()
-    assert relative(ours, loss) <= 1e-5
-    assert relative(x.grad, gradient) <= 1e-5
+    assert relative(ours, loss, loss_of="the paper") <= 1e-5
+    assert relative(x.grad, gradient, gradient_of="the paper") <= 1e-5
     lightly = pytest.importorskip("lightly.loss").VICRegLoss()
     y = torch.tensor(z1, requires_grad=True)
     theirs = lightly(y, torch.tensor(z2))
     theirs.backward()
-    assert relative(ours, theirs.detach()) <= 1e-5
-    assert relative(x.grad, y.grad) <= 1e-5
+    assert relative(ours, theirs.detach(), loss_of="LightlySSL") <= 1e-5
+    assert relative(x.grad, y.grad, gradient_of="LightlySSL") <= 1e-5
 
 
 def test_gradient_equals_finite_differences() -> None:
@@ -79,7 +79,7 @@ def test_a_whole_step_equals_the_papers() -> None:
     with torch.no_grad():
         z = [objective.encoder(view)[0].numpy() for view in views]
     ours, scalars = objective(views, 0.5)
-    assert relative(ours, paper(*z, 10, 20, 3)[0]) <= 1e-12
+    assert relative(ours, paper(*z, 10, 20, 3)[0], loss_of="the paper") <= 1e-12
     assert scalars["deviation"].item() == pytest.approx(z[0].std(0, ddof=1).mean())
 
 
