@@ -1,11 +1,12 @@
 """DINO against the paper's equations in float64, against LightlySSL, and its behaviour around the loss."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from objective_checks import random_views, relative, softmax
+from objective_checks import random_views, relative, softmax, takes_any_images
 from objective_toys import ToyBackbone, sick, toy_images, train
 from torch import nn
 
@@ -246,6 +247,10 @@ def test_bf16_autocast_gives_a_finite_float32_loss_near_the_exact_one() -> None:
     loss.backward()
     assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
     assert all(s.isfinite() for s in scalars.values())
+
+
+def test_images_need_neither_be_square_nor_have_three_channels() -> None:
+    takes_any_images(partial(DINO, **SMALL))
 
 
 def test_one_image_is_enough() -> None:

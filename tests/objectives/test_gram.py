@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 import yaml
 from masked_toy import MaskedToy
-from objective_checks import random_views, relative
+from objective_checks import random_views, relative, takes_a_shape, takes_any_images
 from objective_toys import sick, toy_images, train
+from tiny_backbones import tiny_cnn
 
 import backbones
 import objectives
@@ -240,6 +241,16 @@ def test_a_vit_at_another_size_and_a_single_cell_get_a_sentence(tmp_path: Path) 
     one = objectives.create("dino", MaskedToy(), image_size=8, **BASE)
     with pytest.raises(ValueError, match="compares cells: toy has only one at 8x8"):
         GramAnchoring(MaskedToy(), image_size=8, checkpoint=saved(tmp_path / "one", one, "dino"), **SMALL)
+
+
+def test_images_need_neither_be_square_nor_have_three_channels_nor_companions(tmp_path: Path) -> None:
+    def stage(backbone: backbones.Backbone, *, image_size: tuple[int, int], resolution: float = 1.0) -> GramAnchoring:
+        base = objectives.create("dino", copy.deepcopy(backbone), image_size=image_size, **BASE)
+        run = saved(tmp_path / backbone.name, base, "dino")
+        return GramAnchoring(backbone, image_size=image_size, checkpoint=run, gram_resolution=resolution)
+
+    takes_any_images(stage)
+    takes_a_shape(stage(tiny_cnn(5), image_size=(24, 40), resolution=2.0), batch=1)
 
 
 def test_a_network_of_one_size_is_held_at_that(tmp_path: Path) -> None:
