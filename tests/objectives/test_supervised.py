@@ -7,7 +7,7 @@ import objective_checks as check
 import pytest
 import torch
 from objective_checks import random_views, relative
-from objective_toys import ToyBackbone, crop, knn, toy_images, window
+from objective_toys import ToyBackbone, crop, knn, sick, toy_images, window
 from torch import Tensor, nn
 
 import objectives
@@ -109,22 +109,40 @@ def test_what_every_objective_keeps() -> None:
     assert isinstance(objectives.create("supervised", ToyBackbone(), image_size=32, **SMALL), Supervised)
 
 
+def learn(objective: Supervised, steps: int) -> list[dict[str, float]]:
+    """The scalars of each step on labelled gratings."""
+    images, kinds = toy_images(512)
+    (view,) = objective.views
+    optimiser = torch.optim.AdamW(objective.parameter_groups(), lr=2e-3)
+    objective.train()
+    history = []
+    for i in range(steps):
+        chosen = torch.randint(len(images), (32,))
+        loss, scalars = objective([crop(images[chosen], view, window(len(chosen), view))], i / steps, kinds[chosen])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        history.append({name: value.item() for name, value in scalars.items()})
+    return history
+
+
+def test_vital_signs_stay_quiet_while_it_learns_and_trip_where_it_cannot() -> None:
+    objective = small(check.toy("vit"), classes=6, scale=(0.5, 1.0))
+    assert sick(objective, learn(objective, steps=40)) == set()
+    with torch.no_grad():
+        objective.encoder.norm3.weight.zero_()
+    _, scalars = objective([toy_images(8)[0]], 0.5, torch.full((8,), -1))
+    assert sick(objective, [{name: value.item() for name, value in scalars.items()}]) == {"feature_spread", "labelled"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vit", "cnn"])
 def test_it_learns_the_labels(kind: str) -> None:
     backbone = check.toy(kind)
     objective = Supervised(backbone, image_size=32, classes=6, scale=(0.5, 1.0))
-    (view,) = objective.views
-    images, kinds = toy_images(512)
     test, test_kinds = toy_images(300, seed=1)
     before = knn(backbone, test, test_kinds)
-    optimiser = torch.optim.AdamW(objective.parameter_groups(), lr=2e-3)
-    objective.train()
-    for i in range(150):
-        chosen = torch.randint(len(images), (32,))
-        loss, scalars = objective([crop(images[chosen], view, window(len(chosen), view))], i / 150, kinds[chosen])
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    assert scalars["accuracy"] > 0.8
+    history = learn(objective, steps=150)
+    assert history[-1]["accuracy"] > 0.8
+    assert sick(objective, history) == set()
     assert 1 - knn(backbone, test, test_kinds) < (1 - before) / 2
