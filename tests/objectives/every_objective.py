@@ -21,7 +21,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dino": {**HEAD, "freeze_last_layer": 0.1},
     "dinov2": {**HEAD, "freeze_last_layer": 0.1},
     "distillation": {"teacher": "random:lenet5"},
-    "gram": {"gram_resolution": 1.0},
+    "gram": {},
     "ibot": {**HEAD, "freeze_last_layer": 0.1},
     "ijepa": {"min_keep": 1, "predictor_width": 16, "predictor_depth": 1, "predictor_heads": 2},
     "lejepa": {"hidden_dim": 32, "out_dim": 16, "slices": 16, "local_views": 1},

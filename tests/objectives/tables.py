@@ -19,15 +19,23 @@ def properties(terminalreporter: pytest.TerminalReporter, key: str) -> Iterator[
 
 
 def print_grid(terminalreporter: pytest.TerminalReporter) -> None:
-    said = {"passed": "ok", "failed": "fails"}
-    grid = {tuple(cell): said[outcome] for outcome, cell in properties(terminalreporter, "cell")}
+    said = {
+        ("step", "passed"): "ok",
+        ("step", "failed"): "fails",
+        ("bf16", "passed"): "bf16",
+        ("bf16", "failed"): "BF16!",
+    }
+    grid: dict[tuple[str, str], set[tuple[str, str]]] = {}
+    for outcome, (objective, backbone, what) in properties(terminalreporter, "cell"):
+        grid.setdefault((objective, backbone), set()).add((what, outcome))
     if not grid:
         return
     rows, columns = (sorted({key[i] for key in grid}) for i in (0, 1))
-    terminalreporter.section("every objective on every kind of backbone")
+    terminalreporter.section("every objective on every kind of backbone: a step, and bf16 where it was run")
     terminalreporter.line(" " * 14 + "".join(f"{column[:12]:>13}" for column in columns))
     for row in rows:
-        terminalreporter.line(f"{row:14}" + "".join(f"{grid.get((row, c), '–'):>13}" for c in columns))
+        cells = (" ".join(word for key, word in said.items() if key in grid.get((row, c), ())) for c in columns)
+        terminalreporter.line(f"{row:14}" + "".join(f"{cell or '–':>13}" for cell in cells))
 
 
 def print_parity(terminalreporter: pytest.TerminalReporter) -> None:

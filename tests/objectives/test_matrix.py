@@ -66,7 +66,7 @@ def objective_on(name: str, backbone: str, fresh, folder: Path) -> Callable[[], 
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("name", objectives.NAMES)
 def test_one_step_on(name: str, backbone: str, fresh, tmp_path: Path, record_property) -> None:
-    record_property("cell", (name, backbone))  # of the grid that is printed at the end
+    record_property("cell", (name, backbone, "step"))  # of the grid that is printed at the end
     objective = objective_on(name, backbone, fresh, tmp_path)
     trained = objective()
     optimiser = torch.optim.SGD(trained.parameter_groups(), lr=1e-3)
@@ -86,7 +86,8 @@ def test_one_step_on(name: str, backbone: str, fresh, tmp_path: Path, record_pro
 
 @pytest.mark.parametrize("backbone", [b if b in QUICK else pytest.param(b, marks=pytest.mark.slow) for b in BACKBONES])
 @pytest.mark.parametrize("name", objectives.NAMES)
-def test_bf16_on(name: str, backbone: str, fresh, tmp_path: Path) -> None:
+def test_bf16_on(name: str, backbone: str, fresh, tmp_path: Path, record_property) -> None:
+    record_property("cell", (name, backbone, "bf16"))
     objective = objective_on(name, backbone, fresh, tmp_path)()
     with torch.autocast("cpu", torch.bfloat16):
         loss_of(objective, 0.5).backward()
