@@ -2,7 +2,8 @@
 
 import importlib
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -299,6 +300,16 @@ def test_a_job_that_is_not_there_is_told_with_those_that_are(job, tmp_path):
 def test_every_job_of_the_repository_is_right(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert spec.load(path.stem).timetable is None or spec.load(path.stem).timetable.schedule.cron
+
+
+def test_checkpoints_are_watched_on_the_day_after_one_of_23_hours_too(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    watch = spec.load("checkpoints")
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+    firings = watch.timetable.schedule.firings(start, start + timedelta(days=365))
+    lasts = timedelta(hours=watch.step.arguments["hours"])
+    assert any(first + lasts > second for first, second in pairwise(firings))
+    assert watch.timetable.overlap == "wait"
 
 
 def test_checking_imports_no_torch():
