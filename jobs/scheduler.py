@@ -69,7 +69,8 @@ class Clock(Protocol):
 class State:
     """Until when each job's firings have been submitted; written whole, before it is relied on.
 
-    Beside it, in `….failed`, stand the failed submissions that were dealt with, by their ids.
+    Beside it, in `….failed`, stand the failed submissions that were dealt with, by id and time of submission: one that
+    is submitted anew may fail anew.
     """
 
     def __init__(self, path: Path) -> None:
@@ -188,7 +189,8 @@ def look_for_lost(jobs: Sequence[Job], client: Client, state: State) -> None:
     submitted = client.submitted()
     cells = {(s.job, s.firing) for s in submitted if s.running and not s.step}
     for one in submitted:
-        if one.status != "FAILED" or one.job not in named or one.id in state.failed:
+        mark = f"{one.id}@{one.started.timestamp():.0f}" if one.started else one.id
+        if one.status != "FAILED" or one.job not in named or mark in state.failed:
             continue
         if one.step and one.unplaced and (one.job, one.firing) in cells:
             continue  # the cell that sent it submits it anew
@@ -198,7 +200,7 @@ def look_for_lost(jobs: Sequence[Job], client: Client, state: State) -> None:
         if not re.search(f"^{notify.LOGGED}failure: ", log, re.MULTILINE):
             why = redact((one.message.splitlines() or ["without a word"])[0])
             tell(named[one.job], one.firing, one.cell, f"{one.id}: failed, and could not say why itself ({why})")
-        state.dealt_with(one.id)
+        state.dealt_with(mark)
 
 
 class WallClock:

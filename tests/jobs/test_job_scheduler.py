@@ -5,6 +5,7 @@ import random
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -220,6 +221,19 @@ def test_a_failure_that_nobody_could_tell_of_is_told_once(job, tmp_path, told):
     assert [news.text for news in told] == [
         f"{name}-1: failed, and could not say why itself (killed by signal 9)" for name in ("killed", "lost")
     ]
+
+
+def test_a_firing_that_is_submitted_again_and_killed_again_is_told_again(job, tmp_path, told):
+    class Begun(Answers):
+        hour = 0
+
+        def submitted(self) -> list[Submitted]:
+            return [replace(one, started=datetime(2026, 5, 1, self.hour, tzinfo=UTC)) for one in super().submitted()]
+
+    cluster = Begun(killed="")
+    for cluster.hour in (0, 0, 1):
+        look_for_lost([job("killed", "0 0 1 * *")], cluster, State(tmp_path / "state.json"))
+    assert len(told) == 2
 
 
 @pytest.mark.parametrize("cell", ["RUNNING", "FAILED"])
