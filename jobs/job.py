@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from jobs.entry_points import entry_points, words
+from jobs.entry_points import TRAINS, entry_points, words
 from jobs.schedule import Schedule
 from pipeline import config
 from pipeline.arguments import nearest
@@ -114,6 +114,11 @@ class Job:
         """The command of one cell."""
         workers = {"workers": self.workers} if self.workers else {}
         return dataclasses.replace(self.step, arguments={**workers, **self.step.arguments, **cell.values})
+
+    @property
+    def holds(self) -> Resources:
+        """What the process of a cell keeps until it ends; training's workers take theirs apart from it."""
+        return Resources(cpus=0) if self.step.run in TRAINS else self.step.takes
 
     def cell(self, name: str) -> Cell:
         """The cell of a name. Raises `UserError`."""

@@ -30,7 +30,7 @@ from jobs.attempt import Outcome, attempt
 from jobs.cluster import Client
 from jobs.entry_points import TRAINS
 from jobs.firing import which_firing
-from jobs.job import Cell, Event, Job
+from jobs.job import Cell, Event, Job, Resources
 from jobs.submit import submit_step
 from pipeline import cluster
 from pipeline.command import command
@@ -217,7 +217,10 @@ def due(job: Job, place: Place, outcome: Outcome, *, in_place: bool) -> list[int
     """Which of the steps after are this cell's to run: those for each cell, and those for all if it ended last.
 
     Two that end at the same time may both be last: in place one of them has a claim, elsewhere an id is taken once.
+    Nothing comes after a cell that was told to stop.
     """
+    if outcome.why == "stopped":
+        return []
     each = [i for i, step in enumerate(job.after) if not step.once and done(job, place, outcome)]
     once = [i for i, step in enumerate(job.after) if step.once]
     last = once and ended(job, place, in_place=in_place) and (found := runs(job, place))
@@ -265,7 +268,8 @@ def follow_once(job: Job, place: Place, number: int) -> int:
 def send(job: Job, place: Place, numbers: Sequence[int]) -> None:
     """Submit steps that come after, with the code this runs from, and stay until each has begun.
 
-    The cluster may be full for longer than Ray lets a job wait: a step that it gave up is submitted anew.
+    The cluster may be full for longer than Ray lets a job wait: a step that it gave up is submitted anew. A cell that
+    holds resources does not stay: what it holds may be all that the step waits for.
     """
     if not numbers:
         return
@@ -276,7 +280,7 @@ def send(job: Job, place: Place, numbers: Sequence[int]) -> None:
         return submit_step(job, place.firing, place.cell, number, client, here.get("working_dir", "."), str(job.path))
 
     waiting = {name: number for number in numbers if (name := submit(number))}
-    while waiting:
+    while waiting and job.holds == Resources(cpus=0):
         time.sleep(LOOK)
         known = {s.id: s for s in client.submitted(job.name, place.firing) if s.id in waiting}
         lost = [name for name, s in known.items() if s.unplaced]

@@ -35,8 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         running = [s for s in found if s.running]
         for submitted in running:
             client.stop(submitted.id)
-            print(f"{submitted.id}: stopping; it has {STOPPING} s to leave a checkpoint", flush=True)
-        states = client.wait((s.id for s in running), every=0.5)
+            waits = submitted.status == "PENDING"
+            how = "ends once there is room for it" if waits else f"has {STOPPING} s to leave a checkpoint"
+            print(f"{submitted.id}: stopping; it {how}", flush=True)
+        states = client.wait((s.id for s in running if s.status != "PENDING"), every=0.5)
         for s in found:
             print(f"{s.id}: {states.get(s.id, s.status).lower()}")
         return 0

@@ -18,7 +18,7 @@ from jobs import spec
 from jobs.cluster import ENDED, FAILED, Client, Submitted, environment
 from jobs.entry_points import TRAINS
 from jobs.firing import which_firing
-from jobs.job import Cell, Job, Resources
+from jobs.job import Cell, Job
 from pipeline.command import command
 from pipeline.errors import UserError
 
@@ -53,7 +53,10 @@ def submit(job: Job, firing: str, client: Client, working_dir: Path, *, again: b
     Args:
         again: whether what failed or was stopped of this firing is submitted anew.
     """
-    before = [s for s in client.submitted(job.name) if s.running and s.firing != firing]
+    known = client.submitted(job.name)
+    states = {s.id: s.status for s in known if s.firing == firing}
+    new = again or not states.keys() >= {job.submission(firing, cell.name) for cell in job.cells}
+    before = [s for s in known if new and s.running and s.firing != firing]
     overlap = job.timetable.overlap if job.timetable else "allow"
     if before and overlap == "skip":
         print(f"{job.name} {firing}: skipped, since {before[0].id} still runs (overlap: skip)", flush=True)
@@ -62,21 +65,19 @@ def submit(job: Job, firing: str, client: Client, working_dir: Path, *, again: b
         for earlier in before:
             print(f"{job.name} {firing}: stopping {earlier.id} (overlap: stop)", flush=True)
             client.stop(earlier.id)
-        client.wait(earlier.id for earlier in before)
+        client.wait(earlier.id for earlier in before if earlier.status != "PENDING")  # which ends when it is placed
     ids = renew(job, firing, client, working_dir) if again else []
-    states = {s.id: s.status for s in client.submitted(job.name, firing)}
     for cell in job.cells:
         name = job.submission(firing, cell.name)
-        own = job.step.takes if job.step.run not in TRAINS else Resources(cpus=0)
-        new = client.submit(
+        taken = client.submit(
             name,
             entry(job, firing, cell, within(job.path, working_dir), before=before if overlap == "wait" else ()),
             environment=environment(working_dir, job.environment),
             about={"job": job.name, "firing": firing, "cell": cell.name},
-            cpus=own.cpus, gpus=own.gpus, memory=own.memory,
+            cpus=job.holds.cpus, gpus=job.holds.gpus, memory=job.holds.memory,
         )  # fmt: skip
-        said = "submitted" if new else "was submitted before; it is not run again"
-        if not new and states.get(name) in FAILED:
+        said = "submitted" if taken else "was submitted before; it is not run again"
+        if not taken and states.get(name) in FAILED:
             said = f"was submitted before, and {states[name].lower()}; --firing {firing} --again goes on with it"
         print(f"{name}: {said}", flush=True)
         ids.append(name)

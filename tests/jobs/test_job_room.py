@@ -1,4 +1,5 @@
-"""What comes after a job waits for room on a full cluster for longer than Ray lets a job wait."""
+"""A full cluster: what comes after a job waits for room for longer than Ray lets it, or for what its cell gives back;
+what has no room can be stopped."""
 
 import time
 from pathlib import Path
@@ -40,3 +41,16 @@ def test_what_comes_after_is_submitted_anew_until_there_is_room(tmp_path: Path) 
         client.stop("holds")
         assert client.wait([f"packs-{FIRING}", step]) == {f"packs-{FIRING}": "SUCCEEDED", step: "SUCCEEDED"}
         assert "--limit 20" in client.logs(step)
+
+        (tmp_path / "holds.yaml").write_text(JOB.replace("cpus: 0", "cpus: 1"))
+        words = ["holds.yaml", "--address", cluster.address, "--firing", FIRING, "--wait"]
+        done = python("-m", "jobs.submit", *words, cwd=tmp_path, timeout=280)
+        assert f"holds-{FIRING}-after1: succeeded" in done.stdout, done.stdout + done.stderr
+
+        client.submit("full", "python holds.py", environment=environment(tmp_path, {}), about={}, cpus=1)
+        about = {"job": "late", "firing": FIRING}
+        client.submit("late", "python holds.py", environment=environment(tmp_path, {}), about=about, cpus=1)
+        done = python("-m", "jobs.stop", "late", "--address", cluster.address, cwd=tmp_path, timeout=60)
+        assert "late: stopping; it ends once there is room for it" in done.stdout, done.stdout + done.stderr
+        client.stop("full")
+        assert client.wait(["full", "late"]) == {"full": "STOPPED", "late": "STOPPED"}

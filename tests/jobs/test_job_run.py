@@ -203,6 +203,7 @@ def cells(tmp_path, monkeypatch):
     text = """
 run: pack
 arguments: {data: embedded}
+resources: {cpus: 0}
 matrix: {limit: [20, 30]}
 after: [{run: pack, arguments: {data: embedded}}]
 """
@@ -222,6 +223,17 @@ def test_what_comes_after_is_due_until_it_was_sent(cells):
     for _ in range(2):  # the first was killed before it sent
         assert jobs_run.due(job, second, FINE, in_place=False) == [0]
     assert [jobs_run.due(job, cell, FINE, in_place=True) for cell in (second, first, second)] == [[0], [], [0]]
+
+
+def test_nothing_comes_after_a_cell_that_was_told_to_stop(cells):
+    job, first, second = cells
+    stopped = FINE._replace(status=143, why="stopped")
+    jobs_run.meet(job, first, FINE)
+    jobs_run.meet(job, second, stopped)
+    Records.statuses = {"20": "SUCCEEDED", "30": "RUNNING"}
+    for in_place in (False, True):
+        assert jobs_run.due(job, second, stopped, in_place=in_place) == []
+    assert jobs_run.due(job, second, stopped._replace(why=""), in_place=False) == [0]
 
 
 def test_a_cell_that_was_killed_does_not_hold_up_what_comes_after_all(cells):

@@ -156,6 +156,26 @@ def test_while_the_last_firing_still_runs_overlap_decides(job, overlap, did):
         assert (f"--after {BEFORE}" in cluster.commands[name]) == (overlap == "wait")
 
 
+@pytest.mark.parametrize("overlap", ["skip", "wait", "stop"])
+def test_a_firing_that_is_submitted_once_more_changes_nothing_of_a_later_one(job, capsys, overlap):
+    night, cluster = job(TEXT.replace("skip", overlap)), Cluster()
+    for name in submit(night, EARLIER, cluster, Path()):
+        cluster.ended(name, "SUCCEEDED")
+    submit(night, FIRING, cluster, Path())
+    cluster.did.clear()
+    submit(night, EARLIER, cluster, Path())
+    assert cluster.did == []
+    assert capsys.readouterr().out.count("was submitted before; it is not run again") == 2
+
+
+def test_what_has_no_room_yet_is_stopped_and_not_waited_for(job):
+    night, cluster = job(TEXT.replace("skip", "stop")), Cluster()
+    submit(night, EARLIER, cluster, Path())
+    cluster.ended(f"night-{EARLIER}-lenet5", "RUNNING")
+    assert fired(cluster, night) == [f"stop night-{EARLIER}-lenet5", f"stop {BEFORE}", CNN, VIT]
+    assert [s.status for s in cluster.submitted("night", EARLIER)] == ["STOPPED", "PENDING"]
+
+
 def test_a_firing_that_has_ended_holds_none_up(job):
     night, cluster = job(), Cluster()
     for name in submit(night, EARLIER, cluster, Path()):
