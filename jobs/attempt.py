@@ -79,8 +79,8 @@ def execute(words: Sequence[str], limit: float | None, listen: Callable[[str], N
         assert process.stdout is not None
         for line in process.stdout:
             print(line, end="", flush=True)
-            listen(line.strip())
             last[0] = line.strip() or last[0]
+            listen(line.strip())
 
     reader = threading.Thread(target=relay, daemon=True)
     reader.start()

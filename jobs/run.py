@@ -17,6 +17,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -92,16 +93,20 @@ def run(arguments: Arguments) -> int:
         firing, cell, f"{storage}/{job.submission(firing, cell.name)}", f"{storage}/firings/{job.name}/{firing}"
     )
     try:
-        spec.load(arguments.job, arguments.set, on_cluster=True)
-        if missing := [name for name in job.secrets if not os.environ.get(name)]:
-            raise UserError(
-                f"{job.path}: {', '.join(missing)} not set here; set it where the cluster's nodes are started"
-            )
-    except UserError as error:
-        tell(job, place, "failure", f"{job.submission(firing, cell.name)}: {error}", 0.0)
+        return run_there(job, place, arguments)
+    except Exception as error:
+        name = job.submission(firing, cell.name)
+        tell(job, place, "failure", f"{name}: {str(error) or type(error).__name__}", 0.0)
         raise
+
+
+def run_there(job: Job, place: Place, arguments: Arguments) -> int:
+    """The cell or the step that is asked for; returns its exit status, or that of what failed after it."""
+    spec.load(arguments.job, arguments.set, on_cluster=True)
+    if missing := [name for name in job.secrets if not os.environ.get(name)]:
+        raise UserError(f"{job.path}: {', '.join(missing)} not set here; set it where the cluster's nodes are started")
     os.environ.update(job.environment)
-    os.environ[TAGS_VARIABLE] = json.dumps({"job": job.name, "firing": firing})
+    os.environ[TAGS_VARIABLE] = json.dumps({"job": job.name, "firing": place.firing})
     if arguments.step is not None:
         return follow(job, place, arguments.step - 1)
     before = last_word(place)
@@ -111,8 +116,9 @@ def run(arguments: Arguments) -> int:
         print(f"waiting for {', '.join(arguments.after)} (overlap: wait)", flush=True)
         Client().wait(arguments.after)
 
-    step = job.of(cell)
+    step = job.of(place.cell)
     if step.run in TRAINS:
+        storage = place.run.rpartition("/")[0]
         step = dataclasses.replace(step, arguments={**step.arguments, "run": place.run, "storage": storage})
         if step.resources and not arguments.in_place:  # a cluster of its own has machines of that size, and all of them
             os.environ[cluster.TAKES] = json.dumps(
@@ -120,16 +126,19 @@ def run(arguments: Arguments) -> int:
             )
     heard = set()
 
-    def listen(line: str) -> None:
-        for pattern, prefix in ALARMS.items():
-            if (match := pattern.match(line)) and pattern not in heard:
-                heard.add(pattern)
-                tell(job, place, "collapse", prefix + match[1], time.monotonic() - started)
-
     started = time.monotonic()
-    outcome = before or attempt(step.command(place.run), job, listen)
+    with ThreadPoolExecutor(1) as messenger:  # whoever is slow to be told holds up neither the command nor its output
+
+        def listen(line: str) -> None:
+            for pattern, prefix in ALARMS.items():
+                if (match := pattern.match(line)) and pattern not in heard:
+                    heard.add(pattern)
+                    seconds = time.monotonic() - started
+                    messenger.submit(tell, job, place, "collapse", prefix + match[1], seconds)
+
+        outcome = before or attempt(step.command(place.run), job, listen)
     if before:
-        name = job.submission(firing, cell.name)
+        name = job.submission(place.firing, place.cell.name)
         print(f"{name}: was done before, and is not run again; what comes after it goes on", flush=True)
     else:
         meet(job, place, outcome)
@@ -163,8 +172,10 @@ def report(job: Job, place: Place, outcome: Outcome, what: str = "") -> None:
 
 
 def tell(job: Job, place: Place, event: Event, text: str, seconds: float) -> None:
-    """Notify of an event, with what the run's summary knows."""
-    summary = read(f"{place.run}/summary.json") or {}
+    """Notify of an event, with what the run's summary knows, if that can be read."""
+    summary: dict[str, Any] = {}
+    with contextlib.suppress(Exception):  # no reason to tell nobody; it may be the reason of the failure
+        summary = read(f"{place.run}/summary.json") or {}
     results = {key: summary[key] for key in TOLD if summary.get(key) is not None}
     news = notify.News(event, job.name, place.firing, place.cell.name, text, place.run, round(seconds, 1), results)
     notify.tell(job.notify, news)

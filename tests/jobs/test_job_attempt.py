@@ -1,5 +1,7 @@
 """A command as a job runs it: tried again, limited in time, stopped."""
 
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -54,6 +56,15 @@ def test_a_time_limit_asks_first_and_kills_then(monkeypatch):
     assert (deaf.status, deaf.why) == (137, "time limit")
     assert deaf.seconds < 30
     assert "SIGKILL" in deaf.last
+
+
+def test_the_last_line_is_known_though_whoever_listens_is_slow(monkeypatch):
+    monkeypatch.setattr(attempts, "LINGER", 0.5)
+    asked = threading.Event()
+    words = [sys.executable, "-c", "print('why'); exit(1)"]
+    outcome = attempts.execute(words, None, lambda line: asked.wait(20))
+    asked.set()
+    assert outcome.last == "why"
 
 
 def test_a_command_has_the_time_that_a_stop_promises():

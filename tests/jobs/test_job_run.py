@@ -1,5 +1,6 @@
 """What the cluster runs for a cell: the command, its limits, its retries, what comes after, who is told."""
 
+import dataclasses
 import http.server
 import json
 import os
@@ -14,10 +15,11 @@ from typing import ClassVar
 import pytest
 from job_toys import ROOT, TINY, photographs, python
 
+from jobs import notify, spec
 from jobs import run as jobs_run
-from jobs import spec
 from jobs.cluster import Submitted
 from jobs.job import Notify
+from jobs.notify import News
 from objectives.views import VitalSign
 from pipeline.training.health import Health, Intervention, Unwell
 from tests.s3 import s3
@@ -25,15 +27,22 @@ from tests.s3 import s3
 FIRING = "20260101T000000Z"
 
 
+refusals: list[int] = []
+"""What the web server answers before it takes anything."""
+
+
 @pytest.fixture
 def heard():
     """A real web server that keeps what is posted to it."""
     news: list[dict] = []
+    refusals.clear()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
-            news.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(204)
+            said = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if not refusals:
+                news.append(said)
+            self.send_response(refusals.pop(0) if refusals else 204)
             self.end_headers()
 
         def log_message(self, *_):
@@ -101,11 +110,10 @@ def test_a_failure_is_told_with_its_reason_and_a_missing_secret_is_refused(tmp_p
     )
 
 
-def test_a_webhook_that_fails_and_a_command_that_fails_fail_nothing(capsys):
-    from jobs.notify import News, tell
-
-    news = News("finish", "j", FIRING, "", 'it\'s "$(touch /tmp/no)" done', "run", 1.0, {})
-    tell(
+def test_a_webhook_that_fails_and_a_command_that_fails_fail_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(notify, "WAITS", (0.0, 0.0))
+    news = dataclasses.replace(NEWS, event="finish", text='it\'s "$(touch /tmp/no)" done')
+    notify.tell(
         Notify("http://127.0.0.1:9/token123", 'test "$JOB_TEXT" = \'it\'"\'"\'s "$(touch /tmp/no)" done\' && exit 3'),
         news,
     )
@@ -113,8 +121,86 @@ def test_a_webhook_that_fails_and_a_command_that_fails_fail_nothing(capsys):
     assert "the webhook did not take it" in said
     assert "the command ended with status 3" in said
     assert "token123" not in said
-    tell(Notify("http://127.0.0.1:9/", "exit 3", ("failure",)), news)
+    notify.tell(Notify("http://127.0.0.1:9/", "exit 3", ("failure",)), news)
     assert capsys.readouterr().err == ""
+
+
+NEWS = News("failure", "j", FIRING, "", "it failed", "run", 1.0, {})
+
+
+def test_a_webhook_that_is_away_for_a_moment_is_told_and_one_that_refuses_is_asked_once(heard, monkeypatch, capsys):
+    monkeypatch.setattr(notify, "WAITS", (0.0, 0.0))
+    refusals.extend([429, 503])
+    notify.tell(Notify(heard[0]), NEWS)
+    assert [news["text"] for news in heard[1]] == ["it failed"]
+    refusals.extend([404, 404])
+    notify.tell(Notify(heard[0]), NEWS)
+    assert refusals == [404]
+    assert "the webhook did not take it (HTTP Error 404" in capsys.readouterr().err
+
+
+def test_tries_at_a_webhook_lie_seconds_apart(monkeypatch):
+    waits: list[float] = []
+    monkeypatch.setattr(notify.time, "sleep", waits.append)
+    notify.tell(Notify("http://127.0.0.1:9/"), NEWS)
+    assert waits == [2.0, 10.0]
+
+
+def test_a_webhook_of_odd_form_fails_nothing_and_is_not_shown(heard, monkeypatch, capsys):
+    monkeypatch.setenv("HOOK", f"{heard[0]}\n")
+    notify.tell(Notify("$HOOK"), NEWS)
+    assert len(heard[1]) == 1, "the end of the line that it was read from does not belong to it"
+    for odd in ("hooks.example.org/token123", "http://host:port/token123", "https://a b/token123", "http:///token123"):
+        monkeypatch.setenv("HOOK", odd)
+        notify.tell(Notify("$HOOK"), NEWS)
+    said = capsys.readouterr()
+    assert said.err.count("notification: ") == 4
+    assert "token123" not in said.out + said.err
+
+
+def test_what_is_told_holds_no_credentials(heard, capsys):
+    notify.tell(Notify(heard[0]), dataclasses.replace(NEWS, text="no answer from s3://me:hunter2@store \udce9 \0"))
+    assert heard[1][0]["text"].startswith("no answer from s3://***@store")
+    assert "hunter2" not in capsys.readouterr().out
+
+
+def test_a_failure_of_the_job_itself_is_told(tmp_path, monkeypatch, heard):
+    """The storage takes nothing: neither how the cell ended can be written there, nor what it came to be read."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jobs_run, "attempt", lambda words, job, listen: FINE)
+    Path("full").touch()
+    write(tmp_path, f"run: pretrain\narguments: {{data: embedded, storage: full}}\nnotify: {{webhook: {heard[0]}}}\n")
+    assert jobs_run.main(["tiny.yaml", "--firing", FIRING]) == 1
+    assert [news["event"] for news in heard[1]] == ["failure"]
+    assert heard[1][0]["text"].startswith(f"tiny-{FIRING}: [Errno ")
+
+
+def test_a_failure_is_told_though_the_results_cannot_be_read(tmp_path, heard):
+    text = "run: pretrain\narguments: {data: embedded, storage: runs}\nsecrets: [MY_TOKEN]\n"
+    write(tmp_path, f"{text}notify: {{webhook: {heard[0]}}}\n")
+    (tmp_path / "runs" / f"tiny-{FIRING}" / "summary.json").mkdir(parents=True)
+    done = python("-m", "jobs.run", "tiny.yaml", "--firing", FIRING, cwd=tmp_path)
+    assert "MY_TOKEN not set here" in heard[1][0]["text"]
+    assert done.returncode == 2
+
+
+def test_who_is_slow_to_be_told_holds_no_command_up(tmp_path, monkeypatch):
+    ended, told = threading.Event(), []
+
+    def attempt(words, job, listen):
+        listen("warning: collapse at 8 images: spread is 0.1")
+        ended.set()
+        return FINE
+
+    def tell(whom, news):
+        told.append((news.event, ended.wait(20)))
+
+    monkeypatch.setattr(jobs_run, "attempt", attempt)
+    monkeypatch.setattr(jobs_run.notify, "tell", tell)
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "run: pretrain\narguments: {data: embedded}\n")
+    assert jobs_run.main(["tiny.yaml", "--firing", FIRING]) == 0
+    assert told == [("collapse", True), ("finish", True)]
 
 
 @pytest.mark.slow
