@@ -153,6 +153,7 @@ def serve(
                 tried.pop(job.name, None)
                 state.advance(job.name, firing)
             else:
+                state.until[job.name] = now  # what a changed schedule has in the past is none of ours
                 upcoming = job.timetable.schedule.firings(now, now + timedelta(seconds=LOOK))
                 soon = min([soon, *((firing - now).total_seconds() for firing in upcoming)])
         try:
@@ -226,18 +227,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = Path(arguments.working_dir)
         known: dict[str, Job] = {}
 
-        def load() -> list[Job]:
+        def load(*, first: bool = False) -> list[Job]:
             """The jobs; one that was right before and is wrong now stays as it was, and this is said."""
-            paths = [spec.find(job) for job in arguments.jobs] or sorted(spec.FOLDER.glob("*.yaml"))
             found = {}
-            for path in paths:
+            for job in arguments.jobs or sorted(map(str, spec.FOLDER.glob("*.yaml"))):
+                name = Path(job).stem
                 try:
-                    found[path.stem] = spec.load(path)
+                    found[name] = spec.load(job)
                 except (UserError, OSError) as error:
-                    if not known:
+                    if first:
                         raise
-                    print(f"{error}{'; as it was before, it goes on' if path.stem in known else ''}", flush=True)
-                    found |= {path.stem: known[path.stem]} if path.stem in known else {}
+                    print(f"{error}{'; as it was before, it goes on' if name in known else ''}", flush=True)
+                    found |= {name: known[name]} if name in known else {}
             known.clear()
             known.update(found)
             return list(known.values())
@@ -247,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         with alone(state.path):
-            for job in load():
+            for job in load(first=True):
                 if job.timetable:
                     upcoming = job.timetable.schedule.next(datetime.now(UTC)).astimezone(job.timetable.schedule.zone)
                     print(f"{job.name}: next at {upcoming:%Y-%m-%d %H:%M %Z}", flush=True)

@@ -147,6 +147,37 @@ def test_a_firing_waits_for_a_cluster_that_does_not_answer_for_a_while(job, tmp_
     assert fired == ["20261124T020000Z"]
 
 
+def test_a_changed_schedule_fires_from_then_on(job, tmp_path):
+    start, fired = datetime(2026, 11, 24, 1, 55, tzinfo=UTC), []
+    clock = FastClock(start, start + timedelta(hours=31))
+
+    def load() -> list[Job]:
+        return [job("nightly", "0 3 * * *" if clock.time < start + timedelta(hours=10) else "0 9 * * *", "last")]
+
+    serve(load, lambda job, firing: fired.append(firing), State(tmp_path / "state.json"), clock)
+    assert fired == ["20261124T020000Z", "20261125T080000Z"]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_job_file_that_is_away_for_a_moment_ends_no_scheduler(job, tmp_path, monkeypatch, capsys, named):
+    monkeypatch.setattr(spec, "FOLDER", tmp_path)
+    monkeypatch.setattr(scheduler.signal, "signal", lambda *_: None)
+    job("nightly", "0 3 * * *")
+    whole, seen = Path("nightly.yaml").read_text(), []
+
+    def serve(load, *_):
+        Path("nightly.yaml").unlink()
+        seen.append([job.name for job in load()])
+        for text in (whole[:-9], whole):
+            Path("nightly.yaml").write_text(text)
+            seen.append([job.name for job in load()])
+
+    monkeypatch.setattr(scheduler, "serve", serve)
+    assert scheduler.main(["--state", "state.json", *(["--jobs", "nightly.yaml"] if named else [])]) == 0
+    assert seen == ([["nightly"]] * 3 if named else [[], [], ["nightly"]])
+    assert "nightly.yaml" in capsys.readouterr().out
+
+
 def test_a_job_that_fails_to_submit_holds_up_no_other(job, tmp_path):
     jobs, fired = [job("bad", "0 * * * *"), job("good", "0 * * * *")], Counter()
 
