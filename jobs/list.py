@@ -36,7 +36,7 @@ def table(found: Sequence[Submitted], now: datetime) -> None:
     for s in found:
         took = f"{((s.ended or now) - s.started).total_seconds():.0f} s" if s.started else "–"
         rows.add_row(s.id, s.status.lower(), f"{s.started:%Y-%m-%d %H:%M:%S} UTC" if s.started else "–", took)
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = Console(width=200)  # an id that is cut off at the terminal's edge is none for jobs.logs
     console.print(rows if found else "nothing")
 
 

@@ -53,6 +53,7 @@ def submit(job: Job, firing: str, client: Client, working_dir: Path, *, again: b
     Args:
         again: whether what failed or was stopped of this firing is submitted anew.
     """
+    check_storage(job)
     known = client.submitted(job.name)
     states = {s.id: s.status for s in known if s.firing == firing}
     new = again or not states.keys() >= {job.submission(firing, cell.name) for cell in job.cells}
@@ -82,6 +83,21 @@ def submit(job: Job, firing: str, client: Client, working_dir: Path, *, again: b
         print(f"{name}: {said}", flush=True)
         ids.append(name)
     return ids
+
+
+def check_storage(job: Job) -> None:
+    """Refuse runs whose folder is lost with the code that travels, and found by no other firing.
+
+    Raises:
+        UserError: the storage is a path from there.
+    """
+    for cell in job.cells:
+        storage = str(job.of(cell).arguments.get("storage") or "/")
+        if "://" not in storage and not storage.startswith(("/", "~")):
+            raise UserError(
+                f"{job.path}: storage {storage}: would lie in the copy of this folder that the cluster makes for a "
+                "while; give the whole path, as in /data/runs"
+            )
 
 
 def renew(job: Job, firing: str, client: Client, working_dir: Path) -> list[str]:
@@ -178,6 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         firing = which_firing(job, arguments.firing, datetime.now(UTC))
         folder = Path(arguments.working_dir)
         within(job.path, folder)
+        check_storage(job)
         if arguments.dry_run:
             show(job, firing, folder)
             return 0

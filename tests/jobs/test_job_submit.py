@@ -1,6 +1,7 @@
 """What a submission decides by what was submitted before; a stand-in for the cluster keeps records as Ray does."""
 
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from jobs import submit as jobs_submit
 from jobs.cluster import Client, Submitted
 from jobs.job import Job
 from jobs.submit import submit
+from pipeline.errors import UserError
 
 FIRING, EARLIER = "20260102T000000Z", "20260101T000000Z"
 TEXT = """
@@ -202,6 +204,24 @@ def test_an_id_that_is_gone_while_it_is_submitted_anew_is_waited_for(monkeypatch
     client.api = Api()
     monkeypatch.setattr("jobs.cluster.SETTLED", 0.0)
     assert client.wait(["a"], every=0.0) == {"a": "SUCCEEDED"}
+
+
+def test_storage_that_would_be_lost_with_the_code_is_refused(job, capsys):
+    night = job(TEXT.replace("embedded}\nm", "embedded, storage: runs}\nm"))
+    with pytest.raises(UserError, match=r"night\.yaml: storage runs: would lie in the copy of this folder"):
+        submit(night, FIRING, Cluster(), Path())
+    assert jobs_submit.main(["night.yaml", "--dry-run"]) == 2
+    for kept in ("/data/runs", "s3://bucket/runs", "~/runs"):
+        assert jobs_submit.main(["night.yaml", "--dry-run", "--set", f"storage={kept}"]) == 0
+
+
+def test_an_id_is_shown_whole_in_a_narrow_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    now = datetime(2026, 1, 2, tzinfo=UTC)
+    name = f"weekly-{FIRING}-resnet50-dino-after1"
+    jobs_list.table([Submitted(name, "weekly", FIRING, "", "", "SUCCEEDED", "", now, now)], now)
+    assert name in capsys.readouterr().out
 
 
 def test_the_list_takes_a_job(capsys):
