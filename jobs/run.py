@@ -163,7 +163,8 @@ def report(job: Job, place: Place, outcome: Outcome, what: str = "") -> None:
         return
     if outcome.why == "time limit":
         limit = f"{job.time_limit or 0:g} s"
-        text = f"{name}: its time limit of {limit} is up; this firing, submitted --again, continues its checkpoint"
+        way = "continues its checkpoint" if job.step.run in TRAINS and not what else "runs it anew"
+        text = f"{name}: its time limit of {limit} is up; this firing, submitted --again, {way}"
         tell(job, place, "failure", text, outcome.seconds)
     elif outcome.status:
         tell(job, place, "failure", f"{name}: failed with status {outcome.status}: {outcome.last}", outcome.seconds)

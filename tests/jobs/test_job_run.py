@@ -184,6 +184,16 @@ def test_a_failure_is_told_though_the_results_cannot_be_read(tmp_path, heard):
     assert done.returncode == 2
 
 
+@pytest.mark.parametrize(("run", "way"), [("pretrain", "continues its checkpoint"), ("pack", "runs it anew")])
+def test_a_time_limit_that_is_up_is_told_with_what_again_does(tmp_path, monkeypatch, heard, run, way):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jobs_run, "attempt", lambda *_: FINE._replace(status=143, why="time limit"))
+    text = f"run: {run}\narguments: {{data: embedded}}\ntime_limit: 5s\nnotify: {{webhook: {heard[0]}}}\n"
+    write(tmp_path, text)
+    assert jobs_run.main(["tiny.yaml", "--firing", FIRING]) == 143
+    assert heard[1][0]["text"].endswith(f"its time limit of 5 s is up; this firing, submitted --again, {way}")
+
+
 def test_who_is_slow_to_be_told_holds_no_command_up(tmp_path, monkeypatch):
     ended, told = threading.Event(), []
 
