@@ -1,6 +1,7 @@
 """What jobs want of Ray: its job API, a call on a spare worker, and Tune. Training itself is `pipeline.cluster`'s."""
 
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -274,7 +275,7 @@ def _waiting(cpus: float, gpus: float) -> str:
 
 def tune(
     trial: Callable[..., None], space: Mapping[str, Any], fixed: Mapping[str, Any], *, trials: int, rungs: int,
-    cpus: float, gpus: float, seed: int,
+    cpus: float, gpus: float, seed: int, stop: Callable[[], bool] = bool,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Run trials by Ray Tune with ASHA on the cluster that is there, or on this machine.
 
@@ -282,18 +283,33 @@ def tune(
         trial: takes what was drawn, what is fixed, a function to report {"value", "rung"} with, and its name.
         space: option → ("log" | "even", low, high) or ("of", values).
         rungs: how often a trial reports, at most.
+        stop: whether all is to end now, with what has come out.
 
     Returns:
-        For every trial what was `drawn`, its `run`, and its last `value` and `rung`, or its `error`.
+        For every trial what was `drawn`, its `run`, its last `value` and `rung` if it came so far, and its `error`.
     """
     from ray import tune as ray_tune
     from ray.tune.schedulers import ASHAScheduler
 
     from pipeline.cluster import begin, connect
 
+    handler = signal.getsignal(signal.SIGTERM)
     if not connect(1):
         begin()
+    signal.signal(signal.SIGTERM, handler)  # Ray has taken it
     kinds = {"log": ray_tune.loguniform, "even": ray_tune.uniform, "of": ray_tune.choice}
+
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C is for `stop`
+
+    class Told(ray_tune.Stopper):
+        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+            return False
+
+        def stop_all(self) -> bool:
+            return stop()
+
+        def __reduce__(self) -> tuple[Any, ...]:  # Tune keeps a copy on the disk
+            return ray_tune.stopper.NoopStopper, ()
 
     def run(drawn: dict[str, Any]) -> None:
         trial(drawn, fixed, ray_tune.report, ray_tune.get_context().get_trial_id())
@@ -302,17 +318,17 @@ def tune(
         ray_tune.with_resources(run, {"CPU": cpus, "GPU": gpus}),
         param_space={name: kinds[how](*drawn) for name, (how, *drawn) in space.items()},
         tune_config=ray_tune.TuneConfig(
-            metric="value", mode="max", num_samples=trials,
+            metric="value", mode="max", num_samples=trials, trial_dirname_creator=lambda trial: trial.trial_id,
             search_alg=ray_tune.search.BasicVariantGenerator(random_state=seed),
             scheduler=ASHAScheduler(time_attr="rung", max_t=rungs, grace_period=1, reduction_factor=3),
         ),
-        run_config=ray_tune.RunConfig(verbose=0, storage_path=tempfile.mkdtemp(prefix="ray-tune-")),
+        run_config=ray_tune.RunConfig(verbose=0, stop=Told(), storage_path=tempfile.mkdtemp(prefix="ray-tune-")),
     ).fit()  # fmt: skip
     found = []
     for result in results:
-        row: dict[str, Any] = {"drawn": dict(result.config or {})}
+        row: dict[str, Any] = {"drawn": dict(result.config or {}), "run": Path(result.path).name}
         if result.metrics and "value" in result.metrics:
-            row |= {key: result.metrics[key] for key in ("value", "rung")} | {"run": result.metrics["trial_id"]}
+            row |= {key: result.metrics[key] for key in ("value", "rung")}
         if result.error:
             row["error"] = str(result.error).strip().splitlines()[-1]
         found.append(row)

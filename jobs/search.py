@@ -3,6 +3,7 @@
 Every trial is a pretraining run, stopped at each rung to be measured and continued exactly where it stood. ASHA (Li et
 al. 2020) ends those that rank low at their rung. They are ranked by RankMe, which needs no labels, or by k-NN accuracy.
 In MLflow a search is one run, and every trial a child of it, with the tags `job` and `firing` where a job searches.
+Stopped, or at its time limit, a search concludes from what has come out.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tyro.conf import Positional
 
 from pipeline import tracking
-from pipeline.command import command
+from pipeline.command import STOPPED, command, stop_signals
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0, or 1 failed, 2 a user's mistake."""
+    """Run the command line; returns 0, or 1 failed, 2 a user's mistake, 130 or 143 stopped."""
 
     def run(arguments: Arguments) -> int:
         space = dict(axis(text) for text in arguments.space)
@@ -80,12 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         tags = {**json.loads(os.environ.get(tracking.TAGS_VARIABLE) or "{}"), "kind": "trial", PARENT: search}
         fixed = {"shared": shared, "rungs": arguments.rungs, "metric": arguments.metric, "folder": folder,
                  "uri": uri, "tags": json.dumps(tags)}  # fmt: skip
-        found = cluster.tune(
-            trial, space, fixed, trials=arguments.trials, rungs=arguments.rungs, cpus=arguments.cpus,
-            gpus=arguments.gpus, seed=arguments.seed,
-        )  # fmt: skip
-        conclude(found, arguments, folder)
-        record(found, arguments, folder, uri, search)
+        with stop_signals() as stop:
+            found = cluster.tune(
+                trial, space, fixed, trials=arguments.trials, rungs=arguments.rungs, cpus=arguments.cpus,
+                gpus=arguments.gpus, seed=arguments.seed, stop=stop.is_set,
+            )  # fmt: skip
+            conclude(found, arguments, folder)
+            record(found, arguments, folder, uri, search, stopped=stop.is_set())
+        if stop.cause:
+            return STOPPED[stop.cause]
         return 0 if any("value" in row for row in found) else 1
 
     return command(Arguments, "jobs.search", run, argv)
@@ -242,27 +246,31 @@ def conclude(found: list[dict[str, Any]], arguments: Arguments, folder: str) -> 
         rows.add_row(value, f"{row.get('rung', 0)}/{arguments.rungs}", *drawn)
     Console(width=None if sys.stdout.isatty() else 160).print(rows)
     RunFolder(folder).write_json("search.json", {"arguments": dataclasses.asdict(arguments), "trials": ranked})
-    if "value" in ranked[0]:
+    if ranked and "value" in ranked[0]:
         best = [word for key, value in ranked[0]["drawn"].items() for word in words(f"{key}={value}")]
         shared = [word for setting in arguments.settings for word in words(setting)]
         print("best: " + shlex.join(["python", "-m", "pipeline.pretrain", *shared, *best]))
 
 
-def record(found: list[dict[str, Any]], arguments: Arguments, folder: str, uri: str, search: str) -> None:
+def record(
+    found: list[dict[str, Any]], arguments: Arguments, folder: str, uri: str, search: str, *, stopped: bool
+) -> None:
     """End the trials and the search in MLflow, the latter with the best value, at the rung that it was measured at."""
     from pipeline.training.run_folder import RunFolder
 
     well = [row for row in found if "value" in row and "error" not in row]
-    for row in well:
+    for row in found:
         run = RunFolder(f"{folder}/{row['run']}")
-        through = row["rung"] == arguments.rungs
-        tracking.end_run(uri, run.read("mlflow_run_id").decode(), "FINISHED" if through else "KILLED", run.address)
+        if run.exists("mlflow_run_id"):
+            status: tracking.Status = "FINISHED" if row.get("rung") == arguments.rungs else "KILLED"
+            status = "FAILED" if "error" in row else status
+            tracking.end_run(uri, run.read("mlflow_run_id").decode(), status, run.address)
     tracker = tracking.Tracker(uri, search, run=folder, system_metrics=0)
     if well:
         best = max(well, key=lambda row: (row["rung"], row["value"]))
         tracker.log({METRICS[arguments.metric]: best["value"]}, best["rung"])
     tracker.log_artifact(f"{folder}/search.json")
-    tracker.finish("FINISHED" if well else "FAILED")
+    tracker.finish("KILLED" if stopped else "FINISHED" if well else "FAILED")
 
 
 if __name__ == "__main__":

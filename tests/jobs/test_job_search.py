@@ -1,10 +1,14 @@
 """The search: ASHA ends what ranks low, the best is written down, and MLflow holds the search and its trials."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from job_toys import TINY, photographs, python
+from job_toys import ROOT, TINY, photographs, python
 
 from jobs import cluster, search
 from jobs.search import METRICS
@@ -41,14 +45,14 @@ def test_what_ranks_low_is_ended_and_the_best_goes_on_to_the_end(tmp_path):
     assert best["rung"] == 3
 
 
-def in_turn(trial, space, fixed, *, trials, rungs, cpus, gpus, seed):
+def in_turn(trial, space, fixed, *, trials, rungs, cpus, gpus, seed, stop):
     """What `cluster.tune` does, here: the second of three trials is ended at its first rung, the third fails."""
     found = []
     for number, lr in enumerate((0.01, 0.001, 0.1)):
-        row = {"drawn": {"lr": lr}}
+        row = {"drawn": {"lr": lr}, "run": f"trial{number}"}
 
         def report(values, row=row, name=f"trial{number}"):
-            row |= {**values, "run": name}
+            row |= values
             if name == "trial1":
                 raise SystemExit
 
@@ -100,6 +104,34 @@ def test_mlflow_holds_a_search_and_below_it_its_trials_by_job_and_firing(tmp_pat
     assert children["trial1"].data.metrics[key] == trials[1]["value"]
     assert children["trial1"].data.params["lr"] == "0.001"
     assert (parent.info.status, parent.data.metrics[key]) == ("FINISHED", trials[0]["value"])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_search_that_is_stopped_keeps_what_came_out_and_nothing_of_it_runs_on_in_mlflow(tmp_path):
+    import mlflow
+
+    photographs(tmp_path / "photos", range(40))
+    settings = [*(word for word in SMALL if not word.startswith("epochs")), "epochs=100000", "data=photos"]
+    words = ["lr=1e-5..1e-1", "--trials", "2", "--rungs", "2", "--run", "runs/found", "--settings", *settings]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
+    environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'ssl'}", "HOME": str(tmp_path)}
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen([sys.executable, "-m", "jobs.search", *words, f"cache={tmp_path}/cache"],
+                                   cwd=tmp_path, env=environment, stdout=log, stderr=log)  # fmt: skip
+    until = time.monotonic() + 300
+    while not list(tmp_path.glob("runs/found/*/metrics.jsonl")):
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < until, (tmp_path / "log").read_text()
+        time.sleep(0.2)
+    process.terminate()
+    assert process.wait(100) == 143, (tmp_path / "log").read_text()
+    assert len(json.loads((tmp_path / "runs/found/search.json").read_text())["trials"]) == 2
+    store = mlflow.MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    found = store.search_runs([e.experiment_id for e in store.search_experiments()])
+    assert {run.data.tags["kind"] for run in found} == {"search", "trial"}
+    assert {run.info.status for run in found} == {"KILLED"}
 
 
 @pytest.mark.ray
