@@ -130,8 +130,8 @@ def secretless(file: Located, place: Place = ()) -> None:
     elif isinstance(value, list):
         for i in range(len(value)):
             secretless(file, (*place, i))
-    elif isinstance(value, str):
-        named = place[0] == "environment" and re.fullmatch(SECRET_NAME, str(place[-1]), re.IGNORECASE) and value
-        if named or redact(value) != value:
+    elif value is not None:
+        named = place[0] == "environment" and re.fullmatch(SECRET_NAME, str(place[-1]), re.IGNORECASE)
+        if (named and value not in ("", 0, 1)) or redact(str(value)) != str(value):  # 0, 1, false and true are switches
             key = next(key for key in reversed(place) if isinstance(key, str))  # of a list's entry, the list's
             file.fail(place, f"{key} looks like a secret; name its variable under secrets: and set it on the cluster")

@@ -3,7 +3,10 @@
 import re
 from urllib.parse import parse_qsl
 
-SECRET_NAME = r"[\w.-]*(?:passw(?:or)?d|secret|token|credentials?|signature|api[_-]?key|access[_-]?key)"
+SECRET_NAME = (
+    r"[\w.-]*(?:passw(?:or)?d|passphrase|[_-](?:pass|pwd)|secret|token|credentials?|signature|connection[_-]?string"
+    r"|(?:api|access|account|storage|secret|private|signing|encryption)[_-]?key)"
+)
 _AT = r"@(?:[^/\s@]*@)*"
 _SECRETS = (
     # A password may hold slashes, and further @; what follows a host's colon up to a slash may be a port.
@@ -15,12 +18,20 @@ _SECRETS = (
     (re.compile(r"(?i)(\bauthorization\b\W+(?:basic|bearer)\s+|\bbearer\s+)[\w.~+/=-]+"), r"\1***"),
     (re.compile(rf"(?i)({SECRET_NAME}[\"']?\s*[=:]\s*[\"']?|--{SECRET_NAME}\s+)[^\s\"'&,;}}]+"), r"\1***"),
     (re.compile(r"(?i)([?&](?:sig|key|auth|code|x-amz-[\w-]+|x-goog-[\w-]+)=)[^\s\"'&]+"), r"\1***"),
+    (
+        re.compile(
+            r"(?i)(https://(?:hooks\.slack\.com/\w+/|discord(?:app)?\.com/api/webhooks/|api\.telegram\.org/bot|"
+            r"[\w.-]+\.webhook\.office\.com/))[\w/.:%@~-]+"
+        ),
+        r"\1***",
+    ),
     (re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\b(?:gh[pousr]|glpat|hf|sk|xox[abp])[_-][\w-]{16,}"), "***"),
 )
 
 
 def redact(text: str) -> str:
-    """`text` without credentials: those in URLs, `password=…` and its kin, bearer tokens, keys of well-known form."""
+    """`text` without credentials: those in URLs, `password=…` and its kin, bearer tokens, keys and
+    webhooks of well-known form."""
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
     return text

@@ -16,6 +16,7 @@ from jobs.job import Job
 from jobs.render import cron, kubernetes, raycronjob, slurm, systemd
 from jobs.render.file import Arguments
 from pipeline.errors import UserError
+from pipeline.redaction import redact
 
 TARGETS: Mapping[str, Callable[[Job, Arguments], str]] = {
     "cron": cron.render, "systemd": systemd.render, "kubernetes": kubernetes.render,
@@ -27,7 +28,7 @@ def render(job: Job, arguments: Arguments) -> str:
     """The file's text.
 
     Raises:
-        UserError: the job has no schedule, or the target cannot express something in it.
+        UserError: the job has no schedule, the target cannot express something in it, or a secret would stand in it.
     """
     if arguments.to is None:
         raise UserError(f"--to: say what reads the file: {', '.join(TARGETS)}")
@@ -35,7 +36,10 @@ def render(job: Job, arguments: Arguments) -> str:
         raise UserError(
             f"{job.path}: has no schedule, which {arguments.to} needs; give it one: schedule: {{cron, time_zone}}"
         )
-    for text in (*job.settings, arguments.folder, str(job.path), arguments.address or "", arguments.image):
+    given = (arguments.folder, arguments.address, arguments.image, arguments.volume)
+    for text in (*job.settings, str(job.path), *filter(None, given)):
+        if redact(text) != text:
+            raise UserError(f"{redact(text)}: looks like a secret, and a rendered file holds none; leave it out")
         if "\n" in text or "\r" in text or "\0" in text:
             raise UserError(f"{text!r}: holds the end of a line, which a rendered file cannot; leave it out")
     return TARGETS[arguments.to](job, arguments)

@@ -309,6 +309,41 @@ def test_no_secret_is_rendered(job, to):
     text = rendered(job(), to, volume="photos")
     assert "value-of-the-token" not in text
     assert "MLFLOW_TRACKING_TOKEN" in text
+    for options in (
+        {"address": "https://me:hunter2@head:8265"},
+        {"image": "https://me:hunter2@registry/ssl"},
+        {"folder": "/srv/token=hunter2"},
+        {"volume": "token=hunter2"},
+    ):
+        with pytest.raises(UserError, match="looks like a secret, and a rendered file holds none") as caught:
+            rendered(job(), to, **options)
+        assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DB_PASSWORD", "12345678"),
+        ("DB_PASS", "0.25"),
+        ("AZURE_STORAGE_KEY", "bG9uZw=="),
+        ("AZURE_STORAGE_CONNECTION_STRING", "AccountName=me;AccountKey=bG9uZw=="),
+        ("STORE", "AccountName=me;AccountKey=bG9uZw=="),
+        ("SECRET_KEY", "a1b2c3"),
+        ("PRIVATE_KEY", "a1b2c3"),
+        ("HOOK", "https://hooks.slack.com/services/T00000000/B00000000/a1b2c3"),
+    ],
+)
+def test_a_value_that_is_a_secret_is_not_taken_to_be_rendered(job, name, value):
+    with pytest.raises(UserError, match=f"{name} looks like a secret") as caught:
+        job(JOB + f"environment: {{{name}: {value}}}\n")
+    assert value not in str(caught.value)
+
+
+def test_a_webhook_that_is_a_secret_is_not_taken_but_a_switch_is(job):
+    with pytest.raises(UserError, match="webhook looks like a secret"):
+        job(JOB + "notify: {webhook: https://hooks.slack.com/services/T00000000/B00000000/a1b2c3}\n")
+    switches = {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "NCCL_DEBUG": "WARN"}
+    assert job(JOB + f"environment: {{{', '.join(f'{k}: {v}' for k, v in switches.items())}}}\n").environment == switches
 
 
 def test_what_cannot_be_said_is_refused(job):

@@ -190,6 +190,16 @@ def test_artifacts_of_a_run_elsewhere_lie_where_it_is_said(uri: str, tmp_path: P
         "sftp://me:hunt/hunter2@host/x",
         "sftp://me:p@ss-hunter2@host/x",
         "s3://KEY:hunt/er@hunter2@bucket/x",
+        "AZURE_STORAGE_KEY=hunter2==",
+        "DefaultEndpointsProtocol=https;AccountName=me;AccountKey=hunter2==;EndpointSuffix=core.windows.net",
+        "AZURE_STORAGE_CONNECTION_STRING=hunter2",
+        "SECRET_KEY=hunter2",
+        "PRIVATE_KEY=hunter2",
+        "DB_PASS=hunter2",
+        "https://hooks.slack.com/services/T00000000/B00000000/hunter2",
+        "https://discord.com/api/webhooks/1/hunter2",
+        "https://api.telegram.org/bot1:hunter2/sendMessage",
+        "https://me.webhook.office.com/webhookb2/1@2/IncomingWebhook/hunter2",
     ],
 )
 def test_secrets_are_redacted(text: str) -> None:
@@ -208,6 +218,8 @@ def test_secrets_are_redacted(text: str) -> None:
         "sigma=0.1",
         "http://h:80/a@2x",
         "s3://bucket/a@2x/b@2x.png",
+        "bypass=1 compass: north",
+        "https://hooks.example.org/services/photos",
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:
