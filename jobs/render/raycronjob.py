@@ -94,11 +94,11 @@ def ray_cluster(job: Job, cell: Cell, arguments: Arguments) -> dict[str, Any]:
 
 
 def kubernetes_name(job: str, cell: str) -> str:
-    """A name that Kubernetes takes, within the 52 characters that leave room for what it appends."""
+    """A name within 41 characters: KubeRay appends 6 for the RayJob that it makes of it, whose name may have 47."""
     safe = re.sub(r"[^a-z0-9]+", "-", f"ssl-{job}-{cell}".lower()).strip("-")
-    if len(safe) <= 47 and safe == f"ssl-{job}-{cell}".rstrip("-"):
+    if len(safe) <= 41 and safe == f"ssl-{job}-{cell}".rstrip("-"):
         return safe
-    return f"{safe[:38].rstrip('-')}-{cell_name([job + '/' + cell])[-8:]}"
+    return f"{safe[:32].rstrip('-')}-{cell_name([job + '/' + cell])[-8:]}"
 
 
 def _cpu(cpus: float) -> str:
