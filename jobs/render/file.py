@@ -38,7 +38,7 @@ def submission(job: Job, arguments: Arguments) -> list[str]:
     return words + (["--set", *job.settings] if job.settings else [])
 
 
-def head(job: Job, mark: str = "#") -> str:
+def head(job: Job) -> str:
     """The comment that every file begins with."""
     lines = [f"{job.name}: made from {job.path} by python -m jobs.render; change it there."]
     if job.timetable:
@@ -46,7 +46,17 @@ def head(job: Job, mark: str = "#") -> str:
         lines.append(f"{schedule.cron.line} in {schedule.zone.key}")
     if job.secrets:
         lines.append(f"It needs {', '.join(job.secrets)}; their values are kept elsewhere.")
-    return "".join(f"{mark} {line}\n" for line in lines)
+    if name := webhook(job):
+        lines.append(f"It tells the webhook whose address {name} holds, also kept elsewhere; not set, nobody is told.")
+    return "".join(f"# {line}\n" for line in lines)
+
+
+def webhook(job: Job) -> str:
+    """The variable with the webhook's address: a secret, but one that the job runs without; "" where there is none, the
+    file holds it, or it stands under secrets too."""
+    name = (job.notify.webhook or "").removeprefix("$")
+    plain = name == job.notify.webhook or name in (*job.environment, *job.secrets)
+    return "" if plain else name
 
 
 def gap(timetable: Timetable, who: str) -> str:

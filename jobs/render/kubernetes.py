@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from jobs.job import Job
-from jobs.render.file import Arguments, gap, head, submission
+from jobs.render.file import Arguments, gap, head, submission, webhook
 
 POLICIES = {"skip": "Forbid", "wait": "Allow", "stop": "Allow", "allow": "Allow"}
 
@@ -49,10 +49,11 @@ def render(job: Job, arguments: Arguments) -> str:
 
 
 def variables(plain: Mapping[str, str], job: Job) -> list[dict[str, Any]]:
-    """A container's environment: plain values, the job's among them, and references to the secret of the others."""
-    held = [
-        {"name": name, "valueFrom": {"secretKeyRef": {"name": f"ssl-{job.name}", "key": name}}} for name in job.secrets
-    ]
+    """A container's environment: plain values, the job's among them, and references to a Secret with the others."""
+    secret = {"name": f"ssl-{job.name}"}
+    held = [{"name": name, "valueFrom": {"secretKeyRef": {**secret, "key": name}}} for name in job.secrets]
+    if name := webhook(job):
+        held.append({"name": name, "valueFrom": {"secretKeyRef": {**secret, "key": name, "optional": True}}})
     values = {**plain, **job.environment}
     return [*({"name": name, "value": kubernetes_word(value)} for name, value in values.items()), *held]
 

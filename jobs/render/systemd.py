@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from jobs.job import Job, Timetable
-from jobs.render.file import Arguments, gap, head, submission
+from jobs.render.file import Arguments, gap, head, submission, webhook
 from jobs.schedule import DAYS
 from pipeline.errors import UserError
 
@@ -20,7 +20,7 @@ def render(job: Job, arguments: Arguments) -> str:
         "Service": {"Type": "oneshot", "WorkingDirectory": arguments.folder.replace("%", "%%"),
                     "ExecStart": " ".join(map(systemd_word, words))},
     }  # fmt: skip
-    if job.secrets:
+    if job.secrets or webhook(job):
         service["Service"]["EnvironmentFile"] = f"-%E/ssl-pretraining/{job.name}.env"
     timer: dict[str, dict[str, str | list[str]]] = {
         "Unit": {"Description": f"When {job.name} fires"},

@@ -355,6 +355,34 @@ def test_a_webhook_that_is_a_secret_is_not_taken_but_a_switch_is(job):
     assert switch.environment == {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
 
 
+@pytest.mark.parametrize("to", TARGETS)
+def test_a_webhooks_variable_is_named_and_reaches_every_pod(job, to):
+    notify = "notify: {webhook: $SSL_WEBHOOK}\n"
+    text = rendered(job(JOB + notify), to, volume="photos")
+    assert len(re.findall("^# It tells the webhook whose address SSL_WEBHOOK holds", text, re.MULTILINE)) >= 1
+    if to == "systemd":
+        without = JOB.replace("secrets: [MLFLOW_TRACKING_TOKEN]\n", "")
+        assert "EnvironmentFile=" in rendered(job(without + notify), to)
+        assert "EnvironmentFile=" not in rendered(job(without), to)
+    pods = {"kubernetes": 1, "raycronjob": 4}.get(to, 0)
+    found = [
+        entry["valueFrom"]["secretKeyRef"]
+        for document in (yaml.safe_load_all(text) if pods else ())
+        for entry in environment_entries(document)
+        if entry["name"] == "SSL_WEBHOOK"
+    ]
+    assert found == [{"name": "ssl-night", "key": "SSL_WEBHOOK", "optional": True}] * pods, "a pod starts without it"
+    for plain in ("environment: {SSL_WEBHOOK: 'http://here'}\n" + notify, "notify: {webhook: 'http://here'}\n"):
+        assert "It tells" not in rendered(job(JOB + plain), to, volume="photos")
+
+
+def environment_entries(value) -> list[dict]:
+    if isinstance(value, dict):
+        inner = [entry for key, one in value.items() if key != "env" for entry in environment_entries(one)]
+        return [*value.get("env", []), *inner]
+    return [entry for one in value for entry in environment_entries(one)] if isinstance(value, list) else []
+
+
 def test_what_cannot_be_said_is_refused(job):
     with pytest.raises(UserError, match="has no schedule, which cron needs"):
         rendered(job("run: pack\narguments: {data: embedded}\n"), "cron")
