@@ -13,12 +13,14 @@ def render(job: Job, arguments: Arguments) -> str:
     assert job.timetable is not None
     if not arguments.folder.startswith("/"):
         raise UserError(f"--folder {arguments.folder}: systemd needs the whole path, as in --folder /srv/pretraining")
-    words = [f"{arguments.folder.rstrip('/')}/.venv/bin/python", *submission(job, arguments)]
+    words = " ".join(map(systemd_word, submission(job, arguments)))
     service: dict[str, dict[str, str | list[str]]] = {
         "Unit": {"Description": f"Submit {job.name} to the Ray cluster", "Wants": "network-online.target",
                  "After": "network-online.target"},
-        "Service": {"Type": "oneshot", "WorkingDirectory": arguments.folder.replace("%", "%%"),
-                    "ExecStart": " ".join(map(systemd_word, words))},
+        # systemd starts no program whose path holds quotes or $, but env does, from the working directory; that one's
+        # slash at the end keeps a blank or a backslash before it.
+        "Service": {"Type": "oneshot", "WorkingDirectory": arguments.folder.rstrip("/").replace("%", "%%") + "/",
+                    "ExecStart": f"/usr/bin/env .venv/bin/python {words}"},
     }  # fmt: skip
     if job.secrets or webhook(job):
         service["Service"]["EnvironmentFile"] = f"-%E/ssl-pretraining/{job.name}.env"
