@@ -10,7 +10,9 @@ cron, systemd and Kubernetes submit `--firing scheduled`: the newest firing of t
 else would give it. Every word of a command is quoted for what reads it. Secrets are names, never values.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from jobs.job import Job
 from jobs.render import cron, kubernetes, raycronjob, slurm, systemd
@@ -36,6 +38,7 @@ def render(job: Job, arguments: Arguments) -> str:
         raise UserError(
             f"{job.path}: has no schedule, which {arguments.to} needs; give it one: schedule: {{cron, time_zone}}"
         )
+    arguments = dataclasses.replace(arguments, folder=str(Path(arguments.folder).absolute()))
     given = (arguments.folder, arguments.address, arguments.image, arguments.volume)
     for text in (*job.settings, str(job.path), *filter(None, given)):
         if redact(text) != text:

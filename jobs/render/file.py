@@ -20,9 +20,10 @@ class Arguments:
     image: str = "ssl-pretraining:latest"
     """The container that holds this code (kubernetes, raycronjob)."""
     address: str | None = None
-    """The cluster's job API, http://HOST:8265 (cron, systemd, kubernetes); left open: RAY_ADDRESS where it runs."""
+    """The cluster's job API, http://HOST:8265 (cron, systemd, kubernetes); left open: RAY_ADDRESS where it runs, or the
+    cluster on that machine; on kubernetes http://ray-head:8265."""
     folder: str = "."
-    """Where this code lies on the machine that runs it (cron, systemd, slurm)."""
+    """Where this code lies on the machine that runs it (cron, systemd, slurm); left open: here."""
     volume: str | None = None
     """A persistent volume claim with data and runs, mounted at /data (raycronjob)."""
     set: tuple[str, ...] = ()

@@ -5,14 +5,11 @@ from collections.abc import Mapping, Sequence
 from jobs.job import Job, Timetable
 from jobs.render.file import Arguments, gap, head, submission, webhook
 from jobs.schedule import DAYS
-from pipeline.errors import UserError
 
 
 def render(job: Job, arguments: Arguments) -> str:
     """Both files, one after the other, each under its name."""
     assert job.timetable is not None
-    if not arguments.folder.startswith("/"):
-        raise UserError(f"--folder {arguments.folder}: systemd needs the whole path, as in --folder /srv/pretraining")
     words = " ".join(map(systemd_word, submission(job, arguments)))
     service: dict[str, dict[str, str | list[str]]] = {
         "Unit": {"Description": f"Submit {job.name} to the Ray cluster", "Wants": "network-online.target",

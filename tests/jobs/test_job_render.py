@@ -384,11 +384,18 @@ def environment_entries(value) -> list[dict]:
     return [entry for one in value for entry in environment_entries(one)] if isinstance(value, list) else []
 
 
+@pytest.mark.parametrize("to", ["cron", "systemd", "slurm"])
+def test_a_folder_is_a_whole_path_since_who_runs_the_file_begins_elsewhere(job, to, tmp_path):
+    begin = {"cron": " cd {} && exec ", "systemd": "\nWorkingDirectory={}/\n", "slurm": "\ncd {}\n"}[to]
+    night = job()
+    assert begin.format(tmp_path) in render(night, Arguments("night", to))
+    assert begin.format(tmp_path / "here") in render(night, Arguments("night", to, folder="here"))
+    assert begin.format("/srv/here") in render(night, Arguments("night", to, folder="/srv/here/"))
+
+
 def test_what_cannot_be_said_is_refused(job):
     with pytest.raises(UserError, match="has no schedule, which cron needs"):
         rendered(job("run: pack\narguments: {data: embedded}\n"), "cron")
-    with pytest.raises(UserError, match="systemd needs the whole path"):
-        rendered(job(), "systemd", folder="here")
     with pytest.raises(UserError, match="the end of a line"):
         rendered(job(JOB, "storage=a\nb"), "cron")
     once = JOB.replace('{run: evaluate, arguments: {run: "{run}"}}', "{run: pack, arguments: {data: embedded}}")
