@@ -34,6 +34,7 @@ def render(job: Job, arguments: Arguments) -> str:
     """
     if arguments.to is None:
         raise UserError(f"--to: say what reads the file: {', '.join(TARGETS)}")
+    target = TARGETS[arguments.to]
     if arguments.to != "slurm" and job.timetable is None:
         raise UserError(
             f"{job.path}: has no schedule, which {arguments.to} needs; give it one: schedule: {{cron, time_zone}}"
@@ -45,4 +46,4 @@ def render(job: Job, arguments: Arguments) -> str:
             raise UserError(f"{redact(text)}: looks like a secret, and a rendered file holds none; leave it out")
         if "\n" in text or "\r" in text or "\0" in text:
             raise UserError(f"{text!r}: holds the end of a line, which a rendered file cannot; leave it out")
-    return TARGETS[arguments.to](job, arguments)
+    return target(job, arguments)

@@ -1,12 +1,14 @@
 """What every rendered file has: who reads it and how it reaches this code, its first lines, what it submits."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
 from tyro.conf import Positional
 
-from jobs.job import Job, Timetable
+from jobs.entry_points import options
+from jobs.job import Job, Resources, Step, Timetable
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,21 @@ def webhook(job: Job) -> str:
     name = (job.notify.webhook or "").removeprefix("$")
     plain = name == job.notify.webhook or name in (*job.environment, *job.secrets)
     return "" if plain else name
+
+
+def takes_of(steps: Iterable[Step]) -> Resources:
+    """What a machine needs on which commands run one after another: of each resource the most that one of them takes,
+    or that a trial or an evaluation does which it starts (the arguments `cpus` and `gpus` of search and watch)."""
+    found = [Resources(0)]
+    for step in steps:
+        given = {**options(step.run), **step.arguments}
+        found += [step.takes, Resources(float(given.get("cpus", 0)), float(given.get("gpus", 0)))]
+    return Resources(*(max(getattr(one, field.name) for one in found) for field in fields(Resources)))
+
+
+def seconds(job: Job) -> float | None:
+    """The longest that a cell and what comes after it take in one place: each command has the job's time limit."""
+    return job.time_limit and job.time_limit * (1 + len(job.after))
 
 
 def gap(timetable: Timetable, who: str) -> str:

@@ -6,8 +6,8 @@ import shlex
 from typing import Any
 
 from jobs.entry_points import TRAINS
-from jobs.job import Cell, Job, cell_name
-from jobs.render.file import Arguments, gap, head
+from jobs.job import Cell, Job, Resources, cell_name
+from jobs.render.file import Arguments, gap, head, seconds, takes_of
 from jobs.render.kubernetes import labels, text, variables
 from pipeline.errors import UserError
 
@@ -23,6 +23,9 @@ def render(job: Job, arguments: Arguments) -> str:
     notes = head(job) + gap(job.timetable, "KubeRay")
     if job.timetable.overlap != "allow":
         notes += f"# RayCronJob cannot do overlap: {job.timetable.overlap}; firings may run side by side.\n"
+    if absent := unmounted(job, arguments):
+        notes += f"# No volume is mounted at {', '.join(absent)}: "
+        notes += "--volume CLAIM mounts one at /data; what lies elsewhere is the image's, and is lost with the pod.\n"
     documents = []
     for cell in job.cells:
         name = kubernetes_name(job.name, cell.name)
@@ -37,8 +40,8 @@ def render(job: Job, arguments: Arguments) -> str:
             "submissionMode": "K8sJobMode",
             "rayClusterSpec": ray_cluster(job, cell, arguments),
         }
-        if job.time_limit:  # jobs.run keeps the limit itself, and leaves a checkpoint; this one is for when it hangs
-            template["activeDeadlineSeconds"] = math.ceil(job.time_limit * 1.1 + 1800)
+        if limit := seconds(job):  # jobs.run keeps the limit itself, and leaves a checkpoint; this is for when it hangs
+            template["activeDeadlineSeconds"] = math.ceil(limit * 1.1 + 1800)
         documents.append(
             {
                 "apiVersion": "ray.io/v1",
@@ -55,9 +58,11 @@ def render(job: Job, arguments: Arguments) -> str:
 
 
 def ray_cluster(job: Job, cell: Cell, arguments: Arguments) -> dict[str, Any]:
-    """A cluster for one firing of a cell: a head that drives, and the workers that train, where there are any."""
+    """A cluster for one firing of a cell: a head that drives and runs what comes after, and workers where any train.
+    Where none do, all runs on the head, a search's trials one after another."""
     trains = job.step.run in TRAINS
     takes = job.step.takes
+    own = takes_of([*job.after] if trains else [job.of(cell), *job.after])
     env = variables({}, job)
 
     def pod(name: str, cpus: float, gpus: float, memory: int) -> dict[str, Any]:
@@ -74,12 +79,13 @@ def ray_cluster(job: Job, cell: Cell, arguments: Arguments) -> dict[str, Any]:
             volumes.append({"name": "data", "persistentVolumeClaim": {"claimName": arguments.volume}})
         return {"spec": {"containers": [container], "volumes": volumes}}
 
-    head_takes = (2, 0, 8 << 30) if trains else (takes.cpus, takes.gpus, takes.memory)
+    if trains:
+        own = Resources(max(2, own.cpus), own.gpus, own.memory and max(8 << 30, own.memory))
     cluster: dict[str, Any] = {
         "headGroupSpec": {
             # KubeRay's operator submits over the pod network, so the head listens beyond loopback.
-            "rayStartParams": {"dashboard-host": "0.0.0.0"} | ({"num-cpus": "0"} if trains else {}),
-            "template": pod("ray-head", *head_takes),
+            "rayStartParams": {"dashboard-host": "0.0.0.0"} | ({"num-cpus": "0", "num-gpus": "0"} if trains else {}),
+            "template": pod("ray-head", own.cpus, own.gpus, own.memory),
         }
     }
     if trains:
@@ -91,6 +97,15 @@ def ray_cluster(job: Job, cell: Cell, arguments: Arguments) -> dict[str, Any]:
             }
         ]  # fmt: skip
     return cluster
+
+
+def unmounted(job: Job, arguments: Arguments) -> list[str]:
+    """The local paths in a job's commands, and that of runs where it names none, at which no volume is mounted."""
+    cells = [job.of(cell) for cell in job.cells]
+    words = [word for step in (*cells, *job.after) for word in step.command("RUN")]
+    paths = {match[1] for word in words if (match := re.match(r"(?:[\w.-]+=)?(/.*)", word))}
+    paths |= {"~/ssl-runs" for step in cells if step.run in TRAINS and "storage" not in step.arguments}
+    return sorted(path for path in paths if not (arguments.volume and f"{path}/".startswith("/data/")))
 
 
 def kubernetes_name(job: str, cell: str) -> str:

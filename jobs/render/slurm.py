@@ -4,7 +4,7 @@ import math
 import shlex
 
 from jobs.job import Job
-from jobs.render.file import Arguments, head
+from jobs.render.file import Arguments, head, seconds, takes_of
 from pipeline.errors import UserError
 
 PLAIN_PORT = 6379
@@ -12,7 +12,7 @@ PLAIN_PORT = 6379
 
 def render(job: Job, arguments: Arguments) -> str:
     """A script for sbatch. SLURM has no schedules of its own: scrontab, or cron, submits it."""
-    takes = job.step.takes
+    takes = takes_of([*map(job.of, job.cells), *job.after])
     (fewest, most), *others = sorted({job.group(cell) for cell in job.cells})
     if others:
         raise UserError(
@@ -29,7 +29,8 @@ def render(job: Job, arguments: Arguments) -> str:
     ]
     options += [f"gpus-per-node={math.ceil(takes.gpus)}"] if takes.gpus else []
     options += [f"mem={math.ceil(takes.memory / (1 << 20))}M"] if takes.memory else []
-    options += [f"time={math.ceil(job.time_limit / 60) + 10}"] if job.time_limit else []
+    limit = seconds(job)
+    options += [f"time={math.ceil(limit / 60) + 10}"] if limit else []
     options += [f"array=0-{len(job.cells) - 1}"] if len(job.cells) > 1 else []
     options += ["output=%x-%j.log", "open-mode=append"]
     cells = " ".join(shlex.quote(cell.name) for cell in job.cells)
@@ -44,6 +45,7 @@ def render(job: Job, arguments: Arguments) -> str:
         + "".join(f"#SBATCH --{option}\n" for option in options)
         + head(job)
         + ("# By its schedule: scrontab, with the cron line above.\n" if job.timetable else "")
+        + ("# time: its limit for the job and for each step after it, and 10 minutes.\n" if limit and job.after else "")
         + "# Exclusive: symmetric-run begins no second Ray on a machine, and ends all that is there (`ray stop`).\n"
         + f"""set -euo pipefail
 cd {shlex.quote(arguments.folder)}

@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo
 import jsonschema
 import pytest
 import yaml
-from job_toys import python, schema_of
+from job_toys import ROOT, python, schema_of
 
 from jobs import firing, spec
 from jobs.job import Job, Timetable
@@ -100,6 +100,55 @@ def test_each_cell_asks_for_the_workers_of_its_own(job):
     with pytest.raises(UserError, match="cells ask for different numbers of workers, and all tasks of a SLURM array"):
         rendered(job(text), "slurm")
     assert "#SBATCH --nodes=3\n" in rendered(job(text, "workers=3"), "slurm")
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "workers", "slurm"),
+    [
+        ("tuning", ("4", "1", 16), None, ("4", "1")),
+        ("checkpoints", ("1", None, 4), None, ("1", None)),
+        ("nightly", ("4", "1", 16), ("8", "1", 32), ("8", "1")),
+        ("weekly", ("4", "1", 16), ("8", "1", 32), ("8", "1")),
+    ],
+)
+def test_a_ready_jobs_machines_hold_all_that_it_runs_on_them(name, head, workers, slurm, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    ready = spec.load(name)
+    cluster = next(yaml.safe_load_all(rendered(ready, "raycronjob", volume="data")))["spec"]["jobTemplate"]
+    pods = [cluster["rayClusterSpec"]["headGroupSpec"], *cluster["rayClusterSpec"].get("workerGroupSpecs", [])]
+    for pod, wanted in zip(pods, (head, workers)):
+        limits = pod["template"]["spec"]["containers"][0]["resources"]["limits"]
+        assert (limits["cpu"], limits.get("nvidia.com/gpu"), int(limits["memory"]) >> 30) == wanted
+    assert len(pods) == 1 + bool(workers)
+    for amount in ("num-cpus", "num-gpus"):
+        assert pods[0]["rayStartParams"].get(amount) == ("0" if workers else None), "training keeps to the workers"
+    script = rendered(ready, "slurm")
+    assert f"#SBATCH --cpus-per-task={slurm[0]}\n" in script
+    assert (f"#SBATCH --gpus-per-node={slurm[1]}\n" in script) == (slurm[1] is not None)
+
+
+def test_what_comes_after_in_place_has_its_time(job):
+    script, limit = rendered(job(), "slurm"), 2 * 8 * 60
+    assert f"#SBATCH --time={limit + 10}\n" in script
+    assert "# time: its limit for the job and for each step after it, and 10 minutes.\n" in script
+    first = next(yaml.safe_load_all(rendered(job(), "raycronjob", volume="photos")))
+    assert first["spec"]["jobTemplate"]["activeDeadlineSeconds"] == pytest.approx(limit * 66 + 1800, abs=1)
+    alone = rendered(job(JOB[: JOB.index("after:")]), "slurm")
+    assert "#SBATCH --time=490\n" in alone
+    assert "# time:" not in alone
+
+
+def test_paths_at_which_no_volume_is_mounted_are_told(job, monkeypatch):
+    text = JOB + "data_on: cluster\n"
+    text = text.replace("{data: embedded}", "{data: /data/photos, storage: /runs}")
+    said = "# No volume is mounted at {}: --volume CLAIM mounts one at /data"
+    assert said.format("/data/photos, /runs") in rendered(job(text), "raycronjob")
+    assert said.format("/runs") in rendered(job(text), "raycronjob", volume="photos")
+    within = text.replace("/runs", "s3://bucket/runs")
+    assert "# No volume" not in rendered(job(within), "raycronjob", volume="photos")
+    assert said.format("~/ssl-runs") in rendered(job(), "raycronjob")
+    monkeypatch.chdir(ROOT)
+    assert said.format("/data/photos, /data/runs") in rendered(spec.load("tuning"), "raycronjob")
 
 
 def test_raycronjobs_fit_kuberays_own_schema(job, ray_cron_job_schema):
