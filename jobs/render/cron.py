@@ -14,6 +14,7 @@ def render(job: Job, arguments: Arguments) -> str:
     shell = f"cd {folder} && exec {shlex.join(['.venv/bin/python', *submission(job, arguments)])}"
     return (
         head(job)
+        + "# A firing is lost where the cluster is away: cron tries it once, and mails to MAILTO what was said.\n"
         + "# Debian's cron reads no CRON_TZ: there, the machine's own time zone must be this one.\n"
         + f"CRON_TZ={schedule.zone.key}\n"
         + f"{schedule.cron.line} {shell.replace('%', chr(92) + '%')}\n"

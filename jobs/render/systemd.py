@@ -6,6 +6,9 @@ from jobs.job import Job, Timetable
 from jobs.render.file import Arguments, gap, head, submission, webhook
 from jobs.schedule import DAYS
 
+TRIES = 60
+"""Times that a firing is submitted anew where that failed, a minute apart; firings count towards the limit as well."""
+
 
 def render(job: Job, arguments: Arguments) -> str:
     """Both files, one after the other, each under its name."""
@@ -13,11 +16,13 @@ def render(job: Job, arguments: Arguments) -> str:
     words = " ".join(map(systemd_word, submission(job, arguments)))
     service: dict[str, dict[str, str | list[str]]] = {
         "Unit": {"Description": f"Submit {job.name} to the Ray cluster", "Wants": "network-online.target",
-                 "After": "network-online.target"},
+                 "After": "network-online.target", "StartLimitIntervalSec": "4h",
+                 "StartLimitBurst": f"{TRIES + 4 * len(job.timetable.schedule.cron.minutes)}"},
         # systemd starts no program whose path holds quotes or $, but env does, from the working directory; that one's
         # slash at the end keeps a blank or a backslash before it.
         "Service": {"Type": "oneshot", "WorkingDirectory": arguments.folder.rstrip("/").replace("%", "%%") + "/",
-                    "ExecStart": f"/usr/bin/env .venv/bin/python {words}"},
+                    "ExecStart": f"/usr/bin/env .venv/bin/python {words}",
+                    "Restart": "on-failure", "RestartSec": "60"},
     }  # fmt: skip
     if job.secrets or webhook(job):
         service["Service"]["EnvironmentFile"] = f"-%E/ssl-pretraining/{job.name}.env"

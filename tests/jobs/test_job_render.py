@@ -229,6 +229,16 @@ def test_systemd_takes_the_units_and_reads_every_word_as_it_is(job, tmp_path, fo
     assert "ssl-night.timer" in verify(units[1]).stderr
 
 
+def test_a_cluster_that_is_away_for_a_while_loses_no_firing_or_the_file_says_so(job):
+    service = rendered(job(), "systemd").partition("# --- ssl-night.timer")[0]
+    assert "\nType=oneshot\n" in service
+    assert "\nRestart=on-failure\nRestartSec=60\n" in service, "submit fails where no cluster answers"
+    assert "\nStartLimitIntervalSec=4h\nStartLimitBurst=64\n" in service, "one firing an hour, tried for an hour"
+    often = rendered(job(JOB.replace("30 2 1 * mon", '"*/2 * * * *"')), "systemd")
+    assert "\nStartLimitBurst=180\n" in often, "120 firings in 4 hours are no failure"
+    assert "# A firing is lost where the cluster is away: cron tries it once" in rendered(job(), "cron")
+
+
 def verify(*units: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     line = ["systemd-analyze", "verify", "--man=no", *units]
     return subprocess.run(line, capture_output=True, text=True, timeout=60, env={**os.environ, **environment})
