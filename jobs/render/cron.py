@@ -3,7 +3,7 @@
 import shlex
 
 from jobs.job import Job
-from jobs.render.file import Arguments, head, submission
+from jobs.render.file import Arguments, head, made_up, submission
 
 
 def render(job: Job, arguments: Arguments) -> str:
@@ -15,6 +15,7 @@ def render(job: Job, arguments: Arguments) -> str:
     return (
         head(job)
         + "# A firing is lost where the cluster is away: cron tries it once, and mails to MAILTO what was said.\n"
+        + made_up(job.timetable, "cron", "none is made up for", does="none")
         + "# Debian's cron reads no CRON_TZ: there, the machine's own time zone must be this one.\n"
         + f"CRON_TZ={schedule.zone.key}\n"
         + f"{schedule.cron.line} {shell.replace('%', chr(92) + '%')}\n"

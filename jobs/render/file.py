@@ -77,6 +77,13 @@ def seconds(job: Job) -> float | None:
     return job.time_limit and job.time_limit * (1 + len(job.after))
 
 
+def made_up(timetable: Timetable, who: str, how: str = "the last is made up for", *, does: str = "last") -> str:
+    """A warning where a scheduler treats the firings in an outage otherwise than the job says."""
+    if timetable.missed == does:
+        return ""
+    return f"# {who} cannot do missed: {timetable.missed}; of the firings in an outage, {how}.\n"
+
+
 def gap(timetable: Timetable, who: str) -> str:
     """A warning where a scheduler leaves out what the clocks skip."""
     now = datetime.now(UTC)

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from jobs.job import Job
-from jobs.render.file import Arguments, gap, head, submission, webhook
+from jobs.render.file import Arguments, gap, head, made_up, submission, webhook
 
 POLICIES = {"skip": "Forbid", "wait": "Allow", "stop": "Allow", "allow": "Allow"}
 
@@ -45,7 +45,8 @@ def render(job: Job, arguments: Arguments) -> str:
             },
         },
     }
-    return head(job) + gap(job.timetable, "Kubernetes") + text(document)
+    late = made_up(job.timetable, "Kubernetes", "the last is made up for within an hour", does="")
+    return head(job) + gap(job.timetable, "Kubernetes") + late + text(document)
 
 
 def variables(plain: Mapping[str, str], job: Job) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from jobs.entry_points import TRAINS
 from jobs.job import Cell, Job, Resources, cell_name
-from jobs.render.file import Arguments, gap, head, seconds, takes_of
+from jobs.render.file import Arguments, gap, head, made_up, seconds, takes_of
 from jobs.render.kubernetes import labels, text, variables
 from pipeline.errors import UserError
 
@@ -20,7 +20,7 @@ def render(job: Job, arguments: Arguments) -> str:
         raise UserError(
             f"{job.path}: {together[0]} comes after all cells, which need a volume that they share; give --volume CLAIM"
         )
-    notes = head(job) + gap(job.timetable, "KubeRay")
+    notes = head(job) + gap(job.timetable, "KubeRay") + made_up(job.timetable, "RayCronJob")
     if job.timetable.overlap != "allow":
         notes += f"# RayCronJob cannot do overlap: {job.timetable.overlap}; firings may run side by side.\n"
     if absent := unmounted(job, arguments):

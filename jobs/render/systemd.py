@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from jobs.job import Job, Timetable
-from jobs.render.file import Arguments, gap, head, submission, webhook
+from jobs.render.file import Arguments, gap, head, made_up, submission, webhook
 from jobs.schedule import DAYS
 
 TRIES = 60
@@ -26,15 +26,18 @@ def render(job: Job, arguments: Arguments) -> str:
     }  # fmt: skip
     if job.secrets or webhook(job):
         service["Service"]["EnvironmentFile"] = f"-%E/ssl-pretraining/{job.name}.env"
+    none = job.timetable.missed == "none"
     timer: dict[str, dict[str, str | list[str]]] = {
         "Unit": {"Description": f"When {job.name} fires"},
-        "Timer": {"OnCalendar": calendars(job.timetable), "Persistent": "true", "AccuracySec": "1s"},
+        "Timer": {"OnCalendar": calendars(job.timetable), "Persistent": "false" if none else "true",
+                  "AccuracySec": "1s"},
         "Install": {"WantedBy": "timers.target"},
-    }
+    }  # fmt: skip
     name = f"ssl-{job.name}"
+    late = made_up(job.timetable, "systemd", does="none" if none else "last")
     return (
         f"# --- {name}.service\n{head(job)}{_ini(service)}\n"
-        f"# --- {name}.timer\n{head(job)}{gap(job.timetable, 'systemd')}{_ini(timer)}"
+        f"# --- {name}.timer\n{head(job)}{gap(job.timetable, 'systemd')}{late}{_ini(timer)}"
     )
 
 

@@ -469,6 +469,29 @@ def test_a_firing_that_others_skip_is_told(job):
     assert "does not exist" not in rendered(job(daily.replace("30 2", "15 1")), "systemd")
 
 
+@pytest.mark.parametrize(
+    ("to", "missed", "said"),
+    [
+        ("cron", "last", "cron cannot do missed: last; of the firings in an outage, none is made up for."),
+        ("cron", "none", None),
+        ("systemd", "last", None),
+        ("systemd", "none", None),
+        ("systemd", "all", "systemd cannot do missed: all; of the firings in an outage, the last is made up for."),
+        ("kubernetes", "last", "Kubernetes cannot do missed: last; .*, the last is made up for within an hour."),
+        ("kubernetes", "none", "Kubernetes cannot do missed: none; .*, the last is made up for within an hour."),
+        ("raycronjob", "last", None),
+        ("raycronjob", "none", "RayCronJob cannot do missed: none; of .* outage, the last is made up for."),
+    ],
+)
+def test_firings_in_an_outage_are_treated_as_the_job_says_or_the_file_tells(job, to, missed, said):
+    text = rendered(job(JOB.replace("Berlin}", f"Berlin, missed: {missed}}}")), to, volume="photos")
+    found = re.findall("^# (.*cannot do missed.*)$", text, re.MULTILINE)
+    assert len(found) == bool(said)
+    assert said is None or re.fullmatch(said, found[0])
+    if to == "systemd":
+        assert f"\nPersistent={'false' if missed == 'none' else 'true'}\n" in text
+
+
 def test_the_command_line_prints_the_file(job, tmp_path):
     job()
     done = python("-m", "jobs.render", "night", "--to", "slurm", cwd=tmp_path)
