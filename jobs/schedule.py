@@ -4,7 +4,9 @@ A cron line names times on the clock on the wall, as cron, Kubernetes and KubeRa
 month, day of week; 0 and 7 are Sunday; where both days are restricted, either suffices. Twice a year the clock jumps:
 
     forward    a time that does not exist fires at the jump: 02:30 at 03:00
-    back       a time that comes twice fires the first time; a line whose hour is `*` fires both times
+    back       a time that comes twice fires the first time
+
+A line of every hour (`*`, not `*/2`) follows real time: what does not exist does not fire, what comes twice does twice.
 
 APScheduler finds the times that match. It is asked without a time zone and with days of the week by name, because its
 own reading of a crontab calls Monday 0, wants both days to match, and falls into a loop in the hour that comes twice.
@@ -70,7 +72,7 @@ def parse(line: str) -> Cron:
     cron = Cron(
         line=" ".join(words),
         minutes=tuple(values[0]), hours=tuple(values[1]), days=tuple(values[2]), months=tuple(values[3]),
-        weekdays=tuple(values[4]), either=restricted[2] and restricted[4], every_hour=not restricted[1],
+        weekdays=tuple(values[4]), either=restricted[2] and restricted[4], every_hour=len(values[1]) == 24,
     )  # fmt: skip
     if not cron.either and all(DAYS_IN[month - 1] < min(cron.days) for month in cron.months):
         raise ValueError(f"never fires: no such month has a day {min(cron.days)}")
@@ -136,7 +138,10 @@ class Schedule:
         return None
 
     def skipped(self, after: datetime, until: datetime) -> list[datetime]:
-        """Times on the wall within (after, until] that daylight saving removes, without a time zone."""
+        """Times on the wall within (after, until] that fire at the jump, since daylight saving removes them, without a
+        time zone."""
+        if self.cron.every_hour:
+            return []
         walls = self._walls(self._wall(after), self._wall(until))
         return [wall for wall in walls if self._wall(self._instant(wall, 0)) != wall]
 
@@ -173,7 +178,7 @@ class Schedule:
             return [first]
         if first < second:  # the clock shows it twice
             return [first, second] if self.cron.every_hour else [first]
-        return [self._jump(second, first)]  # the clock never shows it
+        return [] if self.cron.every_hour else [self._jump(second, first)]  # the clock never shows it
 
     def _instant(self, wall: datetime, fold: int) -> datetime:
         return wall.replace(tzinfo=self.zone, fold=fold).astimezone(UTC)

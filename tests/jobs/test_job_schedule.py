@@ -40,6 +40,23 @@ def test_a_line_of_every_hour_fires_in_each_real_hour():
         assert {b - a for a, b in pairwise(week)} == {timedelta(minutes=30)}
 
 
+@pytest.mark.parametrize("minutes", ["5", "10,40"])
+@pytest.mark.parametrize("hour", ["*", "0-23"])
+def test_a_line_of_every_hour_has_no_firing_at_the_jump(minutes, hour):
+    def shown(*hours: str) -> list[str]:
+        return [hour.replace("+", f":{minute:0>2}+") for hour in hours for minute in minutes.split(",")]
+
+    spring = local(f"{minutes} {hour} * * *", "2026-03-29T01:00", 0.124)
+    assert spring == shown("03-29 01+01", "03-29 03+02", "03-29 04+02")
+    autumn = local(f"{minutes} {hour} * * *", "2026-10-25T01:00", 0.166)
+    assert autumn == shown("10-25 01+02", "10-25 02+02", "10-25 02+01", "10-25 03+01")
+
+
+def test_a_line_of_every_other_hour_names_hours():
+    assert local("5 */2 * * *", "2026-03-29T00:00", 0.2) == ["03-29 00:05+01", "03-29 03:00+02", "03-29 04:05+02"]
+    assert local("5 */2 * * *", "2026-10-25T00:00", 0.24) == ["10-25 00:05+02", "10-25 02:05+02", "10-25 04:05+01"]
+
+
 def test_half_hour_jumps_and_zones_south_of_the_equator():
     lord_howe = ZoneInfo("Australia/Lord_Howe")  # back by 30 minutes on 2026-04-05 at 02:00
     assert local("45 1 * * *", "2026-04-05T00:00", 1, lord_howe) == ["04-05 01:45+11"]
@@ -92,9 +109,10 @@ def test_what_the_clocks_skip_can_be_told():
     assert schedule.skipped(datetime(2026, 1, 1, tzinfo=UTC), datetime(2027, 1, 1, tzinfo=UTC)) == [
         datetime(2026, 3, 29, 2, 30)
     ]
-    assert not Schedule(parse("15 1 * * *"), BERLIN).skipped(
-        datetime(2026, 1, 1, tzinfo=UTC), datetime(2027, 1, 1, tzinfo=UTC)
-    )
+    for line in ("15 1 * * *", "30 * * * *"):
+        assert not Schedule(parse(line), BERLIN).skipped(
+            datetime(2026, 1, 1, tzinfo=UTC), datetime(2027, 1, 1, tzinfo=UTC)
+        )
 
 
 @pytest.mark.parametrize(
