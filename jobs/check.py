@@ -10,6 +10,7 @@ from typing import Any
 
 import objectives
 from backbones import names
+from jobs import search
 from jobs.entry_points import TRAINS, entry_points, options, parse, required, words
 from jobs.job import Cell, Job, Step
 from jobs.keys import named
@@ -18,6 +19,8 @@ from pipeline import config, recipes
 from pipeline.arguments import nearest
 from pipeline.errors import UserError
 from pipeline.evaluation import NAMES
+
+DATA = ("data", "val_data")
 
 
 def check(file: Located, job: Job, *, paths: bool) -> None:
@@ -33,6 +36,8 @@ def check(file: Located, job: Job, *, paths: bool) -> None:
             _check_options(file, step)
         if paths:
             _check_paths(file, step)
+        if step.run == "search":
+            _check_search(file, step, paths=paths)
         if step.run in TRAINS:
             _check_pretraining(file, step, cell)
     for i, step in enumerate(job.after):
@@ -42,6 +47,8 @@ def check(file: Located, job: Job, *, paths: bool) -> None:
         _check_options(file, step, ("after", i))
         if paths:
             _check_paths(file, step, ("after", i))
+        if step.run == "search":
+            _check_search(file, step, ("after", i), paths=paths)
 
 
 def _check_folders(file: Located, step: Step, around: Place = ()) -> None:
@@ -76,15 +83,20 @@ def _check_options(file: Located, step: Step, around: Place = ()) -> None:
 
 
 def _check_paths(file: Located, step: Step, around: Place = ()) -> None:
-    for key in ("data", "val_data"):
+    for key in DATA:
         value = step.arguments.get(key)
         _one_value(file, step, key, around)
-        if value is not None and not _exists(str(value)):
-            file.fail(
-                _place(file, key, value, around),
-                f"{key} {value}: no such file or folder here; correct it, or where only the cluster's nodes have it "
-                "say data_on: cluster",
-            )
+        if value is not None:
+            _check_path(file, key, str(value), _place(file, key, value, around))
+
+
+def _check_path(file: Located, key: str, address: str, place: Place) -> None:
+    if not _exists(address):
+        file.fail(
+            place,
+            f"{key} {address}: no such file or folder here; correct it, or where only the cluster's nodes have it "
+            "say data_on: cluster",
+        )
 
 
 def _one_value(file: Located, step: Step, key: str, around: Place = ()) -> None:
@@ -117,23 +129,63 @@ def _check_pretraining(file: Located, step: Step, cell: Cell) -> None:
         hint = nearest(objective, objectives.NAMES)
         file.fail(_place(file, "objective", objective), f"objective {objective!r} is not known{hint}")
 
-    _check_values(file, step, {k: v for k, v in given.items() if k not in ("data", "val_data")}, cell=cell.name)
+    _check_values(file, step, {k: v for k, v in given.items() if k not in DATA}, cell=cell.name)
+
+
+def _check_search(file: Located, step: Step, around: Place = (), *, paths: bool) -> None:
+    """Let pretraining's own parser read what the trials of a search share, and the ends or the values of each axis; say
+    what it says with the line of that entry."""
+
+    def entries(key: str) -> list[tuple[Place, str]]:
+        given = step.arguments.get(key, [])
+        place = _place(file, key, given, around)
+        return [((*place, i), str(text)) for i, text in enumerate(given if isinstance(given, list) else [given])]
+
+    shared: dict[str, str] = {}
+    places: dict[str, Place] = {}
+    for place, text in entries("settings"):
+        name, equals, value = text.partition("=")
+        if not equals:
+            file.fail(place, f"settings {text}: must be name=value")
+        if paths and name in DATA:
+            _check_path(file, name, value, place)
+        shared[named(name)], places[named(name)] = value, place
+    objective = recipes.objective_for(shared.get("data", config.Config.data))
+    shared = {"objective": objective, **{k: v for k, v in shared.items() if k not in DATA}, "engine": "local"}
+    if refused := _refused("pretrain", shared):
+        file.fail(places.get(refused[0], around), refused[1])
+    for place, text in entries("space"):
+        try:
+            name, drawn = search.axis(text)
+        except UserError as error:
+            file.fail(place, str(error))
+        for end in drawn[1] if drawn[0] == "of" else drawn[1:]:
+            if name not in DATA and (refused := _refused("pretrain", {**shared, name: end})):
+                file.fail(place, refused[1])
+            if paths and name in DATA:
+                _check_path(file, name, str(end), place)
 
 
 def _check_values(file: Located, step: Step, given: Mapping[str, Any], around: Place = (), *, cell: str = "") -> None:
     """Let an entry point's own parser read a command; say what it says with the line it is about."""
-    message = _refusal(step.run, given)
+    if refused := _refused(step.run, given):
+        key, message = refused
+        place = _place(file, key, given.get(key), around)
+        file.fail(place, message + (f" (in the cell {cell})" if cell and not place else ""))
+
+
+def _refused(run: str, given: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The argument that an entry point's parser does not take, and what it says of it; None where it takes all."""
+    message = _refusal(run, given)
     if message is None:
-        return
+        return None
     if match := re.match(r"--(?:no-)?([a-z][\w.-]*)", message):
-        key = named(match[1])
-    else:  # the parser names no option: the first one by which it is no longer content
-        keys = sorted(given, key=lambda key: key not in {"objective", *required(step.run)})
-        parts = ({k: given[k] for k in keys[: count + 1]} for count in range(len(keys)))
-        key = next((list(part)[-1] for part in parts if _refusal(step.run, part)), "")
-        message = f"{key} {given[key]}: {_NO_VALUE.format(entry_points()[step.run])}" if key else message
-    place = _place(file, key, given.get(key), around)
-    file.fail(place, message.removeprefix("--") + (f" (in the cell {cell})" if cell and not place else ""))
+        return named(match[1]), message.removeprefix("--")
+    # The parser names no option: the first one by which it is no longer content.
+    keys = sorted(given, key=lambda key: key not in {"objective", *required(run)})
+    parts = ({k: given[k] for k in keys[: count + 1]} for count in range(len(keys)))
+    key = next((list(part)[-1] for part in parts if _refusal(run, part)), "")
+    return key, f"{key} {given[key]}: {_NO_VALUE.format(entry_points()[run])}" if key else message
 
 
 _NO_VALUE = "is no value for it; python -m {} --help says what there is"

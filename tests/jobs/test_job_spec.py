@@ -174,6 +174,50 @@ def test_whatever_a_file_holds_its_mistake_is_one_sentence(tmp_path, monkeypatch
     assert "\n" not in str(caught.value)
 
 
+SEARCH = """\
+run: search
+arguments:
+  space:
+    - lr=1e-4..1e-2
+    - options.teacher_temp=0.02..0.08
+  settings:
+    - image_size=28
+    - backbone=vit_s14
+    - objective=dino
+    - data=embedded
+"""
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "line", "said"),
+    [
+        ("lr=", "lrr=", 4, "lrr: no such option; did you mean --lr"),
+        ("1e-4..1e-2", "1e-2..1e-4", 4, "must run from a number to a larger one"),
+        ("1e-4..1e-2", "fast,slow", 4, "lr fast: is no value for it"),
+        ("lr=1e-4..1e-2", "data=embedded,/no/such", 4, "data /no/such: no such file or folder here; correct it"),
+        ("teacher_temp", "mask_ratio", 5, "options.mask-ratio: no such option"),
+        ("image_size=28", "image_size=30", 7, "image-size 30: is no multiple of the patch of vit_s14"),
+        ("image_size=28", "image_size", 7, "settings image_size: must be name=value"),
+        ("vit_s14", "resnet81", 8, "backbone 'resnet81' is not known"),
+        ("=dino", "=dinoo", 9, "objective dinoo: unknown; did you mean dino"),
+        ("=embedded", "=/no/such", 10, "data /no/such: no such file or folder here; correct it"),
+    ],
+)
+def test_what_a_search_gives_pretraining_is_checked_entry_by_entry(job, right, wrong, line, said):
+    job(SEARCH)
+    with pytest.raises(UserError, match=rf"^night\.yaml:{line}: .*{re.escape(said)}"):
+        job(SEARCH.replace(right, wrong))
+    if "data" in said:
+        job(SEARCH.replace(right, wrong) + "data_on: cluster\n")
+
+
+def test_an_axis_of_another_objective_than_that_of_the_data_left_open_is_refused(job, tmp_path):
+    text = SEARCH.replace("    - objective=dino\n", "")
+    job(text.replace("embedded", str(tmp_path)))
+    with pytest.raises(UserError, match=r"^night\.yaml:5: options\.teacher-temp: no such option"):
+        job(text)
+
+
 def test_a_variable_is_written_as_it_is_in_the_file(job):
     assert job(PLAIN + "environment: {A: true, B: 'no', C: 0.5}\n").environment == {"A": "true", "B": "no", "C": "0.5"}
 
