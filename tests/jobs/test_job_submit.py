@@ -1,15 +1,17 @@
 """What a submission decides by what was submitted before; a stand-in for the cluster keeps records as Ray does."""
 
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from job_toys import ROOT
 
 from jobs import list as jobs_list
 from jobs import spec
 from jobs import submit as jobs_submit
 from jobs.cluster import Client, Submitted
+from jobs.firing import firing_name
 from jobs.job import Job
 from jobs.submit import submit
 from pipeline.errors import UserError
@@ -176,6 +178,17 @@ def test_what_has_no_room_yet_is_stopped_and_not_waited_for(job):
     cluster.ended(f"night-{EARLIER}-lenet5", "RUNNING")
     assert fired(cluster, night) == [f"stop night-{EARLIER}-lenet5", f"stop {BEFORE}", CNN, VIT]
     assert [s.status for s in cluster.submitted("night", EARLIER)] == ["STOPPED", "PENDING"]
+
+
+def test_no_day_is_unwatched_where_the_last_days_watch_still_runs(monkeypatch):
+    """That of 2026-03-29, which has 23 hours, runs on into the next."""
+    monkeypatch.chdir(ROOT)
+    watch, cluster = spec.load("checkpoints"), Cluster()
+    days = watch.timetable.schedule.firings(datetime(2026, 3, 28, 12, tzinfo=UTC), datetime(2026, 3, 30, tzinfo=UTC))
+    assert days[1] - days[0] < timedelta(hours=watch.step.arguments["hours"])
+    ids = [name for day in days for name in submit(watch, firing_name(day), cluster, Path())]
+    assert len(ids) == 2
+    assert f"--after {ids[0]}" in cluster.commands[ids[1]]
 
 
 def test_a_firing_that_has_ended_holds_none_up(job):
