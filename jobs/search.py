@@ -2,6 +2,7 @@
 
 Every trial is a pretraining run, stopped at each rung to be measured and continued exactly where it stood. ASHA (Li et
 al. 2020) ends those that rank low at their rung. They are ranked by RankMe, which needs no labels, or by k-NN accuracy.
+A search that was cut off, and is run again, begins with new trials.
 In MLflow a search is one run, and every trial a child of it, with the tags `job` and `firing` where a job searches.
 Stopped, or at its time limit, a search concludes from what has come out.
 """

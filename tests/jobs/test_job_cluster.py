@@ -136,4 +136,4 @@ def test_every_job_of_the_repository_runs_at_a_small_size(cluster: Cluster, fold
     if name in ("nightly", "weekly"):
         assert "Ray Train, 2 workers" in logs
     if name == "weekly":
-        assert list((folder / "runs" / "weekly").glob("*.html"))
+        assert list((folder / "runs").glob("comparison-*/*.html"))

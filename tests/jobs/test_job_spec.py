@@ -343,7 +343,10 @@ def test_a_job_that_is_not_there_is_told_with_those_that_are(job, tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_job_of_the_repository_is_right(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert spec.load(path.stem).timetable is None or spec.load(path.stem).timetable.schedule.cron
+    job = spec.load(path.stem)
+    assert job.timetable is None or job.timetable.schedule.cron
+    for step in (job.step, *job.after):
+        assert "output" not in step.arguments, "each firing would write over what the last one wrote"
 
 
 def test_checkpoints_are_watched_on_the_day_after_one_of_23_hours_too(monkeypatch):
