@@ -1,9 +1,10 @@
 """`python -m jobs.scheduler`: fires every job in `jobs/` by its schedule, in the foreground.
 
 A firing counts once the cluster has taken it: only then is it written down, in `--state`. Killed at any moment, the
-next scheduler begins where the last one stopped: what was missed is submitted, and what was submitted but not yet
-written down is submitted again under the same id, which Ray does not take twice. For the same reason two schedulers
-may watch over the same jobs. While the cluster does not answer, firings wait.
+next scheduler begins where the last one stopped: what was missed is submitted (of several firings of a job the newest,
+or as its `missed` says), and what was submitted but not yet written down is submitted again under the same id, which
+Ray does not take twice. For the same reason two schedulers may watch over the same jobs. While the cluster does not
+answer, firings wait.
 
 Whom a job names is told of a failure that nobody else can tell of: a firing that could not be submitted `TRIES` times,
 and a submission whose driver was killed, or lost with its node.
@@ -69,8 +70,8 @@ class Clock(Protocol):
 class State:
     """Until when each job's firings have been submitted; written whole, before it is relied on.
 
-    Beside it, in `….failed`, stand the failed submissions that were dealt with, by id and time of submission: one that
-    is submitted anew may fail anew.
+    Beside it, in `….failed`, stand the failed submissions that were dealt with, by their ids and when they began: the
+    same id may fail again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -96,12 +97,12 @@ class State:
             os.fsync(file.fileno())
         partial.replace(self.path)
 
-    def dealt_with(self, submission: str) -> None:
+    def dealt_with(self, failed: str) -> None:
         """Write down that a failed submission needs no look any more."""
-        self.failed.add(submission)
+        self.failed.add(failed)
         self._failed.parent.mkdir(parents=True, exist_ok=True)
         with self._failed.open("a") as file:
-            file.write(f"{submission}\n")
+            file.write(f"{failed}\n")
 
 
 @contextlib.contextmanager
@@ -190,8 +191,8 @@ def look_for_lost(jobs: Sequence[Job], client: Client, state: State) -> None:
     submitted = client.submitted()
     cells = {(s.job, s.firing) for s in submitted if s.running and not s.step}
     for one in submitted:
-        mark = f"{one.id}@{one.started.timestamp():.0f}" if one.started else one.id
-        if one.status != "FAILED" or one.job not in named or mark in state.failed:
+        failed = f"{one.id}@{one.started.isoformat() if one.started else ''}"
+        if one.status != "FAILED" or one.job not in named or failed in state.failed:
             continue
         if one.step and one.unplaced and (one.job, one.firing) in cells:
             continue  # the cell that sent it submits it anew
@@ -201,7 +202,46 @@ def look_for_lost(jobs: Sequence[Job], client: Client, state: State) -> None:
         if not re.search(f"^{notify.LOGGED}failure: ", log, re.MULTILINE):
             why = redact((one.message.splitlines() or ["without a word"])[0])
             tell(named[one.job], one.firing, one.cell, f"{one.id}: failed, and could not say why itself ({why})")
-        state.dealt_with(mark)
+        state.dealt_with(failed)
+
+
+class JobFiles:
+    """The jobs whose schedules are kept.
+
+    Args:
+        asked: their files, or names of those in jobs/; none asks for every one in jobs/.
+
+    Raises:
+        UserError: one is wrong, or none has a schedule.
+    """
+
+    def __init__(self, asked: Sequence[str] = ()) -> None:
+        self._asked = asked
+        self._wrong: dict[str, str] = {}
+        self._known = {Path(name).stem: spec.load(name) for name in self._names()}
+        if not any(job.timetable for job in self._known.values()):
+            where = f"--jobs {' '.join(asked)}" if asked else f"{spec.FOLDER}/"
+            raise UserError(f"{where}: no job there has a schedule, so none would be fired; give one a schedule: key")
+
+    def _names(self) -> Sequence[str]:
+        return self._asked or sorted(map(str, spec.FOLDER.glob("*.yaml")))
+
+    def look(self) -> list[Job]:
+        """The jobs as their files are now; one that was right before and is wrong or away now stays as it was, and this
+        is said once."""
+        found, wrong = {}, {}
+        for name in self._names():
+            job = Path(name).stem
+            try:
+                found[job] = spec.load(name)
+            except (UserError, OSError) as error:
+                wrong[job] = str(error)
+                if wrong[job] != self._wrong.get(job):
+                    print(f"{error}{'; as it was before, it goes on' if job in self._known else ''}", flush=True)
+                if job in self._known:
+                    found[job] = self._known[job]
+        self._known, self._wrong = found, wrong
+        return list(found.values())
 
 
 class WallClock:
@@ -225,35 +265,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run(arguments: Arguments) -> int:
         folder = Path(arguments.working_dir)
-        known: dict[str, Job] = {}
-
-        def load(*, first: bool = False) -> list[Job]:
-            """The jobs; one that was right before and is wrong now stays as it was, and this is said."""
-            found = {}
-            for job in arguments.jobs or sorted(map(str, spec.FOLDER.glob("*.yaml"))):
-                name = Path(job).stem
-                try:
-                    found[name] = spec.load(job)
-                except (UserError, OSError) as error:
-                    if first:
-                        raise
-                    print(f"{error}{'; as it was before, it goes on' if name in known else ''}", flush=True)
-                    found |= {name: known[name]} if name in known else {}
-            known.clear()
-            known.update(found)
-            return list(known.values())
-
+        files = JobFiles(arguments.jobs)
         state = State(Path(arguments.state))
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         with alone(state.path):
-            for job in load(first=True):
+            for job in files.look():
                 if job.timetable:
                     upcoming = job.timetable.schedule.next(datetime.now(UTC)).astimezone(job.timetable.schedule.zone)
                     print(f"{job.name}: next at {upcoming:%Y-%m-%d %H:%M %Z}", flush=True)
             serve(
-                load, lambda job, firing: submit(job, firing, Client(arguments.address), folder), state,
+                files.look, lambda job, firing: submit(job, firing, Client(arguments.address), folder), state,
                 WallClock(stop), lambda text: print(text, flush=True),
                 lambda jobs: look_for_lost(jobs, Client(arguments.address), state),
             )  # fmt: skip

@@ -15,7 +15,7 @@ from jobs import notify, scheduler, spec
 from jobs.cluster import Submitted
 from jobs.firing import firing_name
 from jobs.job import Job
-from jobs.scheduler import TRIES, State, alone, due, look_for_lost, serve
+from jobs.scheduler import TRIES, JobFiles, State, alone, due, look_for_lost, serve
 from pipeline.errors import UserError
 
 TEXT = """
@@ -226,13 +226,13 @@ class Answers:
     """What a cluster says of its submissions."""
 
     def __init__(self, **failed: str | None) -> None:
-        self.failed = failed
+        self.failed, self.began = failed, datetime(2026, 1, 1, tzinfo=UTC)
 
     def submitted(self) -> list[Submitted]:
         states = ((name, "FAILED") for name in self.failed)
         return [
             Submitted(id=f"{name}-1", job=name, firing="1", cell="", step="", status=status,
-                      message="killed by signal 9\nlogs", started=None, ended=None)
+                      message="killed by signal 9\nlogs", started=self.began, ended=None)
             for name, status in [*states, ("good", "SUCCEEDED"), ("stopped", "STOPPED"), ("runs", "RUNNING")]
         ]  # fmt: skip
 
@@ -252,6 +252,9 @@ def test_a_failure_that_nobody_could_tell_of_is_told_once(job, tmp_path, told):
     assert [news.text for news in told] == [
         f"{name}-1: failed, and could not say why itself (killed by signal 9)" for name in ("killed", "lost")
     ]
+    cluster.began += timedelta(minutes=1)  # submitted --again, and killed again between two looks
+    look_for_lost(jobs, cluster, State(tmp_path / "state.json"))
+    assert [news.job for news in told] == ["killed", "lost"] * 2
 
 
 def test_a_firing_that_is_submitted_again_and_killed_again_is_told_again(job, tmp_path, told):
@@ -293,6 +296,28 @@ def test_a_cluster_that_is_away_is_no_end_of_the_looks(job, tmp_path):
     clock = FastClock(start, start + timedelta(minutes=8))
     serve(lambda: [job("a", "0 0 1 * *")], print, State(tmp_path / "state.json"), clock, said.append, look)
     assert said == ["what failed is not looked for until the cluster answers (no answer)"] * 2
+
+
+def test_a_job_whose_file_is_away_or_wrong_for_a_while_goes_on_as_it_was(job, capsys):
+    nightly, other = job("nightly", "30 2 * * *"), job("other", "0 0 1 * *")
+    files, text = JobFiles(["nightly.yaml", "other.yaml"]), Path("nightly.yaml").read_text()
+    assert files.look() == [nightly, other]
+    Path("nightly.yaml").unlink()
+    assert files.look() == files.look() == [nightly, other]
+    assert capsys.readouterr().out.count("nightly.yaml: no such file") == 1
+    Path("nightly.yaml").write_text("run: pakc\n")
+    assert files.look() == files.look() == [nightly, other]
+    assert capsys.readouterr().out.count("no such entry point; did you mean pack?; as it was before, it goes on") == 1
+    Path("nightly.yaml").write_text(text.replace("30 2", "45 2"))
+    assert [each.timetable.schedule.cron.minutes for each in files.look()] == [(45,), (0,)]
+
+
+@pytest.mark.parametrize("asked", [[], ["never.yaml"]])
+def test_a_scheduler_without_a_schedule_does_not_begin(job, asked, capsys):
+    job("never", "0 0 1 * *")
+    Path("never.yaml").write_text("run: pack\narguments: {data: embedded}\n")
+    assert scheduler.main(["--jobs", *asked] if asked else []) == 2
+    assert f"{'--jobs never.yaml' if asked else 'jobs/'}: no job there has a schedule" in capsys.readouterr().err
 
 
 def test_state_is_guarded(tmp_path):
