@@ -3,7 +3,8 @@
 Takes every option of pretraining. The runs of one job differ in the firing that their names hold. Each keeps the list
 of its images in its folder, `arrived/DATA.csv`; what stands in none of the finished runs' lists, by path and size, has
 arrived: a file that was half copied one night comes whole the next, and one that is copied again as it was does not.
-The new run begins with the newest finished one (`--init`); the first one takes all there is.
+The new run begins with the newest earlier one (`--init`), finished or cut off with a checkpoint that was well: what a
+night learnt in its time is not lost, though its images are still to come. The first one takes all there is.
 """
 
 import csv
@@ -56,25 +57,28 @@ def prepare(configuration: Config) -> Config | None:
     folder = RunFolder(str(configuration.run))
     listed = f"arrived/{Path(configuration.data.rstrip('/')).stem}.csv"
     before = earlier(folder.address)
-    last = before[-1] if before else None
+    finished = [run for run in before if run.exists("summary.json")]
+    last = next((run.address for run in reversed(before) if run in finished or goes_on(run)), None)
     if folder.exists("config.yaml"):  # an attempt at the same firing begins with the same run
         last = of_run(folder.address).init
     if not folder.exists(listed):  # and takes the same images
-        known = {(row[0], *row[2:]) for run in before for row in rows(RunFolder(run), listed)}
+        known = {(row[0], *row[2:]) for run in finished for row in rows(run, listed)}
         new = [image for image in images(configuration.data) if (image[0], image[2]) not in known]
-        since = f"since {Path(last).name}" if last else "(the first run takes all)"
+        since = f"since {Path(finished[-1].address).name}" if finished else "(the first run takes all)"
         print(f"{len(new):,} images have arrived {since}, {len(known):,} were there", flush=True)
         if len(new) < LEAST:
             print(f"fewer than {LEAST}: they wait for the next firing", flush=True)
             return None
+        if last and last not in [run.address for run in finished]:
+            print(f"it begins with what {Path(last).name} had learnt when it was cut off", flush=True)
         text = io.StringIO()
         csv.writer(text).writerows([("path", "label", "size"), *new])
         folder.write(listed, text.getvalue().encode(errors="surrogateescape"))
     return dataclasses.replace(configuration, data=folder.path(listed), init=last)
 
 
-def earlier(address: str) -> list[str]:
-    """Finished runs of the same job and cell with an earlier firing, oldest first."""
+def earlier(address: str) -> list["RunFolder"]:
+    """Runs of the same job and cell with an earlier firing, oldest first."""
     from pipeline.training.run_folder import RunFolder
 
     parent, _, name = address.rpartition("/")
@@ -85,10 +89,15 @@ def earlier(address: str) -> list[str]:
     for path in here.filesystem.glob(f"{here.root}/{pattern}"):
         other = FIRING.search(path.rsplit("/", 1)[1])
         same = other and FIRING.sub("*", path.rsplit("/", 1)[1], count=1) == pattern
-        run = RunFolder(f"{here.address}/{path.rsplit('/', 1)[1]}")
-        if same and other and other[0] < firing[0] and run.exists("summary.json"):
-            found.append((other[0], run.address))
-    return [run for _, run in sorted(found)]
+        if same and other and other[0] < firing[0]:
+            found.append((other[0], f"{here.address}/{path.rsplit('/', 1)[1]}"))
+    return [RunFolder(run) for _, run in sorted(found)]
+
+
+def goes_on(run: "RunFolder") -> bool:
+    """Whether a run that has not finished left weights to go on from: its newest checkpoint is whole, and was well."""
+    kept = run.checkpoints()
+    return bool(kept) and bool(run.facts_of(kept[-1]).get("well"))
 
 
 def rows(run: "RunFolder", listed: str) -> list[list[str]]:

@@ -3,15 +3,19 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from job_toys import TINY, photographs, python
+from job_toys import ROOT, TINY, photographs, python
 
 from jobs import arrivals
 from pipeline import asked, config
 from pipeline.data.source import open_source
 from pipeline.errors import UserError
+from pipeline.training.run_folder import RunFolder
 
 
 def firing(day: int) -> str:
@@ -52,6 +56,56 @@ def test_each_firing_takes_what_no_finished_one_had(tmp_path, capsys):
     fifth = prepared(tmp_path, 5)
     assert len(listed(fifth)) == arrivals.LEAST - 1 + 10
     assert fifth.init.endswith(f"night-{firing(2)}")
+
+
+def cut_off(tmp_path, day: int, **facts: bool) -> None:
+    state = {"objective": {}, "config": "", "facts": facts}
+    RunFolder(f"{tmp_path}/runs/night-{firing(day)}").save_checkpoint(32, state)
+
+
+def test_a_night_that_is_cut_off_is_begun_with_and_its_images_are_still_to_come(tmp_path, capsys):
+    photographs(tmp_path / "photos", range(20))
+    prepared(tmp_path, 1)
+    cut_off(tmp_path, 1, well=True)
+    photographs(tmp_path / "photos", range(20, 40))
+    second = prepared(tmp_path, 2)
+    assert second.init.endswith(f"night-{firing(1)}")
+    assert len(listed(second)) == 40
+    assert f"it begins with what night-{firing(1)} had learnt when it was cut off" in capsys.readouterr().out
+    finish(tmp_path, 2)
+
+    photographs(tmp_path / "photos", range(40, 60))
+    third = prepared(tmp_path, 3)
+    cut_off(tmp_path, 3, well=True)
+    fourth = prepared(tmp_path, 4)
+    assert (third.init[-16:], fourth.init[-16:]) == (firing(2), firing(3))
+    assert len(listed(third)) == len(listed(fourth)) == 20
+    cut_off(tmp_path, 4, well=False)
+    fifth = prepared(tmp_path, 5)
+    assert fifth.init.endswith(firing(3)), "the fourth had fallen ill"
+    (tmp_path / "runs" / f"night-{firing(3)}" / "checkpoints" / "000000000032.pt").write_bytes(b"torn")
+    assert prepared(tmp_path, 6).init.endswith(firing(2))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_night_after_one_that_was_cut_off_goes_further(tmp_path):
+    photographs(tmp_path / "photos", range(40))
+    small = [f"--{word.replace('_', '-')}" for word in TINY if not word.startswith(("limit", "epochs"))]
+    runs = [tmp_path / "runs" / f"night-{firing(day)}" for day in (1, 2)]
+    words = ["-m", "jobs.arrivals", "--data", "photos", "--cache", "cache", *small]
+    long = [*words, "--run", str(runs[0]), "--epochs", "100000", "--checkpoint-every", "0.02"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'ssl'}"}
+    with subprocess.Popen([sys.executable, *long], cwd=tmp_path, env=environment) as night:
+        while not list(runs[0].glob("checkpoints/*.pt")):
+            assert night.poll() is None
+            time.sleep(0.2)
+        night.terminate()
+    done = python(*words, "--run", str(runs[1]), "--epochs", "1", cwd=tmp_path, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "40 images have arrived" in done.stdout
+    first, second = (json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["loss"] for run in runs)
+    assert second < first, "it begins where the first one was cut off"
 
 
 def test_a_file_that_was_half_copied_arrives_whole_and_one_that_is_copied_again_does_not(tmp_path):
