@@ -1,6 +1,7 @@
 """A command as a job runs it: again where it fails, within a time limit, asked to end before it is killed."""
 
 import contextlib
+import ctypes
 import os
 import shlex
 import signal
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 from jobs.cluster import STOPPING
@@ -21,6 +23,8 @@ MISTAKE = 2
 FINAL = (MISTAKE, 130, 143)
 """Exit statuses that trying again would not change: a user's mistake, Ctrl-C, SIGTERM. Once machines were taken away
 (`TAKEN`), a mistake is that the cluster has too few, which it may have again."""
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
+_prctl = ctypes.CDLL(None).prctl
 
 
 class Outcome(NamedTuple):
@@ -50,13 +54,14 @@ def attempt(words: Sequence[str], job: Job, listen: Callable[[str], None]) -> Ou
 def execute(words: Sequence[str], limit: float | None, listen: Callable[[str], None]) -> Outcome:
     """Run a command once; its lines go to standard output and to `listen`.
 
-    At its limit, and on SIGTERM or Ctrl-C to this process, it is asked to end and killed `GRACE` seconds later.
+    At its limit, and on SIGTERM or Ctrl-C to this process, it is asked to end and killed `GRACE` seconds later. It is
+    asked to end, too, where this thread ends without waiting for it, as where the process is killed.
     """
     started = time.monotonic()
     print("$ " + shlex.join(["python", *words[1:]]), flush=True)
     process = subprocess.Popen(
         words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        start_new_session=True,
+        start_new_session=True, preexec_fn=partial(_end_after, os.getpid()),
     )  # fmt: skip
     why: list[Literal["time limit", "stopped"]] = []
     timers: list[threading.Timer] = []
@@ -97,6 +102,13 @@ def execute(words: Sequence[str], limit: float | None, listen: Callable[[str], N
     if status < 0:
         last[0] = f"killed by {signal.Signals(-status).name}" + (f" after: {last[0]}" if last[0] else "")
     return Outcome(128 - status if status < 0 else status, time.monotonic() - started, last[0], why[0] if why else "")
+
+
+def _end_after(parent: int) -> None:
+    """Have the system send this process SIGTERM once its parent is no more; it is in no group that dies with it."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it was killed before it was heard
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _kill(process: "subprocess.Popen[str]") -> None:

@@ -1,9 +1,14 @@
 """A command as a job runs it: tried again, limited in time, stopped."""
 
+import os
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+
+import psutil
+from job_toys import ROOT
 
 from jobs import attempt as attempts
 from jobs.cluster import STOPPING
@@ -77,3 +82,21 @@ def test_what_a_command_leaves_running_does_not_hold_the_job_up():
     started = time.monotonic()
     assert outcome_of(program).status == 0
     assert time.monotonic() - started < 60
+
+
+def test_a_command_ends_where_the_process_that_runs_it_is_killed(tmp_path):
+    command = "import os, time; open('part', 'w').write(f'{os.getpid()}'); os.rename('part', 'pid'); time.sleep(300)"
+    program = f"import sys; from jobs.attempt import execute; execute([sys.executable, '-c', {command!r}], None, print)"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'ssl'}"}
+    with subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=environment) as driver:
+        while not (tmp_path / "pid").exists():
+            assert driver.poll() is None
+            time.sleep(0.05)
+        orphan = psutil.Process(int((tmp_path / "pid").read_text()))
+        assert orphan.ppid() == driver.pid
+        driver.kill()
+    try:
+        orphan.wait(30)
+    finally:
+        if orphan.is_running():
+            orphan.kill()
