@@ -46,26 +46,38 @@ class Submitted:
         return self.status not in ENDED
 
 
+class Refused(UserError):
+    """The job API answers with an error; `said` is all of it, Ray's traceback included."""
+
+    def __init__(self, error: Exception) -> None:
+        self.said = redact(str(error)).strip()
+        self.why = (self.said.strip("\n.").splitlines() or [type(error).__name__])[-1]
+        super().__init__(f"the cluster's job API answers with an error ({self.why})")
+
+
 class Client:
-    """A cluster's job API.
+    """A cluster's job API. All that is asked of it raises `UserError` where it answers no more, `Refused` for an error.
 
     Args:
         address: http://HOST:8265; left open, RAY_ADDRESS, or the cluster on this machine; from a job on another node
             than the head, on whose loopback it listens, it is reached through a task there.
 
     Raises:
-        UserError: none answers.
+        UserError: none answers, or the address is none of it.
     """
 
     def __init__(self, address: str | None = None) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         if "RAY_AUTH_TOKEN" in os.environ or Path.home().joinpath(".ray", "auth_token").exists():
             os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if address and "://" not in address and address != "auto":  # Ray takes it for that of its control store
+            raise UserError(f"--address {redact(address)}: must be that of the job API, as in http://HOST:8265")
+        from ray.exceptions import RayError
         from ray.job_submission import JobSubmissionClient
 
         try:
             self.api: Any = JobSubmissionClient(address)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except (RayError, RuntimeError, ValueError, OSError) as error:
             if address is None and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # in a job
                 self.api = _OnTheHead()
                 return
@@ -75,10 +87,21 @@ class Client:
                 f"{named}: no cluster's job API answers there ({why}); start one, or give --address"
             ) from None
 
+    def _ask(self, name: str, *words: Any, **options: Any) -> Any:
+        from requests import RequestException  # what Ray asks it by
+
+        try:
+            return getattr(self.api, name)(*words, **options)
+        except (ConnectionError, RequestException) as error:
+            why = (redact(str(error)).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise UserError(f"the cluster's job API answers no more ({why}); ask again once it does") from None
+        except RuntimeError as error:
+            raise Refused(error) from None
+
     def submitted(self, job: str | None = None, firing: str | None = None, cell: str | None = None) -> list[Submitted]:
         """What was submitted here, oldest first."""
         found = []
-        for details in self.api.list_jobs():
+        for details in self._ask("list_jobs"):
             about = details.metadata or {}
             if "job" in about and details.submission_id:
                 found.append(
@@ -108,25 +131,27 @@ class Client:
         """Submit a command under an id; False where that id was submitted before, and nothing was done."""
         takes: dict[str, Any] = {"entrypoint_num_cpus": cpus, "entrypoint_num_gpus": gpus, "entrypoint_memory": memory}
         try:
-            self.api.submit_job(
-                entrypoint=command, submission_id=submission, runtime_env=environment, metadata=about,
+            self._ask(
+                "submit_job", entrypoint=command, submission_id=submission, runtime_env=environment, metadata=about,
                 **{key: value for key, value in takes.items() if value},
             )  # fmt: skip
-        except (RuntimeError, ValueError) as error:
-            if f"{submission} already exists" in str(error):
+        except (Refused, ValueError) as error:
+            refused = error if isinstance(error, Refused) else Refused(error)
+            if f"{submission} already exists" in refused.said:
                 return False
-            raise UserError(
-                f"{submission}: the cluster refuses it ({redact(str(error)).strip().splitlines()[-1]})"
-            ) from None
+            raise UserError(f"{submission}: the cluster refuses it ({refused.why})") from None
         return True
 
-    def logs(self, submission: str) -> str:
-        """All it has said so far."""
-        return str(self.api.get_job_logs(submission))
+    def logs(self, submission: str) -> str | None:
+        """All it has said so far; None where that is gone, as with its node."""
+        try:
+            return str(self._ask("get_job_logs", submission))
+        except Refused:
+            return None
 
     def stop(self, submission: str) -> None:
         """Ask it to end; it is given time for a checkpoint."""
-        self.api.stop_job(submission)
+        self._ask("stop_job", submission)
 
     def forget(self, submissions: Sequence[str]) -> None:
         """Give up the records of some that have ended, so that their ids can be submitted again; their logs go on."""
@@ -134,10 +159,9 @@ class Client:
             time.sleep(SETTLED)
         for submission in submissions:
             try:
-                self.api.delete_job(submission)
-            except RuntimeError as error:
-                why = redact(str(error)).strip("\n.").splitlines()[-1]
-                raise UserError(f"{submission}: the cluster keeps its record ({why})") from None
+                self._ask("delete_job", submission)
+            except Refused as error:
+                raise UserError(f"{submission}: the cluster keeps its record ({error.why})") from None
 
     def wait(self, submissions: Iterable[str], every: float = 2.0) -> dict[str, str]:
         """Wait until all of them have ended; their statuses."""
@@ -151,10 +175,10 @@ class Client:
     def _status(self, submission: str) -> str:
         """How one stands; one that is not there may be about to be submitted anew."""
         try:
-            status = self.api.get_job_status(submission)
-        except RuntimeError:
+            status = self._ask("get_job_status", submission)
+        except Refused:
             time.sleep(SETTLED)
-            status = self.api.get_job_status(submission)
+            status = self._ask("get_job_status", submission)
         return str(getattr(status, "value", status))
 
 

@@ -30,11 +30,12 @@ class Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0, or 2 a user's mistake."""
+    """Run the command line; returns 0, or 1 a log is gone, 2 a user's mistake."""
 
     def run(arguments: Arguments) -> int:
         client = Client(arguments.address)
         found = select(client, arguments.job, arguments.firing, arguments.cell)
+        gone = False
         for submitted in found:
             if len(found) > 1:
                 print(f"--- {submitted.id}", flush=True)
@@ -42,12 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             while True:
                 running = next((s.running for s in client.submitted() if s.id == submitted.id), False)
                 text = client.logs(submitted.id)
+                if text is None:
+                    gone = True
+                    print(f"{submitted.id}: its log is gone, as where its node is", file=sys.stderr, flush=True)
+                    break
                 print(text[shown:], end="", flush=True)
                 shown = len(text)
                 if not (arguments.follow and running):
                     break
                 time.sleep(1)
-        return 0
+        return int(gone)
 
     return command(Arguments, "jobs.logs", run, argv)
 

@@ -196,9 +196,7 @@ def look_for_lost(jobs: Sequence[Job], client: Client, state: State) -> None:
             continue
         if one.step and one.unplaced and (one.job, one.firing) in cells:
             continue  # the cell that sent it submits it anew
-        log = ""
-        with contextlib.suppress(RuntimeError):  # it may be gone with its node
-            log = client.logs(one.id)
+        log = client.logs(one.id) or ""
         if not re.search(f"^{notify.LOGGED}failure: ", log, re.MULTILINE):
             why = redact((one.message.splitlines() or ["without a word"])[0])
             tell(named[one.job], one.firing, one.cell, f"{one.id}: failed, and could not say why itself ({why})")
