@@ -378,7 +378,7 @@ def depth(contest: Contest) -> Iterator[Picture]:
             axes.set_yscale("log")
         axes.set_title(label, fontsize=8)
         axes.set_xticks([0, 1], ["input", "last"])
-        axes.tick_params(labelsize=7)
+        axes.tick_params(which="both", labelsize=7)
     figure.tight_layout()
     legend(figure, contest)
     yield Picture("By depth", svg(figure, "By depth"), " ".join(caption for _, _, caption in panels))
