@@ -147,6 +147,7 @@ def test_tries_at_a_webhook_lie_seconds_apart(monkeypatch):
 
 
 def test_a_webhook_of_odd_form_fails_nothing_and_is_not_shown(heard, monkeypatch, capsys):
+    monkeypatch.setattr(notify, "WAITS", (0.0, 0.0))
     monkeypatch.setenv("HOOK", f"{heard[0]}\n")
     notify.tell(Notify("$HOOK"), NEWS)
     assert len(heard[1]) == 1, "the end of the line that it was read from does not belong to it"

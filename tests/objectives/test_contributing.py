@@ -17,8 +17,8 @@ from objective_checks import (
     takes_any_images,
     toy,
 )
-from test_objectives_distributed import on_two_ranks
 from torch import Tensor
+from two_ranks import on_two_ranks
 
 from objectives.contract import Objective
 from objectives.distributed import mean_over_ranks
