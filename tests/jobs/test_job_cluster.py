@@ -90,7 +90,7 @@ def test_a_worker_takes_what_its_job_says(cluster: Cluster, folder):
     done = python("-m", "jobs.submit", *words, cwd=folder, timeout=500)
     logs = python("-m", "jobs.logs", "half", "--address", cluster.address, cwd=folder).stdout
     assert done.returncode == 0, done.stdout + done.stderr + logs
-    assert "Ray Train, 1 worker on cpu, 1 cores each" in logs, "the cluster has two"
+    assert "Ray Train, 1 worker on cpu, 1 core each" in logs, "the cluster has two"
 
 
 def test_a_task_of_a_job_sees_its_variables(cluster: Cluster, folder):

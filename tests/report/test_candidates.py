@@ -106,7 +106,7 @@ def test_missing_runs_are_trained_on_both_machines_of_a_cluster(
         for name in backbones[1:]:
             run = Path(storage, f"{name}-mae-photos")
             assert json.loads((run / "summary.json").read_text())["images_seen"] > 0
-            assert "Ray Train, 1 worker on cpu, 1 cores each" in run.with_suffix(".log").read_text()
+            assert "Ray Train, 1 worker on cpu, 1 core each" in run.with_suffix(".log").read_text()
         torn.unlink()
         candidates.train_missing(wanted, storage=storage)
         assert capsys.readouterr().out.count("trained already") == 2
