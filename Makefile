@@ -31,7 +31,7 @@ bench: .venv/ready ## measure loading and training against the alternatives and 
 	$(PYTHON_HERE) -m pipeline.bench start --write README.md
 	$(PYTHON_HERE) -m pipeline.bench step --write README.md
 	$(PYTHON_HERE) -m pipeline.bench engine --write README.md
-	$(PYTHON_HERE) -m pipeline.bench watcher --rounds 40 --write README.md
+	$(PYTHON_HERE) -m pipeline.bench watcher --rounds 80 --write README.md
 
 lint: .venv/ready ## ruff and mypy
 	$(PYTHON_HERE) -m ruff check .

@@ -86,6 +86,7 @@ def _uniform(key, draw):
 def view_table(views: Sequence["View"]) -> np.ndarray:
     """The views as numbers, float64 [views, COLUMNS], for compiled code; scale -1 marks a deterministic centre crop."""
     rows, names = [], [view.name for view in views]
+    own = [view.name for view in views if view.crop_of is None]
     for number, view in enumerate(views):
         height, width = view.size
         low, high = (-1.0, -1.0) if view.scale is None else view.scale
@@ -97,8 +98,8 @@ def view_table(views: Sequence["View"]) -> np.ndarray:
             raise ValueError(f"view {view.name!r} has crop_pct {view.crop_pct}: give a share in (0, 1]")
         if not 0 < view.ratio[0] <= view.ratio[1]:
             raise ValueError(f"view {view.name!r} has ratio {view.ratio}: give 0 < low <= high, width over height")
-        if view.crop_of is not None and view.crop_of not in names:
-            raise ValueError(f"view {view.name!r} is a crop of {view.crop_of!r}: there is no such view")
+        if view.crop_of is not None and own.count(view.crop_of) != 1:
+            raise ValueError(f"view {view.name!r} is a crop of {view.crop_of!r}: name one view with a crop of its own")
         logs = math.log(view.ratio[0]), math.log(view.ratio[1])
         whose = number if view.crop_of is None else names.index(view.crop_of)
         rows.append((height, width, low, high, *logs, view.flip_p, view.crop_pct, whose))

@@ -36,8 +36,9 @@ class View:
     the shorter side is resized to `size / crop_pct`, and nothing is random but what `flip_p` and
     `photometric` ask for.
 
-    `crop_of` names another view of the same objective whose crop it is, mirroring included, in its own size and with
-    its own photometric changes; what it says of the crop itself is then not looked at.
+    `crop_of` names another view of the same objective, one with a crop of its own, whose crop it is,
+    mirroring included, in its own size and with its own photometric changes; what it says of the crop
+    itself is then not looked at.
     """
 
     name: str

@@ -171,3 +171,12 @@ def test_a_flat_image_stays_flat_and_a_full_window_is_the_image():
 def test_a_view_that_cannot_be_cut_is_refused_by_name(view, word):
     with pytest.raises(ValueError, match=f"'v'.*{word}"):
         crops.view_table([view])
+
+
+def test_a_crop_of_a_crop_and_of_one_view_among_namesakes_is_refused():
+    first, second = (View(name, (5, 5), (0.1, 1.0)) for name in ("first", "second"))
+    again, third = View("again", (5, 5), None, crop_of="first"), View("v", (5, 5), None, crop_of="again")
+    crops.view_table([first, second, again])
+    for views in ([first, again, third], [first, first, again]):
+        with pytest.raises(ValueError, match=r"is a crop of '\w+': name one view with a crop of its own"):
+            crops.view_table(views)
