@@ -4,7 +4,7 @@ Both are fitted to the optimum, one column of the table at a time, from the imag
 the strength of the penalty is chosen on a held-out fifth of the training set, as of logistic regression.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -24,12 +24,13 @@ LEAST = 10
 
 Fit = Callable[[Tensor, Tensor, Sequence[float]], list[Tensor]]
 Loss = Callable[[Tensor, Tensor], Tensor]
-Statistic = Callable[[np.ndarray], float]
+Statistic = Callable[[np.ndarray, np.ndarray, np.ndarray], float]
 
 
 def multilabel(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float | Tensor] | None:
     """One logistic regression a label: `map`, the mean over labels of average precision, its bootstrap interval over
-    images `low`, `high`, and `auc`, the mean area under the ROC curve; chance is the labels' frequency, and 0.5.
+    images `low`, `high`, and the same of `auc`, the mean area under the ROC curve: `auc_low`, `auc_high`. Chance is the
+    labels' frequency, and 0.5.
 
     Labels that all or none of the known images have, in either set, are left out; None where none is left. As evidence
     `drawn` [1 + draws]: `map`, and what it is of each bootstrap sample.
@@ -38,14 +39,17 @@ def multilabel(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, fl
     if found is None:
         return None
     score, truth = found
-    of_images = _drawn(lambda weights: _mean_precision(score, truth, weights), score.shape[1], seed, "map")
-    areas = [_area(s[~np.isnan(t)], t[~np.isnan(t)]) for s, t in zip(score, truth)]
-    return {**of_images, "auc": float(np.mean(areas)), "labels": len(score)}
+    precision, area = (_drawn(of, score, truth, seed) for of in (_mean_precision, _mean_area))
+    return {
+        "map": precision[0].item(), **_interval(precision), "auc": area[0].item(), **_interval(area, "auc_"),
+        "labels": len(score), "drawn": precision,
+    }  # fmt: skip
 
 
 def regression(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, float | Tensor] | None:
     """One ridge regression a quantity: `r2`, the share of its variance that is explained (the mean over quantities),
-    its bootstrap interval over images `low`, `high`, and `rank`, Spearman's correlation. Guessing the mean explains 0.
+    its bootstrap interval over images `low`, `high`, and the same of `rank`, Spearman's correlation: `rank_low`,
+    `rank_high`. Guessing the mean explains 0.
 
     Quantities that do not vary, in either set, are left out; None where none is left. As evidence `drawn` [1 + draws]:
     `r2`, and what it is of each bootstrap sample.
@@ -54,9 +58,11 @@ def regression(train: FeatureSet, val: FeatureSet, *, seed: int) -> dict[str, fl
     if found is None:
         return None
     guess, truth = found
-    of_images = _drawn(lambda weights: _explained(guess, truth, weights), guess.shape[1], seed, "r2")
-    ranks = [_rank(g[~np.isnan(t)], t[~np.isnan(t)]) for g, t in zip(guess, truth)]
-    return {**of_images, "rank": float(np.mean(ranks)), "quantities": len(guess)}
+    explained, rank = (_drawn(of, guess, truth, seed) for of in (_explained, _mean_rank))
+    return {
+        "r2": explained[0].item(), **_interval(explained), "rank": rank[0].item(), **_interval(rank, "rank_"),
+        "quantities": len(guess), "drawn": explained,
+    }  # fmt: skip
 
 
 def _read_off(
@@ -130,15 +136,19 @@ def _minimised(start: Tensor, x: Tensor, y: Tensor, penalty: float) -> Tensor:
     return theta.detach()
 
 
-def _drawn(statistic: Statistic, images: int, seed: int, name: str) -> dict[str, float | Tensor]:
-    """A statistic of images weighted [N] by how often each was drawn: by its name of all, its 95 % percentile bootstrap
-    interval `low`, `high`, and all of this [1 + draws], drawn alike for every backbone, as `drawn`."""
+def _drawn(statistic: Statistic, said: np.ndarray, truth: np.ndarray, seed: int) -> Tensor:
+    """A statistic of all images, and of each bootstrap sample of them, drawn alike for every backbone: [1 + draws]."""
+    images = said.shape[1]
     rng = np.random.default_rng(seed)
-    drawn = [statistic(rng.multinomial(images, np.full(images, 1 / images)).astype(float)) for _ in range(DRAWS // 4)]
-    low, high = percentiles(np.array(drawn))
-    of_all = statistic(np.ones(images))
-    samples = torch.tensor([of_all, *drawn], dtype=torch.float64)
-    return {name: of_all, "low": low, "high": high, "drawn": samples}
+    weights = (rng.multinomial(images, np.full(images, 1 / images)).astype(float) for _ in range(DRAWS // 4))
+    drawn = [statistic(said, truth, each) for each in (np.ones(images), *weights)]
+    return torch.tensor(drawn, dtype=torch.float64)
+
+
+def _interval(drawn: Tensor, before: str = "") -> dict[str, float]:
+    """The 95 % percentile bootstrap interval of `_drawn`."""
+    low, high = percentiles(drawn[1:].numpy())
+    return {f"{before}low": low, f"{before}high": high}
 
 
 def _mean_precision(score: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> float:
@@ -155,16 +165,34 @@ def _mean_precision(score: np.ndarray, truth: np.ndarray, weights: np.ndarray) -
     return float(np.mean(found)) if found else float("nan")
 
 
-def _area(score: np.ndarray, truth: np.ndarray) -> float:
-    """The area under the ROC curve: how often an image with the label is scored above one without."""
-    with_label = int(truth.sum())
-    ranks = stats.rankdata(score)[truth == 1].sum()
-    return float((ranks - with_label * (with_label + 1) / 2) / (with_label * (len(truth) - with_label)))
+def _mean_area(score: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> float:
+    """The mean over labels of the area under the ROC curve, how often an image with the label is scored above one
+    without, of weighted images; [T, N] and [N]."""
+    found = []
+    for s, t in _repeated(score, truth, weights):
+        with_label = int(t.sum())
+        if pairs := with_label * (len(t) - with_label):
+            above = stats.rankdata(s)[t == 1].sum() - with_label * (with_label + 1) / 2
+            found.append(above / pairs)
+    return float(np.mean(found)) if found else float("nan")
 
 
-def _rank(guess: np.ndarray, truth: np.ndarray) -> float:
-    """Spearman's correlation; 0 where all guesses are the same."""
-    return float(np.corrcoef(stats.rankdata(guess), stats.rankdata(truth))[0, 1]) if np.ptp(guess) else 0.0
+def _mean_rank(guess: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> float:
+    """The mean over quantities of Spearman's correlation, of weighted images; [T, N] and [N]. 0 where all guesses are
+    the same."""
+    found = []
+    for g, t in _repeated(guess, truth, weights):
+        if len(t) and np.ptp(t):
+            found.append(np.corrcoef(stats.rankdata(g), stats.rankdata(t))[0, 1] if np.ptp(g) else 0.0)
+    return float(np.mean(found)) if found else float("nan")
+
+
+def _repeated(said: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Of every column what was said of the images whose truth is known, and that truth, each as often as it was
+    drawn."""
+    for s, t in zip(said, truth):
+        times = np.where(np.isnan(t), 0, weights).astype(int)
+        yield np.repeat(s, times), np.repeat(t, times)
 
 
 def _explained(guess: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> float:

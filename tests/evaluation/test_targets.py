@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from sklearn import metrics
 from sklearn.linear_model import LogisticRegression, Ridge
 
@@ -54,12 +55,17 @@ def test_scores_are_scikit_learns_of_weighted_images_too() -> None:
         assert targets._mean_precision(score, truth, w) == pytest.approx(np.mean(theirs))
         theirs = [metrics.r2_score(t, s, sample_weight=w) for t, s in zip(truth, score)]
         assert targets._explained(score, truth, w) == pytest.approx(np.mean(theirs))
-    assert targets._area(score[0], truth[0]) == pytest.approx(metrics.roc_auc_score(truth[0], score[0]))
+        theirs = [metrics.roc_auc_score(t, s, sample_weight=w) for t, s in zip(truth, score)]
+        assert targets._mean_area(score, truth, w) == pytest.approx(np.mean(theirs))
+        times = w.astype(int)
+        guess = score + rng.normal(size=score.shape).round(1)
+        theirs = [stats.spearmanr(np.repeat(g, times), np.repeat(s, times)).statistic for g, s in zip(guess, score)]
+        assert targets._mean_rank(guess, score, w) == pytest.approx(np.mean(theirs))
+    assert targets._mean_rank(np.zeros((1, 60)), score[:1], np.ones(60)) == 0
     unknown = truth.copy()
     unknown[:, :20] = np.nan
-    assert targets._mean_precision(score, unknown, np.ones(60)) == targets._mean_precision(
-        score[:, 20:], truth[:, 20:], np.ones(40)
-    )
+    for of in (targets._mean_precision, targets._mean_area, targets._mean_rank):
+        assert of(score, unknown, np.ones(60)) == of(score[:, 20:], truth[:, 20:], np.ones(40))
 
 
 def test_what_is_there_is_found_and_permuted_it_is_chance() -> None:
@@ -68,10 +74,12 @@ def test_what_is_there_is_found_and_permuted_it_is_chance() -> None:
     assert found is not None
     assert 0.6 < found["r2"] < 2 / 3 + 0.01  # of three quantities one is chance
     assert found["low"] < found["r2"] < found["high"]
+    assert found["rank_low"] < found["rank"] < found["rank_high"]
     several = targets.multilabel(signs(train), signs(val), seed=0)
     assert several is not None
     assert several["auc"] > 0.8
     assert several["low"] < several["map"] < several["high"]
+    assert several["auc_low"] < several["auc"] < several["auc_high"]
     assert train.targets is not None
     permuted = train._replace(targets=train.targets[torch.randperm(600, generator=torch.Generator().manual_seed(0))])
     found = targets.regression(permuted, val, seed=0)
