@@ -31,6 +31,7 @@ class Entry:
     field   side of its theoretical receptive field in pixels, None where that is the whole image
     floors  what the untrained self and the raw pixels are called: alike where they are the same for several entries
     met     how many validation images it was pretrained on
+    lone    a checkpoint without its run: no `config.yaml` says how it was trained
     """
 
     name: str
@@ -44,6 +45,12 @@ class Entry:
     pixels: Findings
     floors: tuple[str, str]
     met: Met = NEVER
+    lone: bool = False
+
+    @property
+    def slug(self) -> str:
+        """The name as part of a file's: "vit_ti16-dino"."""
+        return re.sub(r"[^a-zA-Z0-9_.]+", "-", self.name).strip("-")
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,7 @@ def hold(
                 name, one.folder.address if one.folder else None, one.config, names.family(one.config.backbone), spent,
                 receptive_field(one.backbone), results["trained"], results["untrained"], results["pixels"],
                 names_of_floors, met(one.config, one.trained_on, val, cache=cached) if one.folder else NEVER,
+                one.folder is not None and not one.folder.exists("config.yaml"),
             )
         )  # fmt: skip
         one.backbone.to("cpu")

@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from pipeline.config import dump
 from pipeline.evaluation import pooling
 from pipeline.evaluation.evaluate import Results
 from pipeline.evaluation.measures import MEASURES, Measure
@@ -58,6 +59,7 @@ def render(contest: Contest, pictures: Sequence[Picture], command: list[str]) ->
         trust=verdict.trust(contest),
         command=redact(shlex.join(command)),
         trainings=[redact(training(one, one.run)) for one in contest.entries if one.run],
+        configurations={f"{one.slug}.yaml": dump(one.config) for one in contest.entries if one.lone},
         versions=", ".join(f"{name} {version}" for name, version in versions().items()),
         times=", ".join(f"{name} {seconds:.0f} s" for name, seconds in contest.seconds.items()),
         p=lambda value: "< 0.001" if value < 0.001 else f"{value:.3f}",
@@ -177,6 +179,7 @@ def whole(contest: Contest, protocol: str, how: str) -> list[str]:
 
 def training(one: Entry, run: str) -> str:
     """The command that trains the backbone of a run again."""
-    return shlex.join(["python", "-m", "pipeline.pretrain", "--config", f"{run}/config.yaml"]) + (
+    config = f"{one.slug}.yaml" if one.lone else f"{run}/config.yaml"
+    return shlex.join(["python", "-m", "pipeline.pretrain", "--config", config]) + (
         f"   # seed {one.config.seed}: {one.name}"
     )

@@ -1,7 +1,6 @@
 """`python -m pipeline.compare`, from its arguments to the report on disk and in MLflow."""
 
 import json
-import re
 import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -95,7 +94,7 @@ def keep_classifiers(held: Contest, folder: Path) -> Iterator[Path]:
     for one in held.entries:
         for protocol, trained in one.trained.classifiers.items():
             folder.mkdir(exist_ok=True)
-            file = folder / f"{re.sub(r'[^a-zA-Z0-9_.]+', '-', one.name).strip('-')}-{protocol}.safetensors"
+            file = folder / f"{one.slug}-{protocol}.safetensors"
             file.write_bytes(classifier.save(trained))
             yield file
 

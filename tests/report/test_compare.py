@@ -118,13 +118,19 @@ def test_two_runs_become_a_report_and_a_parent_with_children(
 
     assert first.info.run_id != parent.info.run_id
 
-    # Another comparison finds every feature on disk, and says the same.
+    # Another comparison finds every feature on disk, and says the same; of a checkpoint without its run, too.
     kept = {file: file.stat().st_mtime_ns for file in Path("cache/features").iterdir()}
-    words = [LENET, VIT, "--engine", "local", "--cache", "cache", "--output", "again", "--protocols", "knn"]
+    (checkpoint,) = Path(VIT, "checkpoints").glob("*.pt")
+    shutil.copy(checkpoint, "lone.pt")
+    words = [LENET, "lone.pt", "--engine", "local", "--cache", "cache", "--output", "again", "--protocols", "knn"]
     assert compare.main(words) == 0
     assert {file: file.stat().st_mtime_ns for file in Path("cache/features").iterdir()} == kept
     again = json.loads(Path("again/numbers.json").read_text())
     assert again["entries"][1]["trained"]["knn_top1"] == vit["trained"]["knn_top1"]
+    page = Path("again/report.html").read_text()
+    assert f"--config {trained / LENET}/config.yaml" in page
+    assert "--config vit_ti8-mae.yaml" in page
+    assert "<pre>backbone: vit_ti8\nobjective: mae\ndata: photos\n" in page
 
 
 def test_what_waits_of_a_comparison_is_delivered_where_its_runs_are(

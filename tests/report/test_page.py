@@ -1,13 +1,14 @@
 """Is the report one file that needs nothing else, and does it show what was found?"""
 
+import html
 import io
 import json
 import math
 import re
 from collections import Counter
 from dataclasses import replace
-from html import escape
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -17,6 +18,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
+from pipeline import config as configuration
 from pipeline.evaluation.changes import CORRUPTIONS, GEOMETRY
 from pipeline.evaluation.evaluate import Findings
 from pipeline.report import charts, drawing, page, pictures, verdict
@@ -94,6 +96,15 @@ def test_it_shows_every_number_picture_and_command(shown: Contest, text: str) ->
     assert "class &lt;0&gt;" in text
     assert "class <0>" not in text
     assert text.index('class="verdict"') < text.index("<h2>Numbers")
+
+
+def test_of_a_checkpoint_without_its_run_the_page_holds_the_configuration(shown: Contest, tmp_path: Path) -> None:
+    first, *rest = shown.entries
+    text = html.unescape(page.render(replace(shown, entries=(replace(first, lone=True), *rest)), [], ["compare"]))
+    assert f"python -m pipeline.pretrain --config {first.slug}.yaml   # seed 0: {first.name}" in text
+    (found,) = re.findall(rf"<code>{first.slug}.yaml</code> is to hold:</p>\n<pre>(.*?)</pre>", text, re.DOTALL)
+    (tmp_path / "config.yaml").write_text(found)
+    assert configuration.load(tmp_path / "config.yaml") == first.config
 
 
 def test_a_score_without_labels_is_shown_beside_linear_accuracy_and_left_out_where_it_is_undefined(
@@ -284,7 +295,7 @@ def test_names_stand_escaped_in_what_pictures_are_called(shown: Contest) -> None
     name = 'resnet18 + dino (a & "b" <c>)'
     figure = Figure()
     figure.subplots()
-    assert f'aria-label="{escape(name)}"' in drawing.svg(figure, name)
+    assert f'aria-label="{html.escape(name)}"' in drawing.svg(figure, name)
     ElementTree.fromstring(drawing.svg(figure, name))
     photograph = drawing.Picture(name, drawing.png(np.zeros((4, 6, 3), np.uint8), name), "")
     assert ElementTree.fromstring(photograph.markup.replace(">", "/>")).attrib["alt"] == name
