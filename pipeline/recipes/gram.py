@@ -11,6 +11,7 @@ def options(**changes: Any) -> dict[str, Any]:
         "checkpoint": "",
         "gram_weight": 2.0,
         "gram_warmup": 0.025,
+        "local_weight": 0.5,
         "gram_resolution": 2.0,
         "refresh_every": 0.25,
         "refreshes": 3,
@@ -22,8 +23,8 @@ def options(**changes: Any) -> dict[str, Any]:
 RECIPES = {
     ("vit", "large"): Recipe(
         "DINOv3 ViT-7B/16, Gram stage: constant rate 3e-5 * 4 sqrt(B / 1024), weight decay, betas "
-        "(facebookresearch/dinov3, dinov3_vit7b16_gram_anchor.yaml, where local crops count half in DINO's loss); "
-        "length, batch, clip and drop path for smaller ViTs, unpublished",
+        "(facebookresearch/dinov3, dinov3_vit7b16_gram_anchor.yaml); length, batch, clip and drop path for smaller "
+        "ViTs, unpublished",
         epochs=10,
         batch_size=1024,
         image_size=224,

@@ -24,17 +24,19 @@ if TYPE_CHECKING:
     from backbones import Backbone
 
 
-def dino_loss(student: Tensor, teacher: Tensor, student_temp: float) -> Tensor:
+def dino_loss(student: Tensor, teacher: Tensor, student_temp: float, local_weight: float = 1.0) -> Tensor:
     """Cross-entropy H(P_t(x), P_s(x')) over all pairs of a global view x and another view x' (eq. 3), averaged.
 
     Args:
         student: scores g_s(x') of every view [V, B, K], the globals first.
         teacher: probabilities P_t(x) of the global views [G, B, K].
         student_temp: the temperature tau_s of eq. 1.
+        local_weight: how much a pair counts whose x' is local; the number of pairs is that of all.
     """
     log_p = (full_precision(student) / student_temp).log_softmax(dim=-1)
     pairs = [(x, y) for x in range(len(teacher)) for y in range(len(student)) if x != y]
-    terms = [-(teacher[x] * log_p[y]).sum(-1).mean() for x, y in pairs]
+    weights = [1.0 if y < len(teacher) else local_weight for _, y in pairs]
+    terms = [-w * (teacher[x] * log_p[y]).sum(-1).mean() for w, (x, y) in zip(weights, pairs)]
     return torch.stack(terms).mean()
 
 
@@ -180,16 +182,17 @@ class DINO(Objective):
         return loss, scalars
 
     def distil(
-        self, views: Sequence[Tensor], progress: float
+        self, views: Sequence[Tensor], progress: float, local_weight: float = 1.0
     ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor]]:
         """Loss and scalars, and the student's features, for objectives that add to this one.
 
         The features are the pooled ones of all views [V, B, D] and the cells of the globals [2, B, N, D].
+        `local_weight` is `dino_loss`'s.
         """
         teacher_scores, _ = self.teacher(views[:2])
         student_scores, features = self.student(views)
         p = self.targets(teacher_scores, self.centre, progress)
-        loss = dino_loss(student_scores, p, self.student_temp)
+        loss = dino_loss(student_scores, p, self.student_temp, local_weight)
         return loss, teacher_signs(p) | feature_signs(features[0]), features
 
     def targets(self, scores: Tensor, centre: Centre, progress: float) -> Tensor:

@@ -128,10 +128,10 @@ class DINOv2(IBOT):
             self.teacher = Teacher(self.student)
 
     def distil(
-        self, views: Sequence[Tensor], progress: float
+        self, views: Sequence[Tensor], progress: float, local_weight: float = 1.0
     ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor]]:
         """The loss of iBOT and, for each global on its own, KoLeo (sec. 4): two views of an image may be near."""
-        loss, scalars, features = super().distil(views, progress)
+        loss, scalars, features = super().distil(views, progress, local_weight)
         if self.koleo_weight:
             koleo = torch.stack([koleo_loss(pooled) for pooled in features[0][:2]]).sum()
             loss = loss + self.koleo_weight * koleo

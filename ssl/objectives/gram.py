@@ -1,7 +1,6 @@
 """Gram anchoring: keep the cells of a long-trained backbone apart (Siméoni et al. 2025, DINOv3, arXiv 2508.10104).
 
-Sections are the paper's; settings follow the authors' code (gram_loss.py, dinov3_vit7b16_gram_anchor.yaml), where local
-crops besides count half in DINO's loss.
+Sections are the paper's; settings follow the authors' code (gram_loss.py, dinov3_vit7b16_gram_anchor.yaml).
 """
 
 from collections.abc import Sequence
@@ -88,7 +87,7 @@ class GramAnchoring(Objective):
             needs the checkpoint's.
         checkpoint: a run folder, or a `.pt` file in it, on a disk that every worker reads.
         gram_weight: w_Gram of the loss, on a cosine from 0 over the first gram_warmup of the run (published in
-            iterations: 1k).
+            iterations: 1k). local_weight: of local crops in DINO's loss, on the same cosine from 1.
         gram_resolution: side of what the Gram teacher sees over `image_size`, rounded to the backbone's stride; 1 where
             the backbone takes one size only.
         refresh_every: share of the run after which the Gram teacher becomes the EMA teacher of the moment, again and
@@ -113,6 +112,7 @@ class GramAnchoring(Objective):
         checkpoint: str = "",
         gram_weight: float = 2.0,
         gram_warmup: float = 0.025,
+        local_weight: float = 0.5,
         gram_resolution: float = 2.0,
         refresh_every: float = 0.25,
         refreshes: int = 3,
@@ -126,7 +126,7 @@ class GramAnchoring(Objective):
         self.gram = deepcopy(self.base.backbone).eval()
         self.register_buffer("refreshed", torch.zeros((), dtype=torch.int64))
         self.refresh_every, self.refreshes = refresh_every, refreshes
-        self.gram_weight, self.gram_warmup = gram_weight, gram_warmup
+        self.gram_weight, self.local_weight, self.gram_warmup = gram_weight, local_weight, gram_warmup
         large = crop_size(backbone, (size[0] * gram_resolution, size[1] * gram_resolution), size)
         self.grid, self.gram_grid = backbone.grid(*size), backbone.grid(*large)
         if self.grid == (1, 1):
@@ -154,15 +154,17 @@ class GramAnchoring(Objective):
 
     def forward(self, views: Sequence[Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """L + w_Gram L_Gram (sec. 4.2) and scalars of the views [B, C, h, w], the Gram teacher's two last."""
-        loss, scalars, (_, cells) = self.base.distil(views[:-2], 1.0)
+        weight, local = self.weights(progress)
+        loss, scalars, (_, cells) = self.base.distil(views[:-2], 1.0, local)
         with torch.no_grad():
             anchor = resample(self.gram(torch.cat(list(views[-2:]))).cells, self.gram_grid, self.grid)
         gram = gram_loss(cells.flatten(0, 1), anchor)
-        return loss + self.weight(progress) * gram, scalars | {"gram": gram.detach()}
+        return loss + weight * gram, scalars | {"gram": gram.detach()}
 
-    def weight(self, progress: float) -> float:
-        """w_Gram at this place of the run."""
-        return cosine(0.0, self.gram_weight, progress / self.gram_warmup) if self.gram_warmup else self.gram_weight
+    def weights(self, progress: float) -> tuple[float, float]:
+        """w_Gram, and that of local crops, at this place of the run."""
+        part = progress / self.gram_warmup if self.gram_warmup else 1.0
+        return cosine(0.0, self.gram_weight, part), cosine(1.0, self.local_weight, part)
 
     def after_step(self, progress: float) -> None:
         """The base's teacher and centres; now and then the Gram teacher."""

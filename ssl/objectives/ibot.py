@@ -160,7 +160,7 @@ class IBOT(DINO):
         )
 
     def distil(
-        self, views: Sequence[Tensor], progress: float
+        self, views: Sequence[Tensor], progress: float, local_weight: float = 1.0
     ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor]]:
         """L_[CLS] + L_MIM (sec. 3.2) and scalars; features as of `DINO.distil`, of masked globals."""
         masks = self.masks(2 * len(views[0]))
@@ -175,7 +175,7 @@ class IBOT(DINO):
         (student_scores, student_cells), features = self.student(views, chosen, replaced=masks)
         p = self.targets(teacher_scores, self.centre, progress)
         q = self.targets(teacher_cells, self.cell_centre, progress)
-        image_term = dino_loss(student_scores, p, self.student_temp)
+        image_term = dino_loss(student_scores, p, self.student_temp, local_weight)
         cell_term = cell_loss(student_cells, q, weights, self.student_temp)
         signs = teacher_signs(p) | feature_signs(features[0])
         entropy, largest = teacher_signs(q).values()

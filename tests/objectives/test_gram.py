@@ -128,7 +128,8 @@ def test_it_starts_where_the_run_ended(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("resolution", [1.0, 2.0])
 def test_a_whole_step_equals_the_papers(run: str, resolution: float) -> None:
-    """The base's loss at its final temperature plus the weighted Gram loss of the student's masked cells."""
+    """The base's loss at its final temperature, local crops counting ever less, plus the weighted Gram loss of the
+    student's masked cells."""
     objective = anchored(run, gram_resolution=resolution, gram_weight=1.5).double()
     side = int(32 * resolution)
     assert objective.views[:-2] == objective.base.views
@@ -139,20 +140,28 @@ def test_a_whole_step_equals_the_papers(run: str, resolution: float) -> None:
     objective.base.masks = lambda images: masks
     with torch.no_grad():
         base, _ = copy.deepcopy(objective.base)(views[:-2], 1.0)
+        half, _, _ = copy.deepcopy(objective.base).distil(views[:-2], 1.0, 0.5)
+        scores, _ = objective.base.student(views[:-2], torch.zeros(1, dtype=torch.long), replaced=masks)
+        (teacher, _), _ = objective.base.teacher(views[:2], torch.zeros(1, dtype=torch.long))
+        p = objective.base.targets(teacher, objective.base.centre, 1.0)
+        log_p = (scores[0][2] / objective.base.student_temp).log_softmax(-1)
+        pairs = [-(p[x] * log_p).sum(-1).mean().item() for x in (0, 1)]  # of four, two with the local view
+        assert relative(base - half, sum(pairs) / 4 / 2) <= 1e-10
         cells = objective.base.student.backbone(torch.cat(views[:2]), replaced=masks).cells
         anchor = objective.gram(torch.cat(views[-2:])).cells
         if resolution == 2:
             maps = anchor.view(8, 8, 8, -1).permute(0, 3, 1, 2)
             anchor = F.interpolate(maps, size=(4, 4), mode="bicubic").flatten(2).transpose(1, 2)
     gram, _ = paper(cells.numpy(), anchor.numpy())
-    for progress, weight in ((0.0, 0.0), (0.01, 1.5 * (1 - np.cos(np.pi * 0.4)) / 2), (0.025, 1.5), (1.0, 1.5)):
+    for progress, part in ((0.0, 0.0), (0.01, (1 - np.cos(np.pi * 0.4)) / 2), (0.025, 1.0), (1.0, 1.0)):
         loss, scalars = objective(views, progress)
         assert relative(scalars["gram"], gram) <= 1e-10
-        assert relative(loss.detach(), base.item() + weight * gram, loss_of="the paper") <= 1e-10
+        expected = (1 - part) * base.item() + part * half.item() + 1.5 * part * gram
+        assert relative(loss.detach(), expected, loss_of="the paper") <= 1e-10
 
 
-def test_its_loss_may_have_its_weight_from_the_start(run: str) -> None:
-    assert anchored(run, gram_warmup=0.0).weight(0.0) == 2.0
+def test_its_losses_may_have_their_weights_from_the_start(run: str) -> None:
+    assert anchored(run, gram_warmup=0.0).weights(0.0) == (2.0, 0.5)
 
 
 def test_the_gram_teacher_is_refreshed_as_often_as_asked(run: str) -> None:
