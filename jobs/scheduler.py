@@ -210,12 +210,18 @@ class JobFiles:
         asked: their files, or names of those in jobs/; none asks for every one in jobs/.
 
     Raises:
-        UserError: one is wrong, or none has a schedule.
+        UserError: one is wrong, two have one name, or none has a schedule.
     """
 
     def __init__(self, asked: Sequence[str] = ()) -> None:
         self._asked = asked
         self._wrong: dict[str, str] = {}
+        for name, count in Counter(Path(name).stem for name in self._names()).items():
+            if count > 1:
+                same = " ".join(one for one in self._names() if Path(one).stem == name)
+                raise UserError(
+                    f"--jobs {same}: all are called {name}, and a firing of one would pass for another's; rename them"
+                )
         self._known = {Path(name).stem: spec.load(name) for name in self._names()}
         if not any(job.timetable for job in self._known.values()):
             where = f"--jobs {' '.join(asked)}" if asked else f"{spec.FOLDER}/"

@@ -317,6 +317,14 @@ def test_a_scheduler_without_a_schedule_does_not_begin(job, asked, capsys):
     assert f"{'--jobs never.yaml' if asked else 'jobs/'}: no job there has a schedule" in capsys.readouterr().err
 
 
+def test_two_jobs_of_one_name_are_not_kept_apart_by_their_folders(job, capsys):
+    job("nightly", "30 2 * * *")
+    Path("more").mkdir()
+    Path("more/nightly.yaml").write_text(Path("nightly.yaml").read_text())
+    assert scheduler.main(["--jobs", "nightly.yaml", "more/nightly.yaml"]) == 2
+    assert "--jobs nightly.yaml more/nightly.yaml: all are called nightly" in capsys.readouterr().err
+
+
 def test_state_is_guarded(tmp_path):
     with (
         alone(tmp_path / "s.json"),
