@@ -21,9 +21,10 @@ from pipeline.errors import UserError
 
 TRAINING = (
     *("--backbone", "vit_ti16", "--objective", "lejepa", "--image-size", "64", "--limit", "1024"),
-    *("--knn-every", "0", "--checkpoint-every", "0.1"),
+    *("--knn-every", "0", "--checkpoint-every", "0.5", "--keep", "8"),
 )
-"""A checkpoint every 6 seconds: when an evaluation ends, another is due."""
+"""A checkpoint every half minute: when an evaluation ends, another is due, and none is dropped before it is read,
+though the watch stands still half of the time."""
 EPOCHS = "100000"
 """More than any bench lasts: it ends the run."""
 PATIENCE = 600  # seconds until a run trains and is watched
@@ -48,7 +49,7 @@ def by_turns(arguments: Arguments) -> dict[str, list[float]]:
 
     Raises:
         UserError: this machine has one core.
-        RuntimeError: the run failed, or nothing was evaluated beside it.
+        RuntimeError: the run failed, or nothing was evaluated beside it, or an evaluation failed.
     """
     from pipeline.cluster.nodes import two
 
@@ -76,7 +77,9 @@ def by_turns(arguments: Arguments) -> dict[str, list[float]]:
                         wait(training, said, lambda: evaluating(raylet))
                     figure = arguments.batch_size * steps(run / "metrics.jsonl", arguments.seconds)
                 figures[name].append(figure)
+                refuse_failed(run)
                 print(f"turn {turn // 2 + 1}: {BENCH.contenders[name].title}: {figure:.1f} images/s", file=sys.stderr)
+        print(f"{evaluations(run)} checkpoints evaluated", file=sys.stderr)
     return figures
 
 
@@ -162,10 +165,21 @@ def steps(metrics: Path, seconds: float) -> float:
     return (len(ends) - 1) / (ends[-1] - ends[0])
 
 
+def watched(run: Path) -> list[dict[str, Any]]:
+    """What `jobs.watch` has found of each checkpoint of a run."""
+    file = run / "watched.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def refuse_failed(run: Path) -> None:
+    """Raise `RuntimeError` where an evaluation of a run's checkpoint failed."""
+    if failed := [row["error"] for row in watched(run) if "error" in row]:
+        raise RuntimeError(f"an evaluation failed ({failed[0]}), which costs less than one that does not")
+
+
 def evaluations(run: Path) -> int:
     """Checkpoints of a run that `jobs.watch` has measured."""
-    file = run / "watched.jsonl"
-    return sum("knn_top1" in json.loads(line) for line in file.read_text().splitlines()) if file.exists() else 0
+    return sum("knn_top1" in row for row in watched(run))
 
 
 BENCH = Bench(

@@ -121,6 +121,9 @@ def test_steps_are_counted_between_the_first_and_the_last(tmp_path: Path, monkey
 
 def test_evaluations_that_failed_do_not_count(tmp_path: Path) -> None:
     assert watcher.evaluations(tmp_path) == 0
+    watcher.refuse_failed(tmp_path)
     rows = [{"images": 32, "knn_top1": 0.5}, {"images": 64, "error": "it was dropped"}, {"images": 96, "knn_top1": 0.6}]
     (tmp_path / "watched.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert watcher.evaluations(tmp_path) == 2
+    with pytest.raises(RuntimeError, match=r"an evaluation failed \(it was dropped\)"):
+        watcher.refuse_failed(tmp_path)
