@@ -210,12 +210,12 @@ def _reached(status: "Status", share: float) -> bool:
 def measure(folder: Any, configuration: "Config", train: Any, val: Any, metric: str) -> float:
     """RankMe or k-NN accuracy of a run's newest checkpoint."""
     from pipeline import evaluation
-    from pipeline.device import here
+    from pipeline.device import here, placed
     from pipeline.evaluation.features import extract_all
     from pipeline.evaluation.judge import find
     from pipeline.evaluation.label_free import rankme
 
-    backbone = find(folder.address)[2].to(here())
+    backbone = placed(find(folder.address)[2], here())
     size, device = int(configuration.image_size or 0), next(backbone.parameters()).device
     if metric == "knn":
         scores = evaluation.evaluate_backbone(backbone, train, val, image_size=size, protocols=("knn",), device=device)

@@ -34,7 +34,7 @@ def classify(arguments: Arguments) -> None:
     import torch
 
     from pipeline.data import pack, packed, preparation
-    from pipeline.device import here
+    from pipeline.device import here, placed
     from pipeline.evaluation import classifier as classifiers
     from pipeline.evaluation.images import Images
 
@@ -46,7 +46,7 @@ def classify(arguments: Arguments) -> None:
         images = pack.pack(arguments.data, preparation.cache_folder(arguments.cache), on_progress=progress)
     device = here()
     unknown = torch.full((images.images,), -1)
-    shown = Images(classifier.to(device), images.path, unknown, classifier.image_size, device)
+    shown = Images(placed(classifier, device), images.path, unknown, classifier.image_size, device)
     names = packed.read_names(images.path) or [f"image {i}" for i in range(images.images)]
     given: Counter[str] = Counter()
     rows = []

