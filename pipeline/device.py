@@ -33,8 +33,8 @@ def here() -> torch.device:
 def placed(network: Network, device: torch.device) -> Network:
     """A network on a device, the weights of its convolutions channels last, in which all of it then computes.
 
-    On one core, without gradients, at 96 pixels: ResNet-18 95 images/s for 56, EfficientNet-B0 97 for 65, ConvNeXt-Atto
-    164 for 143, ViT-Ti/16 as many.
+    On one busy core, without gradients, at 96 pixels: ResNet-18 95 images/s for 56, EfficientNet-B0 97 for 65,
+    ConvNeXt-Atto 164 for 143, ViT-Ti/16 as many.
     """
     network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network

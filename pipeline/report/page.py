@@ -59,7 +59,7 @@ def render(contest: Contest, pictures: Sequence[Picture], command: list[str]) ->
         trust=verdict.trust(contest),
         command=redact(shlex.join(command)),
         trainings=[redact(training(one, one.run)) for one in contest.entries if one.run],
-        configurations={f"{one.slug}.yaml": dump(one.config) for one in contest.entries if one.lone},
+        configurations={f"{one.slug}.yaml": redact(dump(one.config)) for one in contest.entries if one.lone},
         versions=", ".join(f"{name} {version}" for name, version in versions().items()),
         times=", ".join(f"{name} {seconds:.0f} s" for name, seconds in contest.seconds.items()),
         p=lambda value: "< 0.001" if value < 0.001 else f"{value:.3f}",

@@ -48,7 +48,9 @@ class IJEPA(Objective):
     """Predict, from one large block of cells, what an EMA teacher says about four others of the whole image.
 
     No view but a crop: what is invariant is left to the predictor. The student sees the context alone, a CNN through
-    its masked pass; the teacher sees the whole image. Defaults are those of the ViT-H/14 run.
+    its masked pass; the teacher sees the whole image. Defaults are those of the ViT-H/14 run. On a CNN this is CNN-JEPA
+    (Kalapos and Gyires-Tóth 2024, arXiv 2408.07514) but for its masks, which the recipes have, its predictor, which is
+    convolutional, and its targets, which have length 1 there.
 
     Args:
         backbone: the student's; the teacher is a copy of it. `IJEPA.pool` names the pooling to create it with: the
